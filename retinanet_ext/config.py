@@ -1,0 +1,109 @@
+"""The configuration keys the plugin adds to Detectron2's, and nothing else.
+
+Detectron2's own keys keep their defaults and meaning. Focal loss reads Detectron2's
+``MODEL.RETINANET.FOCAL_LOSS_ALPHA`` and ``FOCAL_LOSS_GAMMA``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from retinanet_ext.losses import LOSSES
+from retinanet_ext.losses.registry import Loss
+
+# Parameters of losses that Detectron2 has keys for.
+_DETECTRON2_KEYS = {
+    ("focal", "alpha"): "MODEL.RETINANET.FOCAL_LOSS_ALPHA",
+    ("focal", "gamma"): "MODEL.RETINANET.FOCAL_LOSS_GAMMA",
+}
+
+
+def loss_parameter_keys(loss: Loss) -> dict[str, str]:
+    """Return the config key of each parameter of a loss, alpha included if it takes one."""
+    names = [*loss.parameters, *(["alpha"] if loss.alpha is not None else [])]
+    node = f"MODEL.RETINANET.CLS_LOSS.{loss.name.upper()}"
+    return {n: _DETECTRON2_KEYS.get((loss.name, n), f"{node}.{n.upper()}") for n in names}
+
+
+def read_key(cfg: CfgNode, key: str) -> Any:
+    """Return the value of a dotted key."""
+    for part in key.split("."):
+        cfg = cfg[part]
+    return cfg
+
+
+def add_retinanet_ext_config(cfg: CfgNode) -> None:
+    """Add the plugin's keys to a Detectron2 config and register the plugin's classes.
+
+    Args:
+        cfg: as ``detectron2.config.get_cfg()`` gives it; changed in place
+    """
+    import retinanet_ext.modeling  # noqa: F401  registers the plugin's classes; it reads this file
+
+    retinanet = cfg.MODEL.RETINANET
+
+    # The classification loss by name; its parameters in the node of the same name.
+    retinanet.CLS_LOSS = CfgNode({"NAME": "focal"})
+    # Alpha of each class in place of one number: K values in the order of the classes, or pairs
+    # [["Platelets", 0.75], ...], the other classes keeping the loss's own alpha. Empty: off.
+    retinanet.CLS_LOSS.CLASS_ALPHA = []
+    for name, loss in LOSSES.items():
+        for parameter, key in loss_parameter_keys(loss).items():
+            if (name, parameter) in _DETECTRON2_KEYS:
+                continue
+            node = retinanet.CLS_LOSS.setdefault(name.upper(), CfgNode())
+            default = loss.alpha if parameter == "alpha" else loss.parameters[parameter].default
+            node[key.rsplit(".", 1)[1]] = default
+
+    # Which anchors count in the loss: "all", or "ohem" (section 5.3).
+    retinanet.SELECTION = CfgNode({"NAME": "all"})
+    retinanet.SELECTION.OHEM = CfgNode()
+    # Anchors in a mini-batch ("batch size" in table 1d).
+    retinanet.SELECTION.OHEM.BATCH_SIZE = 128
+    # IoU above which the anchor of lower loss is suppressed ("nms thr" in table 1d).
+    retinanet.SELECTION.OHEM.NMS_THRESH = 0.5
+    # Negatives to each positive in the mini-batch; 0.0: no constraint; 3.0: "OHEM 1:3".
+    retinanet.SELECTION.OHEM.NEG_POS_RATIO = 0.0
+    # Boxes the NMS compares: "anchors", or the boxes predicted for them ("predictions").
+    retinanet.SELECTION.OHEM.NMS_BOXES = "anchors"
+    # One mini-batch an "image", or one for all images of a "process".
+    retinanet.SELECTION.OHEM.SCOPE = "image"
+
+    # What the summed losses are divided by:
+    #   "foreground_ema"    Detectron2's: moving average of the foreground anchors of a batch
+    #   "foreground"        the paper's: each image by its own foreground anchors (section 4.1),
+    #                       then the mean over images
+    #   "foreground_batch"  foreground anchors of the batch
+    #   "selected"          anchors that count (section 5.3's mini-batch)
+    # Counts are averaged over processes. Never below 1.
+    retinanet.LOSS_NORMALIZER = "foreground_ema"
+
+    # Whether a box that no anchor reaches at IoU .5 gets its best anchor all the same:
+    #   "all"           yes (Detectron2's)
+    #   "ignored_band"  only if that anchor's IoU is in [.4, .5) (the authors' code)
+    #   "none"          no
+    retinanet.LOW_QUALITY_MATCHES = "all"
+
+    # Start the classifier at PRIOR_PROB (pi in section 3.3); False: at probability one half.
+    retinanet.PRIOR_INIT = True
+
+    # Layers whose shape differs from MODEL.WEIGHTS's start anew, to fine-tune to other classes;
+    # False: such weights are refused.
+    retinanet.REINIT_MISMATCHED = False
+
+    # For NAME: OctaveAnchorGenerator. Anchor sides are BASE_SCALE x stride x 2^(k/n) pixels,
+    # k = 0..n-1, n = SCALES_PER_OCTAVE ("#sc" in table 1c). Aspect ratios are Detectron2's key.
+    cfg.MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE = 3
+    cfg.MODEL.ANCHOR_GENERATOR.BASE_SCALE = 4.0
+
+    # Any COCO-format data: annotation files and the folders of their images. Class names and
+    # NUM_CLASSES are taken from them; DATASETS.TRAIN and DATASETS.TEST are set to them.
+    cfg.DATASETS.CUSTOM = CfgNode(
+        {"TRAIN_JSON": "", "TRAIN_IMAGES": "", "TEST_JSON": "", "TEST_IMAGES": ""}
+    )
+
+    # The picture of test images with ground truth and detections, drawn after an evaluation:
+    # how many images (0: no picture) and from which score on detections are drawn.
+    cfg.TEST.DETECTION_GRID = CfgNode({"NUM_IMAGES": 8, "SCORE_THRESH": 0.3})

@@ -1,0 +1,27 @@
+"""Classification losses of the paper, in pure torch.
+
+Every module of this folder is imported, so that a file with a registered loss is all it takes to
+add one (docs/add_a_loss.md).
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from retinanet_ext.losses.cross_entropy import sigmoid_cross_entropy_loss
+from retinanet_ext.losses.focal import sigmoid_focal_loss
+from retinanet_ext.losses.focal_star import sigmoid_focal_loss_star
+from retinanet_ext.losses.hinge import sigmoid_hinge_loss
+from retinanet_ext.losses.registry import LOSSES, Interval, register_loss
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+__all__ = [
+    "LOSSES",
+    "Interval",
+    "register_loss",
+    "sigmoid_cross_entropy_loss",
+    "sigmoid_focal_loss",
+    "sigmoid_focal_loss_star",
+    "sigmoid_hinge_loss",
+]

@@ -1,0 +1,26 @@
+"""Cross entropy, plain and alpha-balanced (section 3.1)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from retinanet_ext.losses.functional import Alpha, elementwise_loss
+from retinanet_ext.losses.registry import LOSSES, UNBALANCED, register_loss
+
+
+@register_loss("cross_entropy", reference="section 3.1, equations 1 to 3", alpha=UNBALANCED)
+def cross_entropy(x_t: Tensor) -> Tensor:
+    """CE = -log(p_t)."""
+    return -logsigmoid(x_t)
+
+
+def sigmoid_cross_entropy_loss(
+    inputs: Tensor, targets: Tensor, alpha: Alpha = UNBALANCED, reduction: str = "none"
+) -> Tensor:
+    """Return -alpha_t log(p_t) (equation 3), or -log(p_t) for alpha = -1 (equation 1).
+
+    The paper's table 1a, row alpha = .50, carries the factor 1/2. Arguments, result and errors:
+    see :func:`~retinanet_ext.losses.functional.elementwise_loss`.
+    """
+    return elementwise_loss(LOSSES["cross_entropy"].bind(), inputs, targets, alpha, reduction)

@@ -1,0 +1,37 @@
+"""The focal loss (section 3.2)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from retinanet_ext.losses.functional import Alpha, elementwise_loss
+from retinanet_ext.losses.registry import LOSSES, Interval, register_loss
+
+
+@register_loss("focal", reference="section 3.2, equations 4 and 5", alpha=0.25)
+def focal(x_t: Tensor, *, gamma: Annotated[float, Interval("[0, inf)")] = 2.0) -> Tensor:
+    """FL = -(1 - p_t)^gamma log(p_t).
+
+    The power is taken in log space, log(1 - p_t) = logsigmoid(-x_t): the textbook form has a NaN
+    gradient for 0 < gamma < 1 once 1 - p_t rounds to zero (|x| of about 17 in float32).
+    """
+    cross_entropy = -logsigmoid(x_t)
+    return cross_entropy if gamma == 0 else cross_entropy * (gamma * logsigmoid(-x_t)).exp()
+
+
+def sigmoid_focal_loss(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: Alpha = 0.25,
+    gamma: float = 2.0,
+    reduction: str = "none",
+) -> Tensor:
+    """Return the alpha-balanced focal loss, FL = -alpha_t (1 - p_t)^gamma log(p_t) (equation 5).
+
+    Value and gradient are finite for |inputs| up to 1e4 and every gamma >= 0. Arguments, result
+    and errors: see :func:`~retinanet_ext.losses.functional.elementwise_loss`.
+    """
+    return elementwise_loss(LOSSES["focal"].bind(gamma=gamma), inputs, targets, alpha, reduction)

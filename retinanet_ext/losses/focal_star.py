@@ -1,0 +1,38 @@
+"""The alternate focal loss FL* (appendix A)."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from retinanet_ext.losses.functional import Alpha, elementwise_loss
+from retinanet_ext.losses.registry import LOSSES, Interval, register_loss
+
+
+@register_loss("focal_star", reference="appendix A", alpha=0.25)
+def focal_star(
+    x_t: Tensor,
+    *,
+    gamma: Annotated[float, Interval("(0, inf)")] = 2.0,
+    beta: Annotated[float, Interval("(-inf, inf)")] = 1.0,
+) -> Tensor:
+    """FL* = -log(sigmoid(gamma x_t + beta)) / gamma: cross entropy, steeper and shifted."""
+    return -logsigmoid(gamma * x_t + beta) / gamma
+
+
+def sigmoid_focal_loss_star(
+    inputs: Tensor,
+    targets: Tensor,
+    alpha: Alpha = 0.25,
+    gamma: float = 2.0,
+    beta: float = 1.0,
+    reduction: str = "none",
+) -> Tensor:
+    """Return the alpha-balanced FL* (appendix A; gamma is the steepness, beta the shift).
+
+    Arguments, result and errors: see :func:`~retinanet_ext.losses.functional.elementwise_loss`.
+    """
+    formula = LOSSES["focal_star"].bind(gamma=gamma, beta=beta)
+    return elementwise_loss(formula, inputs, targets, alpha, reduction)

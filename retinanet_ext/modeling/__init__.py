@@ -1,0 +1,21 @@
+"""The detector. Importing this package registers its classes with Detectron2."""
+
+from retinanet_ext.modeling.anchor_generator import OctaveAnchorGenerator
+from retinanet_ext.modeling.criterion import RetinaNetCriterion
+from retinanet_ext.modeling.head import RetinaNetExtHead
+from retinanet_ext.modeling.matching import AnchorMatcher
+from retinanet_ext.modeling.retinanet import (
+    RetinaNetExt,
+    check_model_config,
+    to_detectron2_state_dict,
+)
+
+__all__ = [
+    "AnchorMatcher",
+    "OctaveAnchorGenerator",
+    "RetinaNetCriterion",
+    "RetinaNetExt",
+    "RetinaNetExtHead",
+    "check_model_config",
+    "to_detectron2_state_dict",
+]

@@ -1,0 +1,59 @@
+"""Anchors by octave (section 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, DefaultAnchorGenerator
+
+from retinanet_ext.losses import Interval
+
+
+@ANCHOR_GENERATOR_REGISTRY.register()
+class OctaveAnchorGenerator(DefaultAnchorGenerator):
+    """Anchors of ``scales_per_octave`` sizes a level, each in every aspect ratio.
+
+    Sides (square roots of areas) are ``base_scale * stride * 2^(k / scales_per_octave)`` input
+    pixels. The paper's 4, 3 and {1/2, 1, 2} give 9 anchors a cell, 32 to 813 pixels on P3 to P7.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        scales_per_octave: int = 3,
+        base_scale: float = 4.0,
+        aspect_ratios: list[list[float]],
+        strides: list[int],
+        offset: float = 0.5,
+    ) -> None:
+        """
+        Args:
+            scales_per_octave: sizes between one level and the next, n
+            base_scale: side of a level's smallest anchor in strides
+            aspect_ratios: height / width; one list for all levels, or a list a level
+            strides: input pixels a cell, a level
+            offset: position of the first anchor's centre in its cell, 0.5 is the middle
+        """
+        Interval("[1, inf)").check("MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE", scales_per_octave)
+        Interval("(0, inf)").check("MODEL.ANCHOR_GENERATOR.BASE_SCALE", base_scale)
+        for ratio in (ratio for level in aspect_ratios for ratio in level):
+            Interval("(0, inf)").check("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", ratio)
+        sizes = [
+            [base_scale * stride * 2 ** (k / scales_per_octave) for k in range(scales_per_octave)]
+            for stride in strides
+        ]
+        super().__init__(sizes=sizes, aspect_ratios=aspect_ratios, strides=strides, offset=offset)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
+        node = cfg.MODEL.ANCHOR_GENERATOR
+        return {
+            "scales_per_octave": node.SCALES_PER_OCTAVE,
+            "base_scale": node.BASE_SCALE,
+            "aspect_ratios": node.ASPECT_RATIOS,
+            "strides": [shape.stride for shape in input_shape],
+            "offset": node.OFFSET,
+        }

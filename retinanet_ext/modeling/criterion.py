@@ -1,0 +1,280 @@
+"""From labels and predictions to the two losses (sections 3 and 4.1).
+
+Shapes: N images, R anchors over all levels, K classes, F foreground anchors that count. Boxes:
+XYXY in input pixels. Labels: -1 ignore, 0..K-1 class, K background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from detectron2.layers import ciou_loss, diou_loss
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.utils.events import get_event_storage, has_event_storage
+from fvcore.nn import giou_loss, smooth_l1_loss
+from torch import Tensor, nn
+
+from retinanet_ext.config import loss_parameter_keys, read_key
+from retinanet_ext.errors import InputError
+from retinanet_ext.losses import LOSSES, Interval
+from retinanet_ext.losses.functional import Alpha, alpha_tensor, at_least_float32
+from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, check_alpha
+from retinanet_ext.modeling.matching import is_foreground
+from retinanet_ext.selection import OHEM, SelectAll
+
+NORMALIZERS = ("foreground_ema", "foreground", "foreground_batch", "selected")
+BOX_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
+SELECTIONS = ("all", "ohem")
+CLASS_ALPHA = "MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA"
+
+
+class RetinaNetCriterion(nn.Module):
+    """The training loss: classification of the selected anchors, regression of the foreground.
+
+    Its one state is the moving average of ``foreground_ema``, a buffer, so that a resumed run
+    goes on with it. Weights that come without it (Detectron2's) leave it as it is.
+    """
+
+    loss_normalizer: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_classes: int,
+        cls_loss: Callable[[Tensor], Tensor],
+        alpha: Alpha = UNBALANCED,
+        selection: SelectAll | OHEM | None = None,
+        normalizer: str = "foreground_ema",
+        box2box_transform: Box2BoxTransform,
+        box_reg_loss_type: str = "smooth_l1",
+        smooth_l1_beta: float = 0.0,
+    ) -> None:
+        """
+        Args:
+            num_classes: K
+            cls_loss: a loss of x_t, see :mod:`retinanet_ext.losses`
+            alpha: its class-balancing weight, one or K numbers; -1 for none
+            selection: which anchors count; all that are not ignored by default
+            normalizer: one of :data:`NORMALIZERS`, explained in ``config.py``
+            box2box_transform: anchors and boxes to regression targets
+            box_reg_loss_type: ``smooth_l1`` on the targets, or ``giou``, ``diou``, ``ciou``
+            smooth_l1_beta: where smooth L1 turns from quadratic to linear; 0 for L1
+        """
+        super().__init__()
+        if normalizer not in NORMALIZERS:
+            raise InputError(
+                f"MODEL.RETINANET.LOSS_NORMALIZER must be one of {NORMALIZERS}, got {normalizer!r}"
+            )
+        if box_reg_loss_type not in ("smooth_l1", *BOX_LOSSES):
+            raise InputError(
+                "MODEL.RETINANET.BBOX_REG_LOSS_TYPE must be one of "
+                f"{('smooth_l1', *BOX_LOSSES)}, got {box_reg_loss_type!r}"
+            )
+        Interval("[0, inf)").check("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", smooth_l1_beta)
+        self.num_classes = num_classes
+        self.cls_loss = cls_loss
+        alpha = alpha_tensor(alpha, torch.zeros(num_classes, dtype=torch.float64))
+        self.register_buffer("alpha", alpha, persistent=False)
+        self.selection = selection or SelectAll()
+        self.normalizer = normalizer
+        self.box2box_transform = box2box_transform
+        self.box_reg_loss_type = box_reg_loss_type
+        self.smooth_l1_beta = smooth_l1_beta
+        # Detectron2's initial value; double, so that a count is averaged as by Python's floats.
+        self.register_buffer("loss_normalizer", torch.tensor(100.0, dtype=torch.float64))
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, box2box_transform: Box2BoxTransform) -> RetinaNetCriterion:
+        """Build the criterion that ``cfg`` names.
+
+        Raises:
+            InputError: an unknown name or a value out of range, with its key
+        """
+        node = cfg.MODEL.RETINANET
+        cls_loss, alpha = build_cls_loss(cfg)
+        return cls(
+            num_classes=node.NUM_CLASSES,
+            cls_loss=cls_loss,
+            alpha=alpha,
+            selection=build_selection(cfg),
+            normalizer=node.LOSS_NORMALIZER,
+            box2box_transform=box2box_transform,
+            box_reg_loss_type=node.BBOX_REG_LOSS_TYPE,
+            smooth_l1_beta=node.SMOOTH_L1_LOSS_BETA,
+        )
+
+    def forward(
+        self,
+        anchors: Tensor,
+        logits: Tensor,
+        deltas: Tensor,
+        labels: Tensor,
+        matches: Tensor,
+        gt_boxes: Tensor,
+    ) -> dict[str, Tensor]:
+        """Return ``loss_cls`` and ``loss_box_reg``, two scalars.
+
+        Args:
+            anchors: (R, 4)
+            logits: (N, R, K)
+            deltas: predicted regression, (N, R, 4)
+            labels: (N, R)
+            matches: index of each anchor's box in ``gt_boxes``, (N, R)
+            gt_boxes: boxes of all images, (M, 4)
+        """
+        cls_losses = self.anchor_losses(logits, labels)
+        boxes = anchors
+        if getattr(self.selection, "nms_boxes", "anchors") == "predictions":
+            boxes = self._predicted_boxes(anchors, deltas)
+        selected = self.selection(cls_losses.detach(), labels, boxes, self.num_classes)
+        foreground = is_foreground(labels, self.num_classes)
+        weights = self._image_weights(foreground.sum(1), selected.sum(1)).to(cls_losses.dtype)
+
+        loss_cls = torch.where(selected, cls_losses, 0).sum(1)
+        image, anchor = (foreground & selected).nonzero(as_tuple=True)
+        box_losses = self._box_losses(
+            anchors[anchor], deltas[image, anchor], gt_boxes[matches[image, anchor]]
+        )
+        loss_box_reg = box_losses.new_zeros(len(labels)).index_add(0, image, box_losses)
+        return {
+            "loss_cls": (loss_cls * weights).sum(),
+            "loss_box_reg": (loss_box_reg * weights).sum(),
+        }
+
+    def anchor_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return the classification loss of each anchor, summed over classes, (N, R).
+
+        Every entry is taken as a negative, then each foreground anchor's own class is corrected:
+        no one-hot targets are made. Ignored anchors get the loss of background.
+        """
+        logits = at_least_float32(logits)
+        negative = self.cls_loss(-logits)
+        alpha = self.alpha
+        if alpha is not None:
+            alpha = alpha.to(logits.dtype)
+            negative = (1 - alpha) * negative
+        image, anchor = is_foreground(labels, self.num_classes).nonzero(as_tuple=True)
+        label = labels[image, anchor]
+        positive = self.cls_loss(logits[image, anchor, label])
+        if alpha is not None:
+            positive = alpha.expand(self.num_classes)[label] * positive
+        correction = positive - negative[image, anchor, label]
+        return negative.sum(2).index_put((image, anchor), correction, accumulate=True)
+
+    def _box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor) -> Tensor:
+        """Return the regression loss of each of F anchors, summed over coordinates, (F,)."""
+        deltas = at_least_float32(deltas)
+        if self.box_reg_loss_type == "smooth_l1":
+            targets = self.box2box_transform.get_deltas(anchors, gt_boxes)
+            return smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta).sum(1)
+        boxes = self.box2box_transform.apply_deltas(deltas, anchors)
+        return BOX_LOSSES[self.box_reg_loss_type](boxes, gt_boxes)
+
+    @torch.no_grad()
+    def _predicted_boxes(self, anchors: Tensor, deltas: Tensor) -> Tensor:
+        boxes = [self.box2box_transform.apply_deltas(delta, anchors) for delta in deltas]
+        return torch.stack(boxes)
+
+    @torch.no_grad()
+    def _image_weights(self, num_foreground: Tensor, num_selected: Tensor) -> Tensor:
+        """Return what each image's summed loss is multiplied by, (N,), from counts of anchors."""
+        if has_event_storage():
+            get_event_storage().put_scalar("num_pos_anchors", num_foreground.double().mean().item())
+        num_images = len(num_foreground)
+        if self.normalizer == "foreground":
+            return 1 / (num_images * num_foreground.double().clamp(min=1))
+        count = num_selected if self.normalizer == "selected" else num_foreground
+        count = _mean_over_processes(count.sum().double()).clamp(min=1)
+        if self.normalizer == "foreground_ema":
+            self.loss_normalizer.mul_(0.9).add_(0.1 * count)
+            count = self.loss_normalizer
+        return (1 / count).expand(num_images)
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        state_dict.setdefault(prefix + "loss_normalizer", self.loss_normalizer)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _mean_over_processes(count: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(count)
+        count = count / dist.get_world_size()
+    return count
+
+
+def build_cls_loss(cfg: CfgNode) -> tuple[Callable[[Tensor], Tensor], Alpha]:
+    """Return the loss of x_t that ``MODEL.RETINANET.CLS_LOSS`` names, and its alpha."""
+    node = cfg.MODEL.RETINANET.CLS_LOSS
+    if node.NAME not in LOSSES:
+        raise InputError(
+            f"MODEL.RETINANET.CLS_LOSS.NAME is {node.NAME!r}; "
+            f"known losses: {', '.join(sorted(LOSSES))}"
+        )
+    loss = LOSSES[node.NAME]
+    keys = loss_parameter_keys(loss)
+    values = {name: read_key(cfg, key) for name, key in keys.items()}
+    alpha = values.pop("alpha", UNBALANCED)
+    for name, value in values.items():
+        loss.parameters[name].allowed.check(keys[name], value)
+    if loss.alpha is not None:
+        check_alpha(keys["alpha"], alpha)
+    if node.CLASS_ALPHA:
+        if loss.alpha is None:
+            raise InputError(f"{CLASS_ALPHA} is set, but loss {loss.name!r} has no alpha")
+        alpha = _class_alpha(node.CLASS_ALPHA, alpha, keys["alpha"], _class_names(cfg))
+    return loss.bind(**values), alpha
+
+
+def build_selection(cfg: CfgNode) -> SelectAll | OHEM:
+    """Return the selection that ``MODEL.RETINANET.SELECTION`` names."""
+    node = cfg.MODEL.RETINANET.SELECTION
+    if node.NAME not in SELECTIONS:
+        raise InputError(
+            f"MODEL.RETINANET.SELECTION.NAME is {node.NAME!r}; "
+            f"known selections: {', '.join(SELECTIONS)}"
+        )
+    if node.NAME == "all":
+        return SelectAll()
+    try:
+        return OHEM(**{key.lower(): value for key, value in node.OHEM.items()})
+    except InputError as error:
+        raise InputError(f"MODEL.RETINANET.SELECTION.OHEM: {error}") from None
+
+
+def _class_names(cfg: CfgNode) -> list[str]:
+    datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
+    names = MetadataCatalog.get(datasets[0]).get("thing_classes") if datasets else None
+    return names or [str(index) for index in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
+
+
+def _class_alpha(
+    given: Sequence[Any], default: float, default_key: str, class_names: list[str]
+) -> list[float]:
+    """Return K alphas out of K numbers or (class name, number) pairs."""
+    if not all(isinstance(item, (list, tuple)) for item in given):
+        if len(given) != len(class_names):
+            raise InputError(
+                f"{CLASS_ALPHA} has {len(given)} values for {len(class_names)} classes: "
+                f"{', '.join(class_names)}"
+            )
+        return [ALPHA_RANGE.check(f"{CLASS_ALPHA}[{i}]", value) for i, value in enumerate(given)]
+    alphas = dict.fromkeys(class_names, default)
+    for item in given:
+        if len(item) != 2 or item[0] not in alphas:
+            raise InputError(
+                f"{CLASS_ALPHA} takes pairs of a class name and a number, got {item!r}; "
+                f"classes: {', '.join(class_names)}"
+            )
+        alphas[item[0]] = ALPHA_RANGE.check(f"{CLASS_ALPHA}[{item[0]!r}]", item[1])
+    left_out = [name for name, value in alphas.items() if value == UNBALANCED]
+    if left_out:
+        raise InputError(
+            f"{CLASS_ALPHA} leaves out {', '.join(left_out)}, and {default_key} is -1: "
+            "name every class or set it"
+        )
+    return list(alphas.values())

@@ -1,0 +1,184 @@
+"""The meta-architecture.
+
+Shapes: N images, R anchors over all levels, K classes. Boxes: XYXY in input pixels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import batched_nms
+from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator, build_backbone
+from detectron2.modeling.backbone import Backbone
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes, ImageList, Instances
+from torch import Tensor, nn
+
+from retinanet_ext.losses import Interval
+from retinanet_ext.modeling.criterion import RetinaNetCriterion
+from retinanet_ext.modeling.head import RetinaNetExtHead
+from retinanet_ext.modeling.matching import AnchorMatcher, check_targets, label_anchors
+
+
+@META_ARCH_REGISTRY.register()
+class RetinaNetExt(DenseDetector):
+    """RetinaNet whose loss, selection of anchors, normaliser and labels are configuration.
+
+    Names of parameters equal those of Detectron2's ``RetinaNet``, so that weights load either
+    way; the one addition is the criterion's normaliser (see :func:`to_detectron2_state_dict`).
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        head: nn.Module,
+        head_in_features: list[str],
+        anchor_generator: nn.Module,
+        anchor_matcher: AnchorMatcher,
+        criterion: RetinaNetCriterion,
+        num_classes: int,
+        test_score_thresh: float = 0.05,
+        test_topk_candidates: int = 1000,
+        test_nms_thresh: float = 0.5,
+        max_detections_per_image: int = 100,
+        pixel_mean: list[float],
+        pixel_std: list[float],
+    ) -> None:
+        """
+        Args:
+            backbone: Detectron2's ResNet-FPN, P3 to P7
+            head: features of each level -> logits (N, A K, H, W) and deltas (N, A 4, H, W)
+            head_in_features: names of the levels, high to low resolution
+            anchor_generator: features -> anchors of each level
+            anchor_matcher: IoU -> foreground, background or ignore
+            criterion: labels and predictions -> losses; holds the box coder
+            num_classes: K
+            test_score_thresh: detections score more than this
+            test_topk_candidates: candidates a level before non-maximum suppression
+            test_nms_thresh: IoU above which the lower score of the same class is suppressed
+            max_detections_per_image: best detections kept
+            pixel_mean, pixel_std: of each channel in the order of ``INPUT.FORMAT``, 0 to 255
+        """
+        super().__init__(
+            backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
+        )
+        self.anchor_generator = anchor_generator
+        self.anchor_matcher = anchor_matcher
+        self.criterion = criterion
+        self.box2box_transform = criterion.box2box_transform
+        self.num_classes = num_classes
+        self.test_score_thresh = test_score_thresh
+        self.test_topk_candidates = test_topk_candidates
+        self.test_nms_thresh = test_nms_thresh
+        self.max_detections_per_image = max_detections_per_image
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        node = cfg.MODEL.RETINANET
+        for key in ("SCORE_THRESH_TEST", "NMS_THRESH_TEST"):
+            Interval("[0, 1]").check(f"MODEL.RETINANET.{key}", node[key])
+        for key in ("NUM_CLASSES", "TOPK_CANDIDATES_TEST"):
+            Interval("[1, inf)").check(f"MODEL.RETINANET.{key}", node[key])
+        backbone = build_backbone(cfg)
+        shapes = [backbone.output_shape()[feature] for feature in node.IN_FEATURES]
+        return {
+            "backbone": backbone,
+            "head": RetinaNetExtHead(cfg, shapes),
+            "head_in_features": node.IN_FEATURES,
+            "anchor_generator": build_anchor_generator(cfg, shapes),
+            "anchor_matcher": AnchorMatcher(
+                node.IOU_THRESHOLDS, node.IOU_LABELS, node.LOW_QUALITY_MATCHES
+            ),
+            "criterion": RetinaNetCriterion.from_config(
+                cfg, Box2BoxTransform(weights=node.BBOX_REG_WEIGHTS)
+            ),
+            "num_classes": node.NUM_CLASSES,
+            "test_score_thresh": node.SCORE_THRESH_TEST,
+            "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
+            "test_nms_thresh": node.NMS_THRESH_TEST,
+            "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+        }
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Return losses in training and detections otherwise, as Detectron2's models do.
+
+        Raises:
+            InputError: in training, a box or class that the loss is not defined on
+        """
+        if self.training:
+            check_targets(batched_inputs, self.num_classes)
+        return super().forward(batched_inputs)
+
+    def forward_training(
+        self,
+        images: ImageList,
+        features: list[Tensor],
+        predictions: list[list[Tensor]],
+        gt_instances: list[Instances],
+    ) -> dict[str, Tensor]:
+        logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
+        anchors = Boxes.cat(self.anchor_generator(features))
+        labels, matches = label_anchors(
+            self.anchor_matcher, anchors, gt_instances, self.num_classes
+        )
+        gt_boxes = Boxes.cat([instances.gt_boxes for instances in gt_instances])
+        return self.criterion(
+            anchors.tensor,
+            torch.cat(logits, dim=1),
+            torch.cat(deltas, dim=1),
+            labels,
+            matches,
+            gt_boxes.tensor,
+        )
+
+    def forward_inference(
+        self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
+    ) -> list[Instances]:
+        logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
+        scores = [level.sigmoid() for level in logits]
+        anchors = self.anchor_generator(features)
+        return [
+            self._detect(anchors, [s[i] for s in scores], [d[i] for d in deltas], image_size)
+            for i, image_size in enumerate(images.image_sizes)
+        ]
+
+    def _detect(
+        self,
+        anchors: list[Boxes],
+        scores: list[Tensor],
+        deltas: list[Tensor],
+        image_size: tuple[int, int],
+    ) -> Instances:
+        """Return the detections of one image (section 4.1, inference)."""
+        candidates = self._decode_multi_level_predictions(
+            anchors, scores, deltas, self.test_score_thresh, self.test_topk_candidates, image_size
+        )
+        keep = batched_nms(
+            candidates.pred_boxes.tensor,
+            candidates.scores,
+            candidates.pred_classes,
+            self.test_nms_thresh,
+        )
+        return candidates[keep[: self.max_detections_per_image]]
+
+
+def check_model_config(cfg: CfgNode) -> None:
+    """Build the model that ``cfg`` describes without its memory, to have its errors at once.
+
+    Raises:
+        InputError: a name or value that the model does not take
+    """
+    with torch.device("meta"):
+        META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+
+
+def to_detectron2_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights that Detectron2's ``RetinaNet`` has: all but the criterion's state."""
+    return {key: value for key, value in state_dict.items() if not key.startswith("criterion.")}
