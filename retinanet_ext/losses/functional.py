@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from retinanet_ext.errors import InputError
-from retinanet_ext.losses.registry import UNBALANCED, check_alpha
+from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, check_alpha
 
 Alpha = float | Sequence[float] | Tensor
 
@@ -53,26 +53,35 @@ def elementwise_loss(
 
     inputs = at_least_float32(inputs)
     loss = formula(torch.where(positive, inputs, -inputs))
-    weight = alpha_tensor(alpha, inputs)
-    if weight is not None:
-        loss = torch.where(positive, weight, 1 - weight) * loss
+    weights = class_weights(alpha, inputs.shape[-1] if inputs.dim() else 0)
+    if weights is not None:
+        foreground, background = weights.to(inputs).unbind()
+        loss = torch.where(positive, foreground, background) * loss
     if reduction == "mean":
         return loss.mean()
     return loss.sum() if reduction == "sum" else loss
 
 
-def alpha_tensor(alpha: Alpha, like: Tensor) -> Tensor | None:
-    """Return alpha as a checked tensor that broadcasts over the last dimension; None for -1."""
-    if isinstance(alpha, (int, float)):
-        return None if check_alpha("alpha", alpha) == UNBALANCED else like.new_tensor(alpha)
-    values = alpha.tolist() if isinstance(alpha, Tensor) else list(alpha)
-    if not isinstance(values, list):
-        return alpha_tensor(values, like)
-    if like.dim() == 0 or len(values) != like.shape[-1]:
-        raise InputError(
-            f"alpha has {len(values)} values for {like.shape[-1] if like.dim() else 0} classes"
-        )
-    for index, value in enumerate(values):
-        if check_alpha(f"alpha[{index}]", value) == UNBALANCED:
-            raise InputError(f"alpha[{index}] is -1 (no balancing), allowed for all classes only")
-    return like.new_tensor(values)
+def class_weights(alpha: Alpha, num_classes: int) -> Tensor | None:
+    """Return alpha and 1 - alpha, checked.
+
+    Args:
+        alpha: one number for all classes, or one a class; -1 for no balancing
+        num_classes: K
+
+    Returns:
+        float64 (in float32, 1 - .999 would be off by 1e-5), (2,) or (2, K); None for no balancing
+    """
+    values = alpha.tolist() if isinstance(alpha, Tensor) else alpha
+    if isinstance(values, (int, float)):
+        if check_alpha("alpha", values) == UNBALANCED:
+            return None
+        values = float(values)
+    else:
+        values = list(values)
+        if len(values) != num_classes:
+            raise InputError(f"alpha has {len(values)} values for {num_classes} classes")
+        for index, value in enumerate(values):
+            ALPHA_RANGE.check(f"alpha[{index}]", value)
+    alphas = torch.tensor(values, dtype=torch.float64)
+    return torch.stack([alphas, 1 - alphas])

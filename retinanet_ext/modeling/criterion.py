@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from retinanet_ext.config import loss_parameter_keys, read_key
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES, Interval
-from retinanet_ext.losses.functional import Alpha, alpha_tensor, at_least_float32
+from retinanet_ext.losses.functional import Alpha, at_least_float32, class_weights
 from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, check_alpha
 from retinanet_ext.modeling.matching import is_foreground
 from retinanet_ext.selection import OHEM, SelectAll
@@ -41,6 +41,7 @@ class RetinaNetCriterion(nn.Module):
     """
 
     loss_normalizer: Tensor
+    alpha_weights: Tensor | None
 
     def __init__(
         self,
@@ -78,8 +79,7 @@ class RetinaNetCriterion(nn.Module):
         Interval("[0, inf)").check("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", smooth_l1_beta)
         self.num_classes = num_classes
         self.cls_loss = cls_loss
-        alpha = alpha_tensor(alpha, torch.zeros(num_classes, dtype=torch.float64))
-        self.register_buffer("alpha", alpha, persistent=False)
+        self.register_buffer("alpha_weights", class_weights(alpha, num_classes), persistent=False)
         self.selection = selection or SelectAll()
         self.normalizer = normalizer
         self.box2box_transform = box2box_transform
@@ -154,14 +154,13 @@ class RetinaNetCriterion(nn.Module):
         """
         logits = at_least_float32(logits)
         negative = self.cls_loss(-logits)
-        alpha = self.alpha
-        if alpha is not None:
-            alpha = alpha.to(logits.dtype)
-            negative = (1 - alpha) * negative
+        if self.alpha_weights is not None:
+            alpha, one_minus_alpha = self.alpha_weights.to(logits.dtype).unbind()
+            negative = one_minus_alpha * negative
         image, anchor = is_foreground(labels, self.num_classes).nonzero(as_tuple=True)
         label = labels[image, anchor]
         positive = self.cls_loss(logits[image, anchor, label])
-        if alpha is not None:
+        if self.alpha_weights is not None:
             positive = alpha.expand(self.num_classes)[label] * positive
         correction = positive - negative[image, anchor, label]
         return negative.sum(2).index_put((image, anchor), correction, accumulate=True)

@@ -1,0 +1,45 @@
+"""Detectors side by side with Detectron2's, and batches of the kinds that go wrong."""
+
+import torch
+from detectron2.config import get_cfg
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+
+from retinanet_ext import add_retinanet_ext_config
+
+
+def make_cfg(*opts, depth=18, num_classes=4):
+    """A RetinaNet config: R-18 and narrow unless told otherwise, on the CPU."""
+    cfg = get_cfg()
+    add_retinanet_ext_config(cfg)
+    cfg.merge_from_file("configs/retinanet_R50_FPN.yaml", allow_unsafe=False)
+    small = ["RESNETS.RES2_OUT_CHANNELS", 64, "FPN.OUT_CHANNELS", 32] if depth < 50 else []
+    values = ["DEVICE", "cpu", "RESNETS.DEPTH", depth, "RETINANET.NUM_CLASSES", num_classes, *small]
+    # Detectron2's settings, where the paper's recipe differs.
+    values += ["RETINANET.LOSS_NORMALIZER", "foreground_ema", "RETINANET.LOW_QUALITY_MATCHES"]
+    values += ["all", "RETINANET.SMOOTH_L1_LOSS_BETA", 0.0]
+    keys = [f"MODEL.{key}" if i % 2 == 0 else key for i, key in enumerate(values)]
+    cfg.merge_from_list([*keys, "DATASETS.TRAIN", [], "DATASETS.TEST", [], *opts])
+    return cfg
+
+
+def make_model(*opts, **kwargs):
+    torch.manual_seed(0)
+    return build_model(make_cfg(*opts, **kwargs))
+
+
+def make_batch(box_counts, num_classes=4, size=(160, 192), seed=0):
+    """Images of noise with that many boxes each."""
+    rng = torch.Generator().manual_seed(seed)
+    batch = []
+    for index, count in enumerate(box_counts):
+        height, width = size[0] - 16 * (index % 2), size[1] - 32 * (index % 3)
+        scale = torch.tensor([width, height, width, height])
+        centre = torch.rand(count, 2, generator=rng) * 0.8 + 0.1
+        half = torch.rand(count, 2, generator=rng) * 0.2 + 0.02
+        instances = Instances((height, width))
+        instances.gt_boxes = Boxes(torch.cat([centre - half, centre + half], 1).clamp(0, 1) * scale)
+        instances.gt_classes = torch.randint(0, num_classes, (count,), generator=rng)
+        image = torch.randint(0, 256, (3, height, width), generator=rng, dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances, "file_name": f"{index}.png"})
+    return batch

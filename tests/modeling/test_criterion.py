@@ -1,0 +1,248 @@
+"""The criterion where it differs from Detectron2's: losses, selections, normalisers, state."""
+
+import copy
+
+import pytest
+import torch
+from detectors import make_batch, make_cfg, make_model
+from detectron2.data import MetadataCatalog
+from detectron2.modeling.box_regression import Box2BoxTransform
+from torch.testing import assert_close
+
+from retinanet_ext.errors import InputError
+from retinanet_ext.losses import (
+    LOSSES,
+    sigmoid_cross_entropy_loss,
+    sigmoid_focal_loss,
+    sigmoid_focal_loss_star,
+    sigmoid_hinge_loss,
+)
+from retinanet_ext.modeling import RetinaNetCriterion, check_model_config
+from retinanet_ext.selection import OHEM
+
+K = 4
+
+
+def criterion(**arguments):
+    defaults = {
+        "num_classes": K,
+        "cls_loss": LOSSES["focal"].bind(),
+        "alpha": 0.25,
+        "box2box_transform": Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)),
+        "normalizer": "foreground_batch",
+    }
+    return RetinaNetCriterion(**{**defaults, **arguments})
+
+
+def dense_targets(labels):
+    return torch.nn.functional.one_hot(labels.clamp(min=0), K + 1)[..., :K].float()
+
+
+def predictions(num_images=3, num_anchors=200, seed=0):
+    rng = torch.Generator().manual_seed(seed)
+    corner = torch.rand(num_anchors, 2, generator=rng) * 100
+    anchors = torch.cat([corner, corner + 8 + 30 * torch.rand(num_anchors, 2, generator=rng)], 1)
+    logits = 3 * torch.randn(num_images, num_anchors, K, generator=rng)
+    deltas = torch.randn(num_images, num_anchors, 4, generator=rng)
+    labels = torch.randint(-1, K + 1, (num_images, num_anchors), generator=rng)
+    labels[0] = K  # an image without objects
+    boxes = anchors + torch.rand(num_anchors, 4, generator=rng)
+    matches = torch.randint(0, num_anchors, (num_images, num_anchors), generator=rng)
+    return anchors, logits, deltas, labels, matches, boxes
+
+
+LOSS_CASES = {
+    "focal": ({"alpha": 0.3}, sigmoid_focal_loss),
+    "focal_star": ({"alpha": 0.3}, sigmoid_focal_loss_star),
+    "cross_entropy": ({"alpha": -1.0}, sigmoid_cross_entropy_loss),
+    "hinge": ({}, sigmoid_hinge_loss),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_anchor_losses_equal_the_loss_of_one_hot_targets(name):
+    arguments, function = LOSS_CASES[name]
+    _, logits, _, labels, _, _ = predictions()
+    losses = criterion(
+        cls_loss=LOSSES[name].bind(), alpha=arguments.get("alpha", -1.0)
+    ).anchor_losses(logits, labels)
+    expected = function(logits, dense_targets(labels), **arguments).sum(2)
+    valid = labels >= 0
+    assert_close(losses[valid], expected[valid])
+
+
+def test_alpha_of_each_class_reaches_the_loss():
+    _, logits, _, labels, _, _ = predictions()
+    alphas = [0.1, 0.4, 0.6, 0.99]
+    losses = criterion(alpha=alphas).anchor_losses(logits, labels)
+    expected = sigmoid_focal_loss(logits, dense_targets(labels), alpha=alphas).sum(2)
+    assert_close(losses[labels >= 0], expected[labels >= 0])
+
+
+def test_half_precision_logits_are_summed_in_float32():
+    anchors, logits, deltas, labels, matches, boxes = predictions()
+    half = criterion()(anchors, logits.half(), deltas.half(), labels, matches, boxes)
+    full = criterion()(
+        anchors, logits.half().float(), deltas.half().float(), labels, matches, boxes
+    )
+    for name, value in full.items():
+        assert half[name].dtype == torch.float32
+        assert_close(half[name], value)
+
+
+@pytest.mark.parametrize("normalizer", ["foreground", "foreground_batch", "foreground_ema",
+                                        "selected"])  # fmt: skip
+def test_normalisers_by_their_definition(normalizer):
+    case = predictions()
+    labels = case[3]
+    module = criterion(normalizer=normalizer)
+    losses = module(*case)
+    per_image = module.anchor_losses(case[1], labels).where(labels >= 0, 0).sum(1)
+    foreground = ((labels >= 0) & (labels < K)).sum(1)
+    total = {
+        "foreground": (per_image / foreground.clamp(min=1)).mean(),
+        "foreground_batch": per_image.sum() / foreground.sum(),
+        "foreground_ema": per_image.sum() / (90 + 0.1 * foreground.sum()),
+        "selected": per_image.sum() / (labels >= 0).sum(),
+    }
+    assert_close(losses["loss_cls"], total[normalizer])
+
+
+@pytest.mark.parametrize("normalizer", ["foreground", "foreground_batch", "selected"])
+def test_a_batch_without_a_single_anchor_that_counts_is_zero_with_a_gradient(normalizer):
+    anchors, logits, deltas, labels, matches, boxes = predictions()
+    labels[:] = -1
+    logits.requires_grad_(), deltas.requires_grad_()
+    losses = criterion(normalizer=normalizer)(anchors, logits, deltas, labels, matches, boxes)
+    sum(losses.values()).backward()
+    assert losses["loss_cls"] == 0 and losses["loss_box_reg"] == 0
+    assert not logits.grad.any() and not deltas.grad.any()
+
+
+def test_ohem_discards_the_rest_from_both_losses():
+    anchors, logits, deltas, labels, matches, boxes = predictions()
+    logits.requires_grad_(), deltas.requires_grad_()
+    ohem = OHEM(batch_size=20, nms_thresh=0.5)
+    module = criterion(selection=ohem, normalizer="selected")
+    losses = module(anchors, logits, deltas, labels, matches, boxes)
+    sum(losses.values()).backward()
+    per_anchor = module.anchor_losses(logits, labels).detach()
+    selected = ohem(per_anchor, labels, anchors, K)
+    assert_close(losses["loss_cls"].detach(), per_anchor[selected].sum() / selected.sum())
+    touched = logits.grad.abs().sum(2) > 0
+    assert not touched[~selected].any() and touched.sum() > 30
+    foreground = (labels >= 0) & (labels < K)
+    assert torch.equal(deltas.grad.abs().sum(2) > 0, selected & foreground)
+
+
+def test_ohem_on_predictions_selects_other_anchors_than_on_anchors():
+    case = predictions()
+    masks = []
+    for nms_boxes in ("anchors", "predictions"):
+        logits = case[1].clone().requires_grad_()
+        module = criterion(selection=OHEM(batch_size=20, nms_boxes=nms_boxes))
+        module(case[0], logits, *case[2:])["loss_cls"].backward()
+        masks.append(logits.grad.abs().sum(2) > 0)
+    assert not torch.equal(*masks)
+
+
+def test_moving_average_is_saved_loaded_and_not_missed():
+    module, case = criterion(normalizer="foreground_ema"), predictions()
+    module(*case)
+    saved = copy.deepcopy(module.state_dict())
+    assert saved.keys() == {"loss_normalizer"}
+    resumed = criterion(normalizer="foreground_ema")
+    resumed.load_state_dict(saved)
+    expected, found = module(*case), resumed(*case)
+    assert torch.equal(expected["loss_cls"], found["loss_cls"])
+    result = resumed.load_state_dict({}, strict=False)
+    assert result.missing_keys == [] and resumed.loss_normalizer == module.loss_normalizer
+
+
+LOSS_OPTS = {
+    "focal, gamma 0.1": ["MODEL.RETINANET.FOCAL_LOSS_GAMMA", 0.1],
+    "focal star": ["MODEL.RETINANET.CLS_LOSS.NAME", "focal_star"],
+    "cross entropy": ["MODEL.RETINANET.CLS_LOSS.NAME", "cross_entropy"],
+    "cross entropy, no prior": [
+        "MODEL.RETINANET.CLS_LOSS.NAME", "cross_entropy", "MODEL.RETINANET.PRIOR_INIT", False],
+    "hinge": ["MODEL.RETINANET.CLS_LOSS.NAME", "hinge"],
+    "ohem": ["MODEL.RETINANET.SELECTION.NAME", "ohem",
+             "MODEL.RETINANET.LOSS_NORMALIZER", "selected"],
+    "ohem 1:3, predictions, process": [
+        "MODEL.RETINANET.SELECTION.NAME", "ohem",
+        "MODEL.RETINANET.SELECTION.OHEM.NEG_POS_RATIO", 3.0,
+        "MODEL.RETINANET.SELECTION.OHEM.NMS_BOXES", "predictions",
+        "MODEL.RETINANET.SELECTION.OHEM.SCOPE", "process"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSS_OPTS)
+def test_every_loss_and_selection_trains_the_whole_model_from_config(name):
+    model = make_model(*LOSS_OPTS[name]).train()
+    losses = model(make_batch([3, 0], size=(96, 96)))
+    sum(losses.values()).backward()
+    trained = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert all(grad is not None and grad.isfinite().all() for grad in trained.values())
+    assert all(value.isfinite() for value in losses.values())
+
+
+def test_prior_gives_every_class_its_probability_and_can_be_left_out():
+    prior = make_model("MODEL.RETINANET.PRIOR_PROB", 0.02).head.cls_score.bias
+    assert_close(prior.sigmoid(), torch.full_like(prior, 0.02))
+    assert not make_model("MODEL.RETINANET.PRIOR_INIT", False).head.cls_score.bias.any()
+
+
+def test_class_alpha_from_names_and_from_a_list():
+    MetadataCatalog.pop("class_alpha_data", None)
+    MetadataCatalog.get("class_alpha_data").thing_classes = ["a", "b", "c", "d"]
+    data = ["DATASETS.TRAIN", ("class_alpha_data",)]
+    key = "MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA"
+    named = make_model(*data, key, [["c", 0.75]]).criterion.alpha_weights[0]
+    assert named.tolist() == [0.25, 0.25, 0.75, 0.25]
+    listed = make_model(*data, key, [0.1, 0.2, 0.3, 0.4]).criterion.alpha_weights[0]
+    assert listed.tolist() == [0.1, 0.2, 0.3, 0.4]
+
+
+R = "MODEL.RETINANET."
+
+
+@pytest.mark.parametrize(
+    ("opts", "words"),
+    [
+        ([R + "CLS_LOSS.NAME", "focl"], ["CLS_LOSS.NAME", "focl", "cross_entropy, focal"]),
+        ([R + "SELECTION.NAME", "hard"], ["SELECTION.NAME", "hard", "all, ohem"]),
+        ([R + "FOCAL_LOSS_GAMMA", -1.0], ["FOCAL_LOSS_GAMMA", "[0, inf)", "-1.0"]),
+        ([R + "FOCAL_LOSS_ALPHA", 1.5], ["FOCAL_LOSS_ALPHA", "[0, 1]", "1.5"]),
+        ([R + "CLS_LOSS.NAME", "focal_star", R + "CLS_LOSS.FOCAL_STAR.GAMMA", 0.0],
+         ["CLS_LOSS.FOCAL_STAR.GAMMA", "(0, inf)"]),
+        ([R + "CLS_LOSS.NAME", "hinge", R + "CLS_LOSS.HINGE.MARGIN", 2.0],
+         ["CLS_LOSS.HINGE.MARGIN", "(0, 1]"]),
+        ([R + "CLS_LOSS.NAME", "hinge", R + "CLS_LOSS.CLASS_ALPHA", [0.1, 0.2, 0.3, 0.4]],
+         ["CLASS_ALPHA", "hinge", "no alpha"]),
+        ([R + "CLS_LOSS.CLASS_ALPHA", [0.1, 0.2]], ["CLASS_ALPHA", "2 values", "4 classes"]),
+        ([R + "CLS_LOSS.CLASS_ALPHA", [["x", 0.2]]], ["CLASS_ALPHA", "'x'", "0, 1, 2, 3"]),
+        ([R + "CLS_LOSS.CLASS_ALPHA", [["1", 3.0]]], ["CLASS_ALPHA['1']", "[0, 1]", "3.0"]),
+        ([R + "CLS_LOSS.NAME", "cross_entropy", R + "CLS_LOSS.CLASS_ALPHA", [["1", 0.5]]],
+         ["CLASS_ALPHA leaves out 0, 2, 3", "CROSS_ENTROPY.ALPHA is -1"]),
+        ([R + "SELECTION.NAME", "ohem", R + "SELECTION.OHEM.BATCH_SIZE", 0],
+         ["SELECTION.OHEM", "batch_size", "[1, inf)"]),
+        ([R + "SELECTION.NAME", "ohem", R + "SELECTION.OHEM.SCOPE", "gpu"],
+         ["SELECTION.OHEM", "scope", "'gpu'"]),
+        ([R + "LOSS_NORMALIZER", "positives"], ["LOSS_NORMALIZER", "positives", "foreground_ema"]),
+        ([R + "LOW_QUALITY_MATCHES", "some"], ["LOW_QUALITY_MATCHES", "some", "ignored_band"]),
+        ([R + "PRIOR_PROB", 0.0], ["PRIOR_PROB", "(0, 1)"]),
+        ([R + "BBOX_REG_LOSS_TYPE", "l3"], ["BBOX_REG_LOSS_TYPE", "l3", "giou"]),
+        ([R + "SMOOTH_L1_LOSS_BETA", -0.1], ["SMOOTH_L1_LOSS_BETA", "[0, inf)"]),
+        ([R + "SCORE_THRESH_TEST", 1.5], ["SCORE_THRESH_TEST", "[0, 1]"]),
+        ([R + "NUM_CLASSES", 0], ["NUM_CLASSES", "[1, inf)"]),
+        ([R + "IOU_THRESHOLDS", [0.6, 0.5]], ["IOU_THRESHOLDS", "[0.6, 0.5]"]),
+        (["MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE", 0], ["SCALES_PER_OCTAVE", "[1, inf)"]),
+        (["MODEL.ANCHOR_GENERATOR.BASE_SCALE", 0.0], ["BASE_SCALE", "(0, inf)"]),
+        (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, -1.0]]], ["ASPECT_RATIOS", "(0, inf)"]),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_refused_with_its_key(opts, words):
+    with pytest.raises(InputError) as error:
+        check_model_config(make_cfg(*opts))
+    for word in words:
+        assert word in str(error.value)

@@ -1,0 +1,113 @@
+"""At Detectron2's settings the detector is Detectron2's, number by number."""
+
+import detectron2.modeling.meta_arch.retinanet as stock_module
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from detectors import make_batch, make_model
+from torch.testing import assert_close
+from torchvision.ops import sigmoid_focal_loss
+
+from retinanet_ext.modeling import to_detectron2_state_dict
+
+BATCHES = {
+    "mixed": [7, 1, 0],
+    "crowded": [500],
+    "single": [1],
+    "empty": [0, 0],
+}
+
+
+def pair(*opts, dtype=torch.float32, **kwargs):
+    """Detectron2's model and ours with the same weights, not the initial ones."""
+    stock = make_model("MODEL.META_ARCHITECTURE", "RetinaNet", *opts, **kwargs)
+    ours = make_model(*opts, **kwargs)
+    with torch.no_grad():  # scores that pass the threshold, deltas that move boxes
+        stock.head.cls_score.weight.mul_(20)
+        stock.head.cls_score.bias.fill_(-2)
+        stock.head.bbox_pred.weight.mul_(10)
+    assert ours.load_state_dict(stock.state_dict(), strict=True)
+    return (stock.double(), ours.double()) if dtype == torch.float64 else (stock, ours)
+
+
+def losses_and_gradients(model, batch, dtype):
+    batch = [{**inputs, "image": inputs["image"].to(dtype)} for inputs in batch]
+    for inputs in batch:
+        instances = inputs["instances"]
+        instances.gt_boxes.tensor = instances.gt_boxes.tensor.to(dtype)
+    with EventStorage():
+        losses = model.train()(batch)
+    model.zero_grad()
+    sum(losses.values()).backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {k: v.detach() for k, v in losses.items()}, gradients
+
+
+def assert_same(ours, stock, tolerance):
+    assert ours.keys() == stock.keys()
+    for name in stock:
+        # Relative to the largest entry: single entries can cancel to nothing.
+        scale = max(stock[name].abs().max().item(), 1e-30)
+        assert_close(ours[name], stock[name], rtol=0, atol=tolerance * scale, msg=lambda m, n=name:
+                     f"{n}: {m}")  # fmt: skip
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("box_loss", ["smooth_l1", "giou"])
+def test_losses_and_gradients(batch, dtype, tolerance, box_loss, monkeypatch):
+    if dtype == torch.float64:  # fvcore's focal loss computes in float32; torchvision's does not
+        monkeypatch.setattr(stock_module, "sigmoid_focal_loss_jit", sigmoid_focal_loss)
+    opts = ["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_loss, "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA",
+            0.1]  # fmt: skip
+    stock, ours = pair(*opts, dtype=dtype)
+    for step in range(2):  # the second step has the moving average of the first behind it
+        data = [make_batch(BATCHES[batch], seed=step) for _ in range(2)]
+        stock_losses, stock_gradients = losses_and_gradients(stock, data[0], dtype)
+        losses, gradients = losses_and_gradients(ours, data[1], dtype)
+        assert_same(losses, stock_losses, tolerance)
+        assert_same(gradients, stock_gradients, tolerance)
+    assert_close(ours.criterion.loss_normalizer.item(), stock.loss_normalizer, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+def test_detections(dtype, tolerance):
+    stock, ours = pair(dtype=dtype)
+    batch = make_batch([0, 0, 0])
+    for inputs in batch:
+        inputs["height"], inputs["width"] = 321, 433  # boxes are scaled back to these
+    with torch.no_grad():
+        expected, found = stock.eval()(batch), ours.eval()(batch)
+    assert sum(len(e["instances"]) for e in expected) > 50
+    for e, f in zip(expected, found, strict=True):
+        e, f = e["instances"], f["instances"]
+        assert torch.equal(f.pred_classes, e.pred_classes)
+        assert_close(f.scores, e.scores, rtol=tolerance, atol=0)
+        assert_close(f.pred_boxes.tensor, e.pred_boxes.tensor, rtol=tolerance, atol=433 * tolerance)
+
+
+def test_inference_without_detections():
+    model = make_model().eval()
+    with torch.no_grad():
+        (result,) = model(make_batch([0]))
+    assert len(result["instances"]) == 0
+
+
+def test_r50_has_detectron2s_parameters_and_weights_go_both_ways():
+    stock, ours = pair(depth=50, num_classes=80)
+    assert sum(p.numel() for p in ours.parameters()) == 37_915_572
+    exported = to_detectron2_state_dict(ours.state_dict())
+    result = stock.load_state_dict(exported, strict=True)
+    assert result.missing_keys == [] and result.unexpected_keys == []
+    assert set(ours.state_dict()) - set(exported) == {"criterion.loss_normalizer"}
+    data = [make_batch([7, 2], num_classes=80, size=(128, 160)) for _ in range(2)]
+    stock_losses, _ = losses_and_gradients(stock, data[0], torch.float32)
+    losses, _ = losses_and_gradients(ours, data[1], torch.float32)
+    assert_same(losses, stock_losses, 1e-5)
+
+
+def test_same_seed_gives_the_same_initial_weights():
+    stock = make_model("MODEL.META_ARCHITECTURE", "RetinaNet")
+    ours = make_model()
+    for name, value in stock.state_dict().items():
+        assert torch.equal(ours.state_dict()[name], value), name
