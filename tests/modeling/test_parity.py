@@ -3,11 +3,13 @@
 import detectron2.modeling.meta_arch.retinanet as stock_module
 import pytest
 import torch
+from detectron2.layers import batched_nms
 from detectron2.utils.events import EventStorage
 from detectors import make_batch, make_model
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
+import retinanet_ext.modeling.retinanet as our_module
 from retinanet_ext.modeling import to_detectron2_state_dict
 
 BATCHES = {
@@ -52,12 +54,28 @@ def assert_same(ours, stock, tolerance):
                      f"{n}: {m}")  # fmt: skip
 
 
+def stay_in_float64(monkeypatch):
+    """Keep Detectron2 from rounding to float32 in its focal and GIoU losses."""
+    monkeypatch.setattr(stock_module, "sigmoid_focal_loss_jit", sigmoid_focal_loss)
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+
+
+def nms_in_float32(monkeypatch):
+    """Let Detectron2, which always decodes boxes in float32, take float64 scores beside them."""
+
+    def nms(boxes, scores, classes, threshold):
+        return batched_nms(boxes, scores.to(boxes.dtype), classes, threshold)
+
+    for module in (stock_module, our_module):
+        monkeypatch.setattr(module, "batched_nms", nms)
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("box_loss", ["smooth_l1", "giou"])
 def test_losses_and_gradients(batch, dtype, tolerance, box_loss, monkeypatch):
-    if dtype == torch.float64:  # fvcore's focal loss computes in float32; torchvision's does not
-        monkeypatch.setattr(stock_module, "sigmoid_focal_loss_jit", sigmoid_focal_loss)
+    if dtype == torch.float64:
+        stay_in_float64(monkeypatch)
     opts = ["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_loss, "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA",
             0.1]  # fmt: skip
     stock, ours = pair(*opts, dtype=dtype)
@@ -71,9 +89,12 @@ def test_losses_and_gradients(batch, dtype, tolerance, box_loss, monkeypatch):
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
-def test_detections(dtype, tolerance):
+def test_detections(dtype, tolerance, monkeypatch):
     stock, ours = pair(dtype=dtype)
     batch = make_batch([0, 0, 0])
+    if dtype == torch.float64:
+        nms_in_float32(monkeypatch)
+        batch = [{**inputs, "image": inputs["image"].double()} for inputs in batch]
     for inputs in batch:
         inputs["height"], inputs["width"] = 321, 433  # boxes are scaled back to these
     with torch.no_grad():
