@@ -1,0 +1,110 @@
+"""What OHEM costs against a training step.
+
+    python benchmarks/bench_selection.py [--height 608 --width 800] [--device cuda]
+
+Two images a step, R-50-FPN with 80 classes, interleaved repetitions, medians. The losses of the
+anchors are those of the model itself: as initialised (every negative alike, the hardest case for
+a search that stops early) and with scores spread as in training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+
+from retinanet_ext.engine import load_config
+from retinanet_ext.modeling.matching import label_anchors
+from retinanet_ext.selection import OHEM
+
+SELECTIONS = {
+    "OHEM 128, NMS .5": OHEM(),
+    "OHEM 512, NMS .7": OHEM(batch_size=512, nms_thresh=0.7),
+    "OHEM 1:3, 128, NMS .5": OHEM(neg_pos_ratio=3.0),
+    "OHEM 1:3, 512, NMS .5": OHEM(batch_size=512, neg_pos_ratio=3.0),
+}
+
+
+def seconds(function: Callable[[], object], device: str) -> float:
+    """Return the wall time of one call, the device's work included."""
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--height", type=int, default=608)
+    parser.add_argument("--width", type=int, default=800)
+    parser.add_argument("--boxes", type=int, default=20)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    cfg, _ = load_config("configs/retinanet_R50_FPN.yaml", ["MODEL.DEVICE", args.device])
+    model = build_model(cfg).train()
+    batch = []
+    for _ in range(2):
+        corner = torch.rand(args.boxes, 2) * torch.tensor([args.width, args.height]) * 0.7
+        size = torch.rand(args.boxes, 2) * 150 + 20
+        instances = Instances((args.height, args.width))
+        instances.gt_boxes = Boxes(torch.cat([corner, corner + size], 1))
+        instances.gt_boxes.clip(instances.image_size)
+        instances.gt_classes = torch.randint(0, 80, (args.boxes,))
+        image = torch.randint(0, 256, (3, args.height, args.width), dtype=torch.uint8)
+        batch.append({"image": image, "instances": instances})
+
+    def step() -> None:
+        model.zero_grad()
+        sum(model(batch).values()).backward()
+
+    with torch.no_grad():
+        images = model.preprocess_image(batch)
+        features = model.backbone(images.tensor)
+        features = [features[name] for name in model.head_in_features]
+        anchors = Boxes.cat(model.anchor_generator(features))
+        logits, _ = model._transpose_dense_predictions(model.head(features), [80, 4])
+        logits = torch.cat(logits, 1)
+        gt = [inputs["instances"].to(args.device) for inputs in batch]
+        labels, _ = label_anchors(model.anchor_matcher, anchors, gt, 80)
+        initial = model.criterion.anchor_losses(logits, labels)
+        spread = model.criterion.anchor_losses(logits + 2 * torch.randn_like(logits), labels)
+
+    calls: dict[str, Callable[[], object]] = {"training step, all anchors": step}
+    for name, ohem in SELECTIONS.items():
+        for when, losses in (("initial", initial), ("spread", spread)):
+            calls[f"{name}, {when} losses"] = lambda ohem=ohem, losses=losses: ohem(
+                losses, labels, anchors.tensor, 80
+            )
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    with EventStorage():
+        for repetition in range(args.repeat + 1):  # the first warms up
+            for name, call in calls.items():
+                duration = seconds(call, args.device)
+                if repetition:
+                    times[name].append(duration)
+    medians = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    base = medians["training step, all anchors"]
+    print(f"{len(anchors)} anchors an image, {int((labels < 80).sum() - (labels < 0).sum())} "
+          f"positive in the batch, {args.device}, {torch.get_num_threads()} threads")  # fmt: skip
+    print(
+        tabulate(
+            [[n, 1e3 * t, f"{100 * t / base:.1f} %"] for n, t in medians.items()],
+            ["", "ms", "of a step"],
+            floatfmt=".1f",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Train this detector and Detectron2's RetinaNet side by side: losses, AP, time, memory.
+
+    python benchmarks/compare_detectron2.py --config-file configs/small_R18_FPN.yaml \
+        DATASETS.CUSTOM.TRAIN_JSON train.json DATASETS.CUSTOM.TRAIN_IMAGES images ...
+
+Same config, data, seed and machine, one after the other, each in a process of its own so that
+peak memory is its own. Results go to ``OUTPUT_DIR/<architecture>``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import resource
+import time
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase, default_setup
+from tabulate import tabulate
+
+from retinanet_ext.data import prepare_datasets
+from retinanet_ext.engine import Trainer, load_config
+
+ARCHITECTURES = ("RetinaNet", "RetinaNetExt")
+
+
+class Recorder(HookBase):
+    """Keep the total loss and the seconds of every iteration."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+
+    def before_step(self) -> None:
+        self.start = time.perf_counter()
+
+    def after_step(self) -> None:
+        self.seconds.append(time.perf_counter() - self.start)
+        self.losses.append(self.trainer.storage.history("total_loss").latest())
+
+
+def run(architecture: str, args: argparse.Namespace, results: Any) -> None:
+    """Train one architecture and put what happened into ``results``."""
+    torch.set_num_threads(args.threads)
+    cfg, num_classes_is_set = load_config(args.config_file, args.opts)
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, architecture)
+    if not torch.cuda.is_available():
+        cfg.MODEL.DEVICE = "cpu"
+    prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=False)
+    os.makedirs(cfg.OUTPUT_DIR)  # an earlier comparison is not overwritten
+    default_setup(cfg, args)
+    trainer = Trainer(cfg)
+    recorder = Recorder()
+    trainer.register_hooks([recorder])
+    trainer.resume_or_load(resume=False)
+    metrics = trainer.train()["bbox"]
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if torch.cuda.is_available():
+        memory = torch.cuda.max_memory_allocated() / 2**20
+    results.put((architecture, recorder.losses, recorder.seconds, metrics, memory))
+
+
+def main() -> None:
+    """Run both and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config-file", required=True)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("opts", nargs=argparse.REMAINDER, help="KEY VALUE pairs")
+    args = parser.parse_args()
+    context = multiprocessing.get_context("spawn")
+    rows, losses = [], {}
+    for architecture in ARCHITECTURES:
+        results = context.SimpleQueue()
+        process = context.Process(target=run, args=(architecture, args, results))
+        process.start()
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"{architecture} ended with exit code {process.exitcode}")
+        _, losses[architecture], seconds, metrics, memory = results.get()
+        median = torch.tensor(seconds).median().item()
+        rows.append([architecture, metrics["AP"], metrics["AP50"], median, memory])
+    print(tabulate(rows, ["", "AP", "AP50", "s/iteration (median)", "peak MiB"], floatfmt=".3f"))
+    first = [torch.tensor(values[:20], dtype=torch.float64) for values in losses.values()]
+    difference = ((first[0] - first[1]) / first[0]).abs().max().item()
+    print(f"largest relative difference of the first {len(first[0])} losses: {difference:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""Which tests may be skipped: those marked ``cuda`` without a CUDA device; in CI no others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator
+from importlib.util import find_spec
+
+import pytest
+from hypothesis import settings
+
+IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
+
+# No deadline: a busy machine is no failure. In CI the same examples every time.
+settings.register_profile("retinanet_ext", deadline=None, derandomize=IN_CI)
+settings.load_profile("retinanet_ext")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if IN_CI and find_spec("detectron2") is None:
+        raise pytest.UsageError("Detectron2 is not installed; `make test` installs it")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    needs_cuda = [item for item in items if item.get_closest_marker("cuda")]
+    if not needs_cuda:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in needs_cuda:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and not item.get_closest_marker("cuda"):
+        fail_in_ci(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    if report.skipped:  # a whole module, as by pytest.importorskip
+        fail_in_ci(report)
+    return report
+
+
+def fail_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if IN_CI:
+        _, _, reason = report.longrepr
+        report.outcome = "failed"
+        report.longrepr = f"{reason} (in CI only tests marked cuda may be skipped)"

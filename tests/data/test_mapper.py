@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from detectron2.config import CfgNode
+from detectron2.data import DatasetMapper
+from torch.utils.data import DataLoader
+
+from retinanet_ext.data import CheckedDatasetMapper, coco_json
+from retinanet_ext.engine.failures import explain
+from retinanet_ext.errors import InputError
+
+from .conftest import Bccd
+
+FIRST = "BloodImage_00164.jpg"
+
+
+class Mapped:
+    """The training images through the mapper, as a data set of a data loader."""
+
+    def __init__(self, bccd: Bccd, cfg: CfgNode) -> None:
+        bccd.write()
+        self.records = coco_json.load_dataset_dicts(str(bccd.train_json), str(bccd.images))
+        self.mapper = CheckedDatasetMapper(cfg, is_train=True)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        return self.mapper(self.records[index])
+
+
+def test_good_image_is_mapped_as_by_detectron2(bccd: Bccd, cfg: CfgNode) -> None:
+    cfg.INPUT.RANDOM_FLIP = "none"
+    data = Mapped(bccd, cfg)
+    expected = DatasetMapper(cfg, is_train=True)
+    for index, record in enumerate(data.records):
+        np.random.seed(0)
+        ours = data[index]
+        np.random.seed(0)
+        theirs = expected(record)
+        assert (ours["image"] == theirs["image"]).all()
+        assert (ours["instances"].gt_boxes.tensor == theirs["instances"].gt_boxes.tensor).all()
+
+
+@pytest.mark.parametrize("is_train", [True, False])
+def test_truncated_image_is_named(is_train: bool, bccd: Bccd, cfg: CfgNode) -> None:
+    data = Mapped(bccd, cfg)
+    data.mapper = CheckedDatasetMapper(cfg, is_train=is_train)
+    path = bccd.images / FIRST
+    path.write_bytes(path.read_bytes()[:9000])
+    with pytest.raises(InputError, match=rf"image .*{FIRST} \(image id 80\) cannot be .* trunc"):
+        data[0]
+
+
+def test_image_is_named_from_a_worker_process(bccd: Bccd, cfg: CfgNode) -> None:
+    data = Mapped(bccd, cfg)
+    (bccd.images / FIRST).unlink()
+    with pytest.raises(InputError) as error:
+        list(DataLoader(data, batch_size=None, num_workers=1))
+    code, line = explain(error.value)
+    assert code == 2
+    assert line.startswith(f"image {bccd.images / FIRST} (image id 80) cannot be used: ")
+    assert "No such file" in line
+
+
+def test_other_errors_are_not_blamed_on_the_image(bccd: Bccd, cfg: CfgNode) -> None:
+    data = Mapped(bccd, cfg)
+    del data.records[0]["annotations"][0]["bbox_mode"]
+    with pytest.raises(KeyError, match="bbox_mode"):
+        data[0]

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
+from detectron2.data.datasets import register_coco_instances
+from detectron2.evaluation import COCOEvaluator
+from detectron2.structures import Boxes, BoxMode, Instances
+
+from retinanet_ext.data import SampleSet, prepare_datasets
+from retinanet_ext.errors import InputError
+
+from .conftest import BCCD_MINI, Bccd
+
+
+def prepare(cfg: CfgNode, *, num_classes_is_set: bool = False, eval_only: bool = False) -> CfgNode:
+    prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=eval_only)
+    return cfg
+
+
+def test_custom_data_are_registered_and_counted(
+    bccd: Bccd, cfg: CfgNode, log: pytest.LogCaptureFixture
+) -> None:
+    prepare(bccd.use(cfg))
+    assert cfg.DATASETS.TRAIN == ("custom_train",)
+    assert cfg.DATASETS.TEST == ("custom_test",)
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 3
+    metadata = MetadataCatalog.get("custom_train")
+    assert metadata.thing_classes == ["RBC", "WBC", "Platelets"]
+    assert metadata.thing_dataset_id_to_contiguous_id == {1: 0, 2: 1, 3: 2}
+    assert metadata.json_file == str(bccd.train_json)  # complete, so no copy
+    assert len(get_detection_dataset_dicts(["custom_train", "custom_test"])) == 5
+    train = (
+        "custom_train: 3 images, 35 boxes, 0 crowd regions, 3 classes "
+        f"(RBC 27, WBC 3, Platelets 5) from {bccd.train_json}"
+    )
+    assert train in log.messages
+    assert (
+        f"{bccd.train_json}: 1 boxes without area inside their image are left out of training: "
+        "annotation 2288 (image 171)"
+    ) in log.messages
+
+
+def test_registering_again_replaces(bccd: Bccd, cfg: CfgNode) -> None:
+    prepare(bccd.use(cfg))
+    prepare(cfg)
+    for content in (bccd.train, bccd.val):
+        content["categories"][0]["name"] = "red cell"
+    bccd.train["images"].pop()
+    bccd.train["annotations"] = [a for a in bccd.train["annotations"] if a["image_id"] != 171]
+    prepare(bccd.use(cfg))
+    assert len(DatasetCatalog.get("custom_train")) == 2
+    assert MetadataCatalog.get("custom_train").thing_classes[0] == "red cell"
+
+
+def test_category_ids_with_gaps_become_contiguous(
+    bccd: Bccd, cfg: CfgNode, log: pytest.LogCaptureFixture
+) -> None:
+    new_ids = {1: 7, 2: 0, 3: 90}
+    for content in (bccd.train, bccd.val):
+        for category in content["categories"]:
+            category["id"] = new_ids[category["id"]]
+        for annotation in content["annotations"]:
+            annotation["category_id"] = new_ids[annotation["category_id"]]
+    prepare(bccd.use(cfg))
+    assert MetadataCatalog.get("custom_test").thing_classes == ["WBC", "RBC", "Platelets"]
+    labels = [a["category_id"] for d in DatasetCatalog.get("custom_test") for a in d["annotations"]]
+    assert [labels.count(label) for label in range(3)] == [2, 13, 3]
+    assert "custom_test: category ids 0, 7, 90 stand for classes 0..2" in log.messages
+
+
+@pytest.mark.parametrize(("filter_empty", "what"), [(True, "left out"), (False, "background")])
+def test_images_without_objects_are_counted(
+    filter_empty: bool, what: str, bccd: Bccd, cfg: CfgNode, log: pytest.LogCaptureFixture
+) -> None:
+    cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filter_empty
+    bccd.train["annotations"] = [a for a in bccd.train["annotations"] if a["image_id"] != 80]
+    prepare(bccd.use(cfg))
+    message = next(m for m in log.messages if "without objects" in m)
+    assert message.startswith("custom_train: 1 images")
+    assert what in message
+    used = get_detection_dataset_dicts(["custom_train"], filter_empty=filter_empty)
+    assert len(used) == 3 - filter_empty
+
+
+def test_boxes_reaching_outside_are_counted(
+    bccd: Bccd, cfg: CfgNode, log: pytest.LogCaptureFixture
+) -> None:
+    bccd.train["annotations"][0]["bbox"] = [600, 400, 100, 100]
+    prepare(bccd.use(cfg))
+    assert f"{bccd.train_json}: 1 boxes reach outside their image and are clipped in training" in (
+        log.messages
+    )
+
+
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+@pytest.mark.parametrize("given", ["JSON", "IMAGES"])
+def test_half_of_the_custom_keys_is_refused(
+    split: str, given: str, bccd: Bccd, cfg: CfgNode
+) -> None:
+    bccd.use(cfg)
+    other = {"JSON": "IMAGES", "IMAGES": "JSON"}[given]
+    cfg.DATASETS.CUSTOM[f"{split}_{other}"] = ""
+    expected = rf"CUSTOM\.{split}_{given} is .*, but DATASETS\.CUSTOM\.{split}_{other} is empty"
+    with pytest.raises(InputError, match=expected):
+        prepare(cfg)
+
+
+def test_evaluation_needs_the_test_data_only(bccd: Bccd, cfg: CfgNode) -> None:
+    bccd.use(cfg)
+    cfg.DATASETS.CUSTOM.TRAIN_JSON = "gone.json"
+    prepare(cfg, eval_only=True)
+    assert cfg.DATASETS.TEST == ("custom_test",)
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 3
+
+
+@pytest.mark.parametrize(("eval_only", "key"), [(False, "TRAIN"), (True, "TEST")])
+def test_no_data_at_all_is_refused(eval_only: bool, key: str, cfg: CfgNode) -> None:
+    with pytest.raises(InputError, match=rf"DATASETS\.{key} is empty.*CUSTOM\.{key}_JSON"):
+        prepare(cfg, eval_only=eval_only)
+
+
+def test_unknown_name_is_refused(cfg: CfgNode) -> None:
+    cfg.DATASETS.TRAIN = ("coco_2017_trian",)
+    with pytest.raises(InputError, match=r"TRAIN names 'coco_2017_trian'.*'coco_2017_train'"):
+        prepare(cfg)
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda names: names[::-1], "class 0 is 'RBC' in custom_train .* 'Platelets' in"),
+        (lambda names: names[:2], "class 2 is 'Platelets' in custom_train .*'missing' in"),
+        (lambda names: [*names, "Worm"], "class 3 is 'missing' in custom_train .*'Worm' in"),
+        (lambda names: ["rbc", *names[1:]], "class 0 is 'RBC' in custom_train .*'rbc' in"),
+    ],
+)
+def test_class_lists_that_differ_are_refused(
+    change: Any, difference: str, bccd: Bccd, cfg: CfgNode
+) -> None:
+    names = change([category["name"] for category in bccd.val["categories"]])
+    bccd.val["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, start=1)]
+    bccd.val["annotations"] = [a for a in bccd.val["annotations"] if a["category_id"] == 1]
+    with pytest.raises(InputError, match=difference):
+        prepare(bccd.use(cfg))
+
+
+def test_number_of_classes_set_by_hand_must_agree(bccd: Bccd, cfg: CfgNode) -> None:
+    cfg.MODEL.RETINANET.NUM_CLASSES = 80
+    with pytest.raises(InputError, match=r"NUM_CLASSES is 80, but .*3 classes \(RBC, WBC, Plat"):
+        prepare(bccd.use(cfg), num_classes_is_set=True)
+    cfg.MODEL.RETINANET.NUM_CLASSES = 3
+    prepare(cfg, num_classes_is_set=True)
+
+
+def test_missing_files_of_a_registered_set_are_named(cfg: CfgNode) -> None:
+    register_coco_instances(
+        "absent_train", {"thing_classes": ["a", "b"]}, "absent/train.json", "absent/images"
+    )
+    cfg.DATASETS.TRAIN = ("absent_train",)
+    with pytest.raises(InputError, match=r"absent/train\.json.*absent_train.*DETECTRON2_DATASETS"):
+        prepare(cfg)
+
+
+def test_classes_of_a_registered_set_are_counted(cfg: CfgNode) -> None:
+    def load() -> list[dict[str, Any]]:
+        raise AssertionError("the data of another loader are not read in advance")
+
+    DatasetCatalog.register("by_code", load)
+    MetadataCatalog.get("by_code").thing_classes = ["a", "b"]
+    cfg.DATASETS.TRAIN = ("by_code",)
+    assert prepare(cfg).MODEL.RETINANET.NUM_CLASSES == 2
+
+
+def test_sample_set_is_registered(
+    datasets_root: Path, cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(datasets_root))
+    cfg.DATASETS.TRAIN = ("retinanet_ext_sample_train",)
+    cfg.DATASETS.TEST = ("retinanet_ext_sample_val",)
+    prepare(cfg)
+    assert cfg.MODEL.RETINANET.NUM_CLASSES == 5
+    assert len(DatasetCatalog.get("retinanet_ext_sample_train")) == SampleSet().num_train
+    assert len(DatasetCatalog.get("retinanet_ext_sample_val")) == SampleSet().num_val
+
+
+def strip(bccd: Bccd) -> None:
+    for number, annotation in enumerate(bccd.val["annotations"]):
+        del annotation["iscrowd"], annotation["area"]
+        annotation["id"] = number  # from 0
+
+
+def test_evaluation_completes_the_json(bccd: Bccd, cfg: CfgNode, tmp_path: Path) -> None:
+    """Detections equal to the ground truth have AP 100, whatever the json leaves out."""
+    strip(bccd)
+    prepare(bccd.use(cfg))
+    files = {path: path.read_bytes() for path in bccd.folder.rglob("*") if path.is_file()}
+    evaluator = COCOEvaluator("custom_test", output_dir=str(tmp_path / "out"))
+    evaluator.reset()
+    for record in DatasetCatalog.get("custom_test"):
+        boxes = torch.tensor([a["bbox"] for a in record["annotations"]])
+        instances = Instances(
+            (record["height"], record["width"]),
+            pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
+            scores=torch.ones(len(boxes)),
+            pred_classes=torch.tensor([a["category_id"] for a in record["annotations"]]),
+        )
+        evaluator.process([record], [{"instances": instances}])
+    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
+    assert files == {path: path.read_bytes() for path in bccd.folder.rglob("*") if path.is_file()}
+
+
+def test_completed_json_goes_with_its_process(bccd: Bccd) -> None:
+    strip(bccd)
+    bccd.write()
+    program = f"""
+from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
+from retinanet_ext import add_retinanet_ext_config
+from retinanet_ext.data import prepare_datasets
+cfg = get_cfg()
+add_retinanet_ext_config(cfg)
+cfg.DATASETS.CUSTOM.TEST_JSON = {str(bccd.val_json)!r}
+cfg.DATASETS.CUSTOM.TEST_IMAGES = {str(bccd.images)!r}
+prepare_datasets(cfg, num_classes_is_set=False, eval_only=True)
+path = MetadataCatalog.get("custom_test").json_file
+print(path, len(open(path).read()))
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
+    )
+    path, length = result.stdout.split()
+    assert path != str(bccd.val_json)
+    assert int(length) > len(json.dumps(bccd.val))
+    assert not os.path.exists(os.path.dirname(path))
+
+
+def test_relative_paths_are_those_of_the_working_directory(
+    cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(BCCD_MINI)
+    cfg.DATASETS.CUSTOM.TEST_JSON = "instances_val.json"
+    cfg.DATASETS.CUSTOM.TEST_IMAGES = "images"
+    prepare(cfg, eval_only=True)
+    assert len(DatasetCatalog.get("custom_test")) == 2

@@ -1,0 +1,197 @@
+"""Weights that do not fit are refused, and what does fit is loaded."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from detectors import make_model
+from torch import nn
+
+from retinanet_ext.engine import Checkpointer, export_weights
+from retinanet_ext.errors import InputError
+
+CLS_SCORE = "head.cls_score.weight"
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return make_model(num_classes=4).state_dict()
+
+
+@pytest.fixture
+def model():
+    return make_model(num_classes=4)
+
+
+def save(content, path):
+    torch.save(content, path)
+    return str(path)
+
+
+def backbone_pkl(weights, path, **changed):
+    """A file as Detectron2's ImageNet backbones are: arrays under names without a prefix."""
+    prefix = "backbone.bottom_up."
+    arrays = {
+        name.removeprefix(prefix): tensor.numpy()
+        for name, tensor in weights.items()
+        if name.startswith(prefix)
+    }
+    content = {"model": arrays | changed, "__author__": "test", "matching_heuristics": True}
+    path.write_bytes(pickle.dumps(content))
+    return str(path)
+
+
+def test_detectron2_weights_fill_the_model(model, tmp_path):
+    stock = make_model("MODEL.META_ARCHITECTURE", "RetinaNet", num_classes=4)
+    for parameter in stock.parameters():
+        nn.init.normal_(parameter)
+    path = save(stock.state_dict(), tmp_path / "stock.pth")
+    Checkpointer(model, complete=True).load(path)
+    loaded = model.state_dict()
+    for name, tensor in stock.state_dict().items():
+        assert torch.equal(loaded[name], tensor), name
+
+
+def test_other_shape_is_refused(weights, tmp_path):
+    path = save({"model": weights}, tmp_path / "four.pth")
+    checkpointer = Checkpointer(make_model(num_classes=3))
+    with pytest.raises(InputError) as raised:
+        checkpointer.load(path)
+    message = str(raised.value)
+    # 9 anchors a cell.
+    for text in (path, CLS_SCORE, "(36, 32, 3, 3)", "(27, 32, 3, 3)", "1 more", "REINIT"):
+        assert text in message
+
+
+def test_other_shape_starts_anew_where_asked(weights, tmp_path, caplog):
+    model = make_model(num_classes=3)
+    fresh = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor + 1 for name, tensor in weights.items()}
+    path = save({"model": weights}, tmp_path / "four.pth")
+    Checkpointer(model, reinit_mismatched=True).load(path)
+    assert "start anew: head.cls_score.weight is (36, 32, 3, 3)" in caplog.text
+    loaded = model.state_dict()
+    assert torch.equal(loaded[CLS_SCORE], fresh[CLS_SCORE])
+    name = "head.bbox_pred.weight"
+    assert torch.equal(loaded[name], weights[name])
+
+
+def test_resuming_never_starts_layers_anew(weights, tmp_path):
+    path = save({"model": weights, "trainer": {}}, tmp_path / "four.pth")
+    checkpointer = Checkpointer(
+        make_model(num_classes=3), reinit_mismatched=True, trainer=nn.Linear(1, 1)
+    )
+    with pytest.raises(InputError, match="resume with the config"):
+        checkpointer.load(path)
+
+
+def test_resuming_with_another_optimizer_is_refused(weights, model, tmp_path):
+    saved = torch.optim.SGD(nn.Linear(2, 2).parameters(), 0.1).state_dict()
+    path = save({"model": weights, "optimizer": saved}, tmp_path / "run.pth")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with pytest.raises(InputError, match=r"run\.pth do not load: .*parameter group.*resuming"):
+        Checkpointer(model, optimizer=optimizer).load(path)
+
+
+def test_backbone_alone_trains_but_does_not_evaluate(weights, model, tmp_path):
+    weights = {name: tensor + 1 for name, tensor in weights.items()}
+    path = backbone_pkl(weights, tmp_path / "R-18.pkl")
+    Checkpointer(model).load(path)
+    name = "backbone.bottom_up.res3.0.conv1.weight"
+    assert torch.equal(model.state_dict()[name], weights[name])
+    with pytest.raises(InputError, match=r"lack \d+ tensors .* such as backbone\.fpn"):
+        Checkpointer(model, complete=True).load(path)
+
+
+def test_backbone_of_another_width_is_refused(weights, model, tmp_path):
+    other = {"res5.0.conv1.weight": torch.zeros(8, 8, 3, 3).numpy()}
+    path = backbone_pkl(weights, tmp_path / "R-18.pkl", **other)
+    with pytest.raises(InputError, match=r"res5\.0\.conv1\.weight is \(8, 8, 3, 3\), the model's"):
+        Checkpointer(model).load(path)
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_caffe2_names(channels, model, tmp_path):
+    path = tmp_path / "R-18.pkl"
+    path.write_bytes(pickle.dumps({"conv1_w": torch.ones(64, channels, 7, 7).numpy()}))
+    if channels == 3:
+        Checkpointer(model).load(str(path))
+        assert model.backbone.bottom_up.stem.conv1.weight.eq(1).all()
+    else:
+        with pytest.raises(InputError, match=r"stem\.conv1\.weight is \(64, 4, 7, 7\)"):
+            Checkpointer(model).load(str(path))
+
+
+def test_weights_of_nothing_in_the_model_are_refused(model, tmp_path):
+    path = save(nn.Linear(2, 2).state_dict(), tmp_path / "linear.pth")
+    with pytest.raises(InputError, match=r"linear\.pth hold no tensor of this model"):
+        Checkpointer(model).load(path)
+
+
+def test_evaluation_refuses_a_deeper_model(model, tmp_path):
+    """R-18's names and shapes are among R-34's: nothing is missing."""
+    path = save(make_model(depth=34).state_dict(), tmp_path / "R34.pth")
+    with pytest.raises(InputError, match=r"no place for, such as backbone\.bottom_up\.res"):
+        Checkpointer(model, complete=True).load(path)
+
+
+def test_evaluation_takes_old_files_with_pixel_mean(weights, model, tmp_path):
+    old = weights | {"pixel_mean": torch.zeros(3, 1, 1)}
+    Checkpointer(model, complete=True).load(save(old, tmp_path / "old.pth"))
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"not a checkpoint",
+        pickle.dumps({"model": {}}),
+        "truncated",
+        "code",
+        [1, 2],
+        {"model": 3},
+        {"model": {"name": "text"}},
+    ],
+    ids=["empty", "text", "pickle", "truncated", "code", "list", "model is 3", "text in it"],
+)
+def test_damaged_file(content, weights, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "model.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "truncated":
+        save({"model": weights}, path)
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif content == "code":
+        save({"model": weights, "extra": Payload()}, path)
+    else:
+        save(content, path)
+    with pytest.raises(InputError, match=r"model\.pth") as raised:
+        Checkpointer(model).load(str(path))
+    assert "\n" not in str(raised.value)
+    assert not os.path.exists("executed")
+
+
+def test_missing_file(model, tmp_path):
+    with pytest.raises(InputError, match=r"none\.pth"):
+        Checkpointer(model).load(str(tmp_path / "none.pth"))
+
+
+def test_exported_weights_are_detectron2s(weights, tmp_path):
+    checkpoint = save({"model": weights, "trainer": {"iteration": 3}}, tmp_path / "run.pth")
+    output = tmp_path / "weights.pth"
+    export_weights(checkpoint, output)
+    stock = make_model("MODEL.META_ARCHITECTURE", "RetinaNet", num_classes=4)
+    exported = torch.load(output)
+    assert list(exported) == list(stock.state_dict())
+    stock.load_state_dict(exported)
+    before = output.read_bytes()
+    with pytest.raises(InputError, match="exists"):
+        export_weights(checkpoint, output)
+    assert output.read_bytes() == before

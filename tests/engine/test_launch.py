@@ -1,0 +1,95 @@
+"""What is refused before any process starts: one line, exit code 2, nothing written."""
+
+import pytest
+import torch
+from detectors import make_model
+
+from retinanet_ext.engine import main
+
+CONFIG = ["--config-file", "tests/engine/tiny.yaml"]
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
+
+
+@pytest.fixture
+def refuse(capsys, tmp_path):
+    """Run train_net.py, which must refuse without writing, and return its last line."""
+
+    def run(*argv):
+        before = contents(tmp_path)
+        assert main(argv) == 2
+        assert contents(tmp_path) == before
+        message = capsys.readouterr().err
+        assert "Traceback" not in message
+        program, _, line = message.splitlines()[-1].partition(": error: ")
+        assert program and line
+        return line
+
+    return run
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ([], "--config-file is needed"),
+        ([*CONFIG, "--num-gpus", "0"], "--num-gpus must be at least 1"),
+        ([*CONFIG, "--num-machines", "2"], "needs --dist-url tcp://"),
+        ([*CONFIG, "--num-machines", "2", "--machine-rank", "2"], "--machine-rank 2"),
+        ([*CONFIG, "--num-gpus", "2"], "IMS_PER_BATCH 3 must be a multiple"),
+        ([*CONFIG, "--eval-only"], "--eval-only needs weights"),
+        ([*CONFIG, "--eval-only", "--resume"], "which holds none"),
+    ],
+)
+def test_flags(flags, expected, refuse, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    opts = ["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.IMS_PER_BATCH", "3"]
+    assert expected in refuse(*flags, *opts)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("MODEL.RETINANET.CLS_LOSS.NAME", "focale", "focal_star"),
+        ("MODEL.RETINANET.SELECTION.NAME", "hard", "ohem"),
+        ("MODEL.RETINANET.FOCAL_LOSS_GAMMA", "-1", "FOCAL_LOSS_GAMMA"),
+        ("MODEL.RETINANET.NUM_CLASSES", "80", "NUM_CLASSES is 80"),
+        ("MODEL.BACKBONE.NAME", "resnet", "no model can be built from this config: KeyError"),
+        ("MODEL.RESNETS.DEPTH", "19", "no model can be built from this config: KeyError: 19"),
+        ("DATASETS.CUSTOM.TRAIN_JSON", "none.json", "none.json"),
+        ("DATASETS.CUSTOM.TEST_IMAGES", "none", "none"),
+        ("MODEL.WEIGHTS", "none.pth?matching_heuristics=True", "MODEL.WEIGHTS is none.pth"),
+        ("MODEL.WEIGHTS", "README.md", "README.md"),
+    ],
+)
+def test_values(key, value, expected, refuse, tmp_path):
+    assert expected in refuse(*CONFIG, "OUTPUT_DIR", str(tmp_path / "run"), key, value)
+
+
+def test_weights_of_other_classes(refuse, tmp_path):
+    torch.save(make_model(num_classes=4).state_dict(), tmp_path / "four.pth")
+    opts = ["MODEL.FPN.OUT_CHANNELS", "32", "MODEL.RETINANET.NORM", "", "MODEL.FPN.NORM", ""]
+    weights = ["MODEL.WEIGHTS", str(tmp_path / "four.pth"), "MODEL.RETINANET.NUM_CONVS", "4"]
+    line = refuse(*CONFIG, "OUTPUT_DIR", str(tmp_path / "run"), *opts, *weights)
+    assert "head.cls_score.weight is (36, 32, 3, 3), the model's (27, 32, 3, 3)" in line
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.json", "last_checkpoint", "model_1.pth"])
+def test_earlier_run_is_left_alone(name, refuse, tmp_path):
+    (tmp_path / name).write_text("earlier")
+    line = refuse(*CONFIG, "OUTPUT_DIR", str(tmp_path))
+    assert name in line and "--resume" in line
+
+
+@pytest.mark.parametrize("last", ["model_9.pth", ""])
+def test_resuming_from_a_checkpoint_that_is_gone(last, refuse, tmp_path):
+    (tmp_path / "last_checkpoint").write_text(last)
+    assert "last_checkpoint names" in refuse(*CONFIG, "--resume", "OUTPUT_DIR", str(tmp_path))
+
+
+def test_output_dir_that_is_a_file(refuse, tmp_path):
+    (tmp_path / "run").write_text("")
+    assert "OUTPUT_DIR" in refuse(*CONFIG, "OUTPUT_DIR", str(tmp_path / "run"))

@@ -1,0 +1,115 @@
+"""train_net.py from the outside: two processes train, stop, go on and evaluate."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+def train_net(*argv):
+    # A CPU run, also where there is CUDA.
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "train_net.py", "--config-file", "tests/engine/tiny.yaml", *argv]
+    return subprocess.run(
+        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.json").read_text().splitlines()]
+
+
+def hashes(folder):
+    return {
+        path: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Three iterations on two processes."""
+    folder = tmp_path_factory.mktemp("train_net") / "run"
+    run = train_net("--num-gpus", "2", "OUTPUT_DIR", str(folder))
+    assert run.returncode == 0, run.stderr
+    return run, folder
+
+
+def test_two_processes_train_and_evaluate(trained):
+    run, folder = trained
+    assert run.stdout.count("No CUDA device: running on the CPU") == 1
+    assert run.stdout.count("custom_train: 3 images, 35 boxes") == 1
+    assert "Traceback" not in run.stdout + run.stderr
+    files = {path.name for path in folder.iterdir()}
+    assert files >= {"config.yaml", "log.txt", "metrics.json", "model_final.pth", "detections.png"}
+    assert any(name.startswith("events.out.tfevents") for name in files)
+    metrics = read_metrics(folder)
+    assert metrics[0]["iteration"] == 2 and metrics[0]["total_loss"] > 0
+    assert "bbox/AP50" in metrics[-1]
+    # The result ends the output.
+    _, _, end = run.stdout.partition("Finished.")
+    assert re.search(r"AP +AP50 +AP75 +APs +APm +APl", end)
+    assert str(folder / "detections.png") in end and str(folder / "model_final.pth") in end
+
+
+def test_resuming_goes_on_where_the_run_ended(trained, tmp_path):
+    _, ended = trained
+    folder = shutil.copytree(ended, tmp_path / "run")
+    # As if it had been stopped after its second iteration.
+    (folder / "model_final.pth").unlink()
+    (folder / "metrics.json").unlink()
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    run = train_net("--resume", "OUTPUT_DIR", str(folder))
+    assert run.returncode == 0, run.stderr
+    assert "Starting training from iteration 2" in run.stdout
+    before, after = (torch.load(folder / f"model_{name}.pth") for name in ("0000001", "final"))
+    assert (before["iteration"], after["iteration"]) == (1, 2)
+    step = read_metrics(folder)[0]
+    assert step["iteration"] == 2
+    assert step["lr"] == read_metrics(ended)[0]["lr"]
+    # One iteration of two images later, the moving average has moved by one step.
+    name = "criterion.loss_normalizer"
+    expected = 0.9 * before["model"][name] + 0.1 * 2 * step["num_pos_anchors"]
+    assert torch.allclose(after["model"][name], expected)
+    assert min(momenta(before)) > 0
+    assert momenta(before) != momenta(after)
+
+
+def momenta(checkpoint):
+    states = checkpoint["trainer"]["_trainer"]["optimizer"]["state"].values()
+    return [state["momentum_buffer"].norm().item() for state in states]
+
+
+def test_evaluation_leaves_the_run_as_it_was(trained):
+    _, folder = trained
+    before = hashes(folder)
+    run = train_net("--eval-only", "--resume", "OUTPUT_DIR", str(folder))
+    assert run.returncode == 0, run.stderr
+    after = hashes(folder)
+    assert {path: after.get(path) for path in before} == before
+    (new,) = {path.relative_to(folder).parts[0] for path in after.keys() - before.keys()}
+    assert re.fullmatch(r"eval-\d{8}-\d{6}", new)
+    assert f"Results go to {folder / new}" in run.stdout
+    assert (folder / new / "detections.png").is_file()
+
+
+def test_divergence_on_two_processes_is_one_line(tmp_path):
+    opts = ["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.BASE_LR", "1e6", "SOLVER.MAX_ITER", "20"]
+    run = train_net("--num-gpus", "2", *opts)
+    assert run.returncode == 3, run.stderr
+    last = run.stderr.splitlines()[-1]
+    assert re.match(
+        r"train_net\.py: error: diverged at iteration \d+: loss_cls \S+, loss_box", last
+    )
+    assert "Traceback" not in run.stdout + run.stderr
+    assert not (tmp_path / "run/inference").exists()
