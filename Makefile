@@ -15,9 +15,10 @@ help:
 	@echo "  PYTHON=python3.12      the interpreter that makes .venv"
 	@echo "  VENV=/path/to/env      use this environment; a Detectron2 in it is kept as it is"
 	@echo "  DETECTRON2=SOURCE      install Detectron2 from a local clone, a wheel or a mirror's URL"
+	@echo "  ARGS=\"SOLVER.MAX_ITER 60\"  config values for make demo"
 
 demo: env
-	@$(RUN) train_net.py --config-file configs/quickstart.yaml OUTPUT_DIR $(DEMO)
+	@$(RUN) train_net.py --config-file configs/quickstart.yaml OUTPUT_DIR $(DEMO) $(ARGS)
 
 test: env
 	@$(RUN) -m pytest

@@ -55,7 +55,7 @@ class SampleSet:
     image_size: int = 256
     num_objects: tuple[int, int] = (1, 5)
     object_size: tuple[int, int] = (14, 44)
-    num_clutter: tuple[int, int] = (8, 24)
+    num_clutter: tuple[int, int] = (6, 20)
     empty_fraction: float = 0.05
     seed: int = 2
 
@@ -186,11 +186,12 @@ def _draw(parameters: SampleSet, rng: np.random.RandomState) -> tuple[_Array, li
     canvas = _background(size, rng)
     # Drawn before the objects, so that their number changes nothing else in the picture.
     light = 1 + rng.uniform(-0.25, 0.25) * np.linspace(-1, 1, size)[:, None, None]
-    noise = rng.randint(-12, 13, size=(size, size, 1))
+    noise = rng.randint(-8, 9, size=(size, size, 1))
     for _ in range(_between(rng, parameters.num_clutter)):
         outline = _CLUTTER[rng.randint(len(_CLUTTER))]
         radius = _between(rng, parameters.object_size) * rng.uniform(0.3, 0.8)
-        mark = _render(outline, size, radius, rng.uniform(0, size, 2), rng)
+        angle = rng.uniform(0, 2 * math.pi)
+        mark = _render(outline, size, radius, rng.uniform(0, size, 2), angle)
         _paint(canvas, *mark, rng.random_sample(), rng)
 
     objects: list[dict[str, Any]] = []
@@ -199,9 +200,10 @@ def _draw(parameters: SampleSet, rng: np.random.RandomState) -> tuple[_Array, li
         label = int(rng.randint(len(CLASSES)))
         outline = list(CLASSES.values())[label]
         radius = _between(rng, parameters.object_size) / 2
+        angle = rng.uniform(-0.5, 0.5)
         for _ in range(20):
             center = rng.uniform(0.7 * radius, size - 0.7 * radius, 2)
-            window, coverage = _render(outline, size, radius, center, rng)
+            window, coverage = _render(outline, size, radius, center, angle)
             box = _tight_box(window, coverage)
             if all(_overlap(box, other["bbox"]) <= MAX_OVERLAP for other in objects):
                 _paint(canvas, window, coverage, label / len(CLASSES), rng)
@@ -232,14 +234,13 @@ def _background(size: int, rng: np.random.RandomState) -> _Array:
 
 
 def _render(
-    outline: _Outline, size: int, radius: float, center: _Array, rng: np.random.RandomState
+    outline: _Outline, size: int, radius: float, center: _Array, angle: float
 ) -> tuple[tuple[slice, slice], _Array]:
     """Turn an outline; return its window of the canvas and how much of each pixel it covers."""
     left, top = np.maximum(center - 1.5 * radius, 0).astype(int).tolist()
     right, bottom = np.minimum(center + 1.5 * radius + 1, size).astype(int).tolist()
     x = (np.arange(left, right) + 0.5 - center[0]) / radius
     y = ((np.arange(top, bottom) + 0.5 - center[1]) / radius)[:, None]
-    angle = rng.uniform(0, 2 * math.pi)
     cos, sin = math.cos(angle), math.sin(angle)
     distance = outline(cos * x + sin * y, cos * y - sin * x) * radius
     return (slice(top, bottom), slice(left, right)), np.clip(0.5 - distance, 0, 1)
@@ -255,8 +256,8 @@ def _paint(
     """Paint in the one of three random tones of a hue that stands out most from what is there."""
     under = canvas[window]
     tones = [
-        colorsys.hsv_to_rgb((hue + rng.uniform(-0.1, 0.1)) % 1, rng.uniform(0.4, 1), value)
-        for value in rng.uniform(0.3, 1, 3)
+        colorsys.hsv_to_rgb((hue + rng.uniform(-0.08, 0.08)) % 1, rng.uniform(0.5, 1), value)
+        for value in rng.uniform(0.4, 1, 3)
     ]
     colors = 235 * np.array(tones)
     color = colors[np.abs(colors - under.mean((0, 1))).sum(1).argmax()]

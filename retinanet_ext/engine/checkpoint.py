@@ -153,7 +153,7 @@ class Checkpointer(DetectionCheckpointer):
 def export_weights(checkpoint: str | Path, output: str | Path) -> None:
     """Write the weights of a checkpoint under the names of Detectron2's ``RetinaNet``.
 
-    The file holds a dict of tensors by name and nothing else.
+    The file holds them under "model", as Detectron2's checkpoints do, and nothing else.
 
     Raises:
         InputError: the checkpoint cannot be read, or the output exists
@@ -167,7 +167,7 @@ def export_weights(checkpoint: str | Path, output: str | Path) -> None:
         ) from error
     try:
         with open(output, "xb") as file:
-            torch.save(weights, file)
+            torch.save({"model": weights}, file)
     except FileExistsError:
         raise InputError(f"{output} exists; choose another name") from None
     except OSError as error:

@@ -34,6 +34,8 @@ def _table(name: str, metrics: Mapping[str, float]) -> str:
         return f"{name}: not evaluated, as it has no annotations"
     prefix = "AP-"
     overall = {key: value for key, value in metrics.items() if not key.startswith(prefix)}
+    if all(math.isnan(value) for value in overall.values()):
+        return f"{name}: no AP, for there are no detections or no objects"
     text = f"Box AP on {name}, in percent\n" + tabulate(
         [[_number(value) for value in overall.values()]],
         list(overall),
@@ -72,6 +74,6 @@ def _files(cfg: CfgNode) -> str:
         *((inference_dir(cfg, name), "all detections") for name in cfg.DATASETS.TEST),
         (folder / "metrics.json", "losses and AP by iteration"),
         (folder / "model_final.pth", "weights"),
-        (folder / "log.txt", "all messages"),
+        (folder / "log.txt", "log"),
     ]
     return tabulate([(what, path) for path, what in candidates if path.exists()], tablefmt="plain")

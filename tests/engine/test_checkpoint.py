@@ -5,9 +5,9 @@ import pickle
 
 import pytest
 import torch
-from detectors import make_model
 from torch import nn
 
+from detectors import make_model
 from retinanet_ext.engine import Checkpointer, export_weights
 from retinanet_ext.errors import InputError
 
@@ -189,8 +189,9 @@ def test_exported_weights_are_detectron2s(weights, tmp_path):
     export_weights(checkpoint, output)
     stock = make_model("MODEL.META_ARCHITECTURE", "RetinaNet", num_classes=4)
     exported = torch.load(output)
-    assert list(exported) == list(stock.state_dict())
-    stock.load_state_dict(exported)
+    assert list(exported) == ["model"]
+    assert list(exported["model"]) == list(stock.state_dict())
+    stock.load_state_dict(exported["model"])
     before = output.read_bytes()
     with pytest.raises(InputError, match="exists"):
         export_weights(checkpoint, output)

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from detectors import make_model
 
+from detectors import make_model
 from retinanet_ext.engine import main
 
 CONFIG = ["--config-file", "tests/engine/tiny.yaml"]

@@ -80,6 +80,7 @@ def test_summary(tmp_path):
     assert ["RBC", "0.0", "WBC", "10.0", "Platelets", "20.0"] in lines
     assert lines[-1][-1] == str(tmp_path / "metrics.json")
     assert "model_final.pth" not in summarize(cfg, {})
+    assert "no AP" in summarize(cfg, {"bbox": {"AP": math.nan, "AP50": math.nan}})
 
 
 def test_summary_of_many_classes_has_each(tmp_path):

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from detectors import make_batch, make_cfg, make_model
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
+from detectors import make_batch, make_cfg, make_model
 from retinanet_ext.errors import InputError
 from retinanet_ext.modeling import AnchorMatcher, OctaveAnchorGenerator
 from retinanet_ext.modeling.matching import label_anchors

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from detectors import make_batch, make_cfg, make_model
 from detectron2.data import MetadataCatalog
 from detectron2.modeling.box_regression import Box2BoxTransform
 from torch.testing import assert_close
 
+from detectors import make_batch, make_cfg, make_model
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES, sigmoid_focal_loss
 from retinanet_ext.losses.functional import elementwise_loss

@@ -5,11 +5,11 @@ import pytest
 import torch
 from detectron2.layers import batched_nms
 from detectron2.utils.events import EventStorage
-from detectors import make_batch, make_model
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
 import retinanet_ext.modeling.retinanet as our_module
+from detectors import make_batch, make_model
 from retinanet_ext.modeling import to_detectron2_state_dict
 
 BATCHES = {

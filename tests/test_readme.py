@@ -1,0 +1,107 @@
+"""Every command of the README is run: here on the project's smallest data, or by .ci/run."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from detectors import make_model
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = [
+    " ".join(line.split())
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.replace("\\\n", " ").splitlines()
+]
+BY_CI = ["make demo", "make test"]  # .ci/run runs these
+SMALL = [
+    *("INPUT.MIN_SIZE_TEST", "96", "INPUT.MAX_SIZE_TEST", "128", "DATALOADER.NUM_WORKERS", "0"),
+    *("INPUT.MIN_SIZE_TRAIN", "[96]", "INPUT.MAX_SIZE_TRAIN", "128"),
+    *("SOLVER.MAX_ITER", "1", "SOLVER.IMS_PER_BATCH", "2"),
+]
+
+
+def command(start):
+    """Return the one command of the README that begins like this, as arguments."""
+    (found,) = [c for c in COMMANDS if c.startswith(start)]
+    return found.split()
+
+
+def run(arguments, cwd, *more):
+    program, *rest = arguments
+    assert program == "python"
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
+           "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(cwd / "datasets")}  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *rest, *more], cwd=cwd, env=env, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder as the README's reader has it: the checkout, and data of their own in mine/."""
+    folder = tmp_path_factory.mktemp("readme")
+    for name in ("configs", "tools", "train_net.py"):
+        (folder / name).symlink_to(ROOT / name)
+    data = ROOT / "tests/fixtures/bccd_mini"
+    (folder / "mine").mkdir()
+    (folder / "mine/images").symlink_to(data / "images")
+    (folder / "mine/train.json").symlink_to(data / "instances_train_raw.json")
+    (folder / "mine/val.json").symlink_to(data / "instances_val.json")
+    return folder
+
+
+def test_every_command_is_known_here():
+    known = [*BY_CI, "source .venv/bin/activate", "python train_net.py", "python tools/export"]
+    for text in COMMANDS:
+        assert any(text.startswith(start) for start in known), text
+    assert len([c for c in COMMANDS if c.startswith("python")]) == 5
+    ci = (ROOT / ".ci/run").read_text()
+    assert all(re.search(rf"^{text}\b", ci, re.M) for text in BY_CI)
+
+
+def test_own_data_then_evaluation_then_export(folder):
+    mine = command("python train_net.py --config-file configs/small_R18_FPN.yaml")
+    trained = run(mine, folder, *SMALL)
+    assert trained.returncode == 0, trained.stderr
+    for name in ("model_final.pth", "metrics.json", "log.txt", "detections.png"):
+        assert (folder / "output/mine" / name).is_file(), name
+
+    evaluated = run(command("python train_net.py --config-file output/mine"), folder)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "AP50" in evaluated.stdout
+
+    exported = run(command("python tools/export_weights.py"), folder)
+    assert exported.returncode == 0, exported.stderr
+    weights = torch.load(folder / "output/mine/detectron2.pth")
+    assert "head.cls_score.weight" in weights
+    assert not any(name.startswith("criterion") for name in weights)
+
+
+def test_coco_on_eight_gpus_says_what_is_missing(folder):
+    coco = run(command("python train_net.py --config-file configs/retinanet_R101"), folder)
+    assert coco.returncode == 2 and "Traceback" not in coco.stderr
+    path = folder / "datasets/coco/annotations/instances_train2017.json"
+    assert str(path) in coco.stderr and "DETECTRON2_DATASETS" in coco.stderr
+
+
+def test_published_weights_on_coco_of_one_image(folder):
+    """The weights cannot be had here: a stock model's take their place, in the same format."""
+    coco = folder / "datasets/coco"
+    (coco / "annotations").mkdir(parents=True)
+    (coco / "val2017").symlink_to(ROOT / "tests/fixtures/bccd_mini/images")
+    content = json.loads((ROOT / "tests/fixtures/bccd_mini/instances_val.json").read_text())
+    (coco / "annotations/instances_val2017.json").write_text(json.dumps(content))
+    stock = make_model("MODEL.META_ARCHITECTURE", "RetinaNet", depth=50, num_classes=80)
+    torch.save({"model": stock.state_dict()}, folder / "stock.pth")
+    published = command("python train_net.py --config-file configs/retinanet_R50_FPN")
+    assert published[-5].startswith("detectron2://COCO-Detection/retinanet_R_50_FPN_3x/")
+    evaluated = run(published, folder, "MODEL.WEIGHTS", "stock.pth", *SMALL[:6])
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "Finished." in evaluated.stdout
