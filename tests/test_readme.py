@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.data import MetadataCatalog
 
 from detectors import make_model
 
@@ -79,7 +80,7 @@ def test_own_data_then_evaluation_then_export(folder):
 
     exported = run(command("python tools/export_weights.py"), folder)
     assert exported.returncode == 0, exported.stderr
-    weights = torch.load(folder / "output/mine/detectron2.pth")
+    weights = torch.load(folder / "output/mine/detectron2.pth")["model"]
     assert "head.cls_score.weight" in weights
     assert not any(name.startswith("criterion") for name in weights)
 
@@ -97,6 +98,9 @@ def test_published_weights_on_coco_of_one_image(folder):
     (coco / "annotations").mkdir(parents=True)
     (coco / "val2017").symlink_to(ROOT / "tests/fixtures/bccd_mini/images")
     content = json.loads((ROOT / "tests/fixtures/bccd_mini/instances_val.json").read_text())
+    metadata = MetadataCatalog.get("coco_2017_val")
+    ids = metadata.thing_dataset_id_to_contiguous_id
+    content["categories"] = [{"id": i, "name": metadata.thing_classes[k]} for i, k in ids.items()]
     (coco / "annotations/instances_val2017.json").write_text(json.dumps(content))
     stock = make_model("MODEL.META_ARCHITECTURE", "RetinaNet", depth=50, num_classes=80)
     torch.save({"model": stock.state_dict()}, folder / "stock.pth")

@@ -145,12 +145,15 @@ def _draw_boxes(
     draw = ImageDraw.Draw(panel)
     font = _font(LABEL_FONT_SIZE)
     corners = []
-    for label, box, _ in boxes:
+    for _, box, _ in boxes:
         left, right = sorted((box[0] * scale, box[2] * scale))
         top, bottom = sorted((box[1] * scale, box[3] * scale))
-        draw.rectangle((left, top, right, bottom), outline=palette[label], width=2)
-        corners.append((left, top))
-    for (label, _, note), (left, top) in zip(boxes, corners, strict=True):
+        corners.append((left, top, right, bottom))
+        # A white seam, so that a box shows on a ground of its own colour.
+        draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline="white", width=4)
+    for (label, _, _), corner in zip(boxes, corners, strict=True):
+        draw.rectangle(corner, outline=palette[label], width=2)
+    for (label, _, note), (left, top, *_) in zip(boxes, corners, strict=True):
         text = f"{class_names[label]} {note}".strip()
         width, height = draw.textlength(text, font=font) + 4, LABEL_FONT_SIZE + 3
         x = min(max(left, 0), panel.width - width)
