@@ -1,0 +1,71 @@
+"""The same on a CUDA device as on the CPU, and mixed precision."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.utils.events import EventStorage
+from torch.testing import assert_close
+
+from detectors import make_batch, make_model
+from retinanet_ext.losses import LOSSES
+from retinanet_ext.selection import OHEM
+from test_selection import K, dense_case
+
+pytestmark = pytest.mark.cuda
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_losses_and_gradients_equal_the_cpus(name):
+    values, gradients = [], []
+    for device in ("cpu", "cuda"):
+        x = torch.cat([torch.linspace(-1e4, 1e4, 2001), torch.linspace(-30, 30, 2001)]).to(device)
+        x.requires_grad_()
+        value = LOSSES[name].bind()(x)
+        gradients.append(torch.autograd.grad(value.sum(), x)[0].cpu())
+        values.append(value.detach().cpu())
+    assert_close(*values)
+    assert_close(*gradients)
+
+
+@pytest.mark.parametrize("neg_pos_ratio", [0.0, 3.0])
+def test_ohem_selects_the_same_anchors(neg_pos_ratio):
+    case = dense_case()
+    ohem = OHEM(neg_pos_ratio=neg_pos_ratio)
+    on_device = ohem(*(tensor.cuda() for tensor in case), K)
+    assert torch.equal(on_device.cpu(), ohem(*case, K))
+
+
+def test_model_losses_equal_the_cpus():
+    losses = []
+    for device in ("cpu", "cuda"):
+        model = make_model("MODEL.DEVICE", device).train()
+        with EventStorage():
+            losses.append({k: v.cpu() for k, v in model(make_batch([7, 0])).items()})
+    for name in losses[0]:
+        assert_close(losses[1][name], losses[0][name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_mixed_precision_keeps_the_loss_in_float32(dtype):
+    model = make_model("MODEL.DEVICE", "cuda").train()
+    with EventStorage(), torch.autocast("cuda", dtype=dtype):
+        losses = model(make_batch([7, 0]))
+    sum(losses.values()).backward()
+    assert all(value.dtype == torch.float32 for value in losses.values())
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_train_net_with_mixed_precision(tmp_path):
+    command = "train_net.py --config-file tests/engine/tiny.yaml SOLVER.AMP.ENABLED True"
+    run = subprocess.run(
+        [sys.executable, *command.split(), "OUTPUT_DIR", str(tmp_path / "run")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert (tmp_path / "run/model_final.pth").is_file()
