@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import resource
 import time
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -41,8 +42,8 @@ class Recorder(HookBase):
         self.losses.append(self.trainer.storage.history("total_loss").latest())
 
 
-def run(architecture: str, args: argparse.Namespace, results: Any) -> None:
-    """Train one architecture and put what happened into ``results``."""
+def run(architecture: str, args: argparse.Namespace) -> tuple[list[float], list[float], Any, float]:
+    """Train one architecture; return its losses, seconds, metrics and peak memory (MiB)."""
     torch.set_num_threads(args.threads)
     cfg, num_classes_is_set = load_config(args.config_file, args.opts)
     cfg.MODEL.META_ARCHITECTURE = architecture
@@ -60,7 +61,7 @@ def run(architecture: str, args: argparse.Namespace, results: Any) -> None:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated() / 2**20
-    results.put((architecture, recorder.losses, recorder.seconds, metrics, memory))
+    return recorder.losses, recorder.seconds, metrics, memory
 
 
 def main() -> None:
@@ -73,13 +74,10 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     rows, losses = [], {}
     for architecture in ARCHITECTURES:
-        results = context.SimpleQueue()
-        process = context.Process(target=run, args=(architecture, args, results))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise SystemExit(f"{architecture} ended with exit code {process.exitcode}")
-        _, losses[architecture], seconds, metrics, memory = results.get()
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            losses[architecture], seconds, metrics, memory = pool.submit(
+                run, architecture, args
+            ).result()
         median = torch.tensor(seconds).median().item()
         rows.append([architecture, metrics["AP"], metrics["AP50"], median, memory])
     print(tabulate(rows, ["", "AP", "AP50", "s/iteration (median)", "peak MiB"], floatfmt=".3f"))

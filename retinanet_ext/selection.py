@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import floor
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,14 +20,16 @@ from retinanet_ext.losses.registry import Interval
 NMS_BOXES = ("anchors", "predictions")
 SCOPES = ("image", "process")
 
-# Candidates a block of the NMS: large enough to fill a device, small enough that a block's IoU
-# with the kept boxes stays in the tens of megabytes.
-_FIRST_BLOCK, _LARGEST_BLOCK = 1024, 8192
+# Candidates a block of the NMS, and boxes they are compared with at a time: large enough to fill a
+# device, small enough that their IoU stays in the tens of megabytes.
+_FIRST_BLOCK, _LARGEST_BLOCK, _COMPARED = 1024, 4096, 1024
 
 
 @dataclass(frozen=True)
 class SelectAll:
     """Every anchor that is not ignored counts, easy ones too (the focal loss's choice)."""
+
+    nms_boxes: ClassVar[str] = "anchors"
 
     def __call__(self, losses: Tensor, labels: Tensor, boxes: Tensor, num_classes: int) -> Tensor:
         """Return the mask of the anchors that count, (N, R)."""
@@ -97,32 +100,42 @@ class OHEM:
     def _survivors(self, losses: Tensor, valid: Tensor, positive: Tensor, boxes: Tensor) -> Tensor:
         """Return what survives the NMS of one image, hardest first, as far down as it matters.
 
-        Greedy NMS decides in order of score, so it can stop as soon as the mini-batch is full:
-        the result is that of a full NMS at a fraction of its cost.
+        Greedy NMS decides in order of score, so it can stop as soon as the mini-batch is full, or,
+        where positives are counted, as soon as all positives further down are suppressed. The
+        result is that of a full NMS.
         """
-        candidates = valid.nonzero().squeeze(1)
-        candidates = candidates[losses[candidates].argsort(descending=True, stable=True)]
-        positives_left = int(positive[candidates].sum())
+        ranked = valid.nonzero().squeeze(1)
+        ranked = ranked[losses[ranked].argsort(descending=True, stable=True)]
+        pending = positive[ranked].nonzero().squeeze(1)  # ranks of positives not decided yet
         boxes, losses = boxes.float(), losses.float()
 
-        kept = candidates[:0]
+        kept = ranked[:0]
         start, size = 0, _FIRST_BLOCK
-        while start < len(candidates) and not self._is_full(positive[kept], positives_left):
-            block = candidates[start : start + size]
-            positives_left -= int(positive[block].sum())
+        while start < len(ranked) and not self._is_full(positive[kept], len(pending)):
+            block = ranked[start : start + size]
             start, size = start + size, min(2 * size, _LARGEST_BLOCK)
-            if len(kept):
-                overlap = box_iou(boxes[block], boxes[kept]).amax(1)
-                block = block[overlap <= self.nms_thresh]
-            kept = torch.cat([kept, block[nms(boxes[block], losses[block], self.nms_thresh)]])
+            block = block[~self._suppressed(boxes[block], boxes[kept])]
+            block = block[nms(boxes[block], losses[block], self.nms_thresh)]
+            kept = torch.cat([kept, block])
+            if self.neg_pos_ratio > 0:
+                pending = pending[pending >= start]
+                pending = pending[~self._suppressed(boxes[ranked[pending]], boxes[block])]
         return kept
 
-    def _is_full(self, positive: Tensor, positives_left: int) -> bool:
+    def _suppressed(self, boxes: Tensor, kept: Tensor) -> Tensor:
+        """Tell which boxes overlap one of those kept by more than the threshold."""
+        suppressed = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+        for part in kept.split(_COMPARED):
+            if len(part):
+                suppressed |= box_iou(boxes, part).amax(1) > self.nms_thresh
+        return suppressed
+
+    def _is_full(self, positive: Tensor, num_pending: int) -> bool:
         """Tell whether the survivors so far decide the mini-batch, whatever comes after them."""
         if self.neg_pos_ratio == 0:
             return len(positive) >= self.batch_size
         num_positive = int(positive.sum())
-        enough_positives = num_positive >= self._most_positives() or positives_left == 0
+        enough_positives = num_positive >= self._most_positives() or num_pending == 0
         return enough_positives and len(positive) - num_positive >= self.batch_size
 
     def _most_positives(self) -> int:
@@ -136,3 +149,6 @@ class OHEM:
         negatives = floor(max(len(positives), 1) * self.neg_pos_ratio)
         negatives = min(negatives, self.batch_size - len(positives))
         return torch.cat([positives, group[~positive][:negatives]])
+
+
+SELECTIONS: dict[str, type[SelectAll] | type[OHEM]] = {"all": SelectAll, "ohem": OHEM}

@@ -3,6 +3,7 @@
 import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
+from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, Instances
 
 from retinanet_ext import add_retinanet_ext_config
@@ -43,3 +44,24 @@ def make_batch(box_counts, num_classes=4, size=(160, 192), seed=0):
         image = torch.randint(0, 256, (3, height, width), generator=rng, dtype=torch.uint8)
         batch.append({"image": image, "instances": instances, "file_name": f"{index}.png"})
     return batch
+
+
+DENSE_CLASSES = 3
+
+
+def dense_case(num_images=2, seed=0, side=128):
+    """Anchors of five levels with losses as in training: few positives, a long easy tail."""
+    generator = DefaultAnchorGenerator(
+        sizes=[[s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)] for s in (32, 64, 128)],
+        aspect_ratios=[[0.5, 1.0, 2.0]],
+        strides=[8, 16, 32],
+    )
+    features = [torch.zeros(1, 1, side // s, side // s) for s in (8, 16, 32)]
+    anchors = torch.cat([level.tensor for level in generator(features)])
+    rng = torch.Generator().manual_seed(seed)
+    labels = torch.full((num_images, len(anchors)), DENSE_CLASSES)
+    chance = torch.rand(labels.shape, generator=rng)
+    labels[chance < 0.05] = -1
+    labels[chance > 0.98] = 1
+    losses = torch.rand(labels.shape, generator=rng).pow(8) + 0.3 * (labels == 1)
+    return losses, labels, anchors

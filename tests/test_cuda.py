@@ -9,10 +9,9 @@ import torch
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
-from detectors import make_batch, make_model
+from detectors import DENSE_CLASSES, dense_case, make_batch, make_model
 from retinanet_ext.losses import LOSSES
 from retinanet_ext.selection import OHEM
-from test_selection import K, dense_case
 
 pytestmark = pytest.mark.cuda
 ROOT = Path(__file__).parents[1]
@@ -35,8 +34,8 @@ def test_losses_and_gradients_equal_the_cpus(name):
 def test_ohem_selects_the_same_anchors(neg_pos_ratio):
     case = dense_case()
     ohem = OHEM(neg_pos_ratio=neg_pos_ratio)
-    on_device = ohem(*(tensor.cuda() for tensor in case), K)
-    assert torch.equal(on_device.cpu(), ohem(*case, K))
+    on_device = ohem(*(tensor.cuda() for tensor in case), DENSE_CLASSES)
+    assert torch.equal(on_device.cpu(), ohem(*case, DENSE_CLASSES))
 
 
 def test_model_losses_equal_the_cpus():
@@ -66,6 +65,7 @@ def test_train_net_with_mixed_precision(tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
     assert (tmp_path / "run/model_final.pth").is_file()

@@ -37,3 +37,14 @@ print("trained with", cfg.MODEL.RETINANET.CLS_LOSS.NAME)
         [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
     )
     assert run.stdout.strip() == "trained with power", run.stderr
+
+    for name in ("tests/losses/test_losses.py", "tests/conftest.py", "pyproject.toml"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    contract = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-k", "power"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert "2 passed" in contract.stdout, contract.stdout

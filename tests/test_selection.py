@@ -2,31 +2,12 @@
 
 import pytest
 import torch
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from torchvision.ops import box_iou, nms
 
+from detectors import DENSE_CLASSES as K
+from detectors import dense_case
 from retinanet_ext.errors import InputError
 from retinanet_ext.selection import OHEM, SelectAll
-
-K = 3
-
-
-def dense_case(num_images=2, seed=0, side=128):
-    """Anchors of five levels with losses as in training: few positives, a long easy tail."""
-    generator = DefaultAnchorGenerator(
-        sizes=[[s, s * 2 ** (1 / 3), s * 2 ** (2 / 3)] for s in (32, 64, 128)],
-        aspect_ratios=[[0.5, 1.0, 2.0]],
-        strides=[8, 16, 32],
-    )
-    features = [torch.zeros(1, 1, side // s, side // s) for s in (8, 16, 32)]
-    anchors = torch.cat([level.tensor for level in generator(features)])
-    rng = torch.Generator().manual_seed(seed)
-    labels = torch.full((num_images, len(anchors)), K)
-    chance = torch.rand(labels.shape, generator=rng)
-    labels[chance < 0.05] = -1
-    labels[chance > 0.98] = 1
-    losses = torch.rand(labels.shape, generator=rng).pow(8) + 0.3 * (labels == 1)
-    return losses, labels, anchors
 
 
 def full_nms(losses, labels, anchors, thresh):
@@ -59,6 +40,17 @@ def test_ohem_1_to_3_takes_positives_and_negatives_of_a_full_nms(batch_size, eas
         negatives = kept[~positive][: 3 * len(positives)]
         expected = set(torch.cat([positives, negatives]).tolist())
         assert set(mask[image].nonzero().squeeze(1).tolist()) == expected
+
+
+def test_ohem_1_to_3_stops_early():
+    """Positives that hard neighbours suppress are decided long before the end of the ranking."""
+    losses, labels, anchors = dense_case(num_images=1, side=320)
+    losses[labels == 1] += 1
+    ohem = OHEM(neg_pos_ratio=3.0)
+    survivors = ohem._survivors(losses[0], labels[0] >= 0, labels[0] != K, anchors)
+    full = full_nms(losses[0], labels[0], anchors, 0.5)
+    assert len(survivors) < len(full) / 2
+    assert torch.equal(survivors, full[: len(survivors)])
 
 
 def test_ohem_1_to_3_of_an_image_without_objects_keeps_three_negatives():

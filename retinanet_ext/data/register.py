@@ -96,8 +96,8 @@ def register_coco_json(
         content,
         image_root,
         image_format=cfg.INPUT.FORMAT,
-        # The images are the same for all processes of a machine.
-        decode=comm.get_local_rank() == 0,
+        # Where there are several processes, the one that started them has done it.
+        decode=comm.get_world_size() == 1,
     )
     _summarize(cfg, name, json_file, content, split=split)
 

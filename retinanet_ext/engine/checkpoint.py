@@ -127,11 +127,12 @@ class Checkpointer(DetectionCheckpointer):
             )
             return
         more = f" (and {len(texts) - 1} more)" if len(texts) > 1 else ""
-        remedy = (
-            "resume with the config the run was started with"
-            if self._resuming
-            else "MODEL.RETINANET.REINIT_MISMATCHED True starts such layers anew"
-        )
+        if self._resuming:
+            remedy = "resume with the config the run was started with"
+        elif self.complete:
+            remedy = "evaluate with the config they were trained with"
+        else:
+            remedy = "MODEL.RETINANET.REINIT_MISMATCHED True starts such layers anew"
         raise InputError(f"weights {self._path} have other shapes: {texts[0]}{more}; {remedy}")
 
     def _check_complete(self, missing: list[str], unexpected: list[str]) -> None:

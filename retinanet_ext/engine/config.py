@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -72,11 +73,15 @@ def check_config(cfg: CfgNode, *, num_processes: int, eval_only: bool) -> None:
         raise InputError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is unknown; known: {known}"
         )
+    if 0 in cfg.MODEL.PIXEL_STD:
+        raise InputError(f"MODEL.PIXEL_STD must not hold 0, got {cfg.MODEL.PIXEL_STD}")
     _check("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, minimum=0)
     _check("TEST.DETECTION_GRID.NUM_IMAGES", cfg.TEST.DETECTION_GRID.NUM_IMAGES, minimum=0)
     _check("TEST.DETECTION_GRID.SCORE_THRESH", cfg.TEST.DETECTION_GRID.SCORE_THRESH, minimum=0)
     if eval_only:
         return
+    if not cfg.INPUT.MIN_SIZE_TRAIN:
+        raise InputError("INPUT.MIN_SIZE_TRAIN is empty; give the short side in pixels, [600]")
     solver = cfg.SOLVER
     _check("SOLVER.MAX_ITER", solver.MAX_ITER, minimum=1)
     _check("SOLVER.CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD, minimum=1)
@@ -102,14 +107,15 @@ def _check(key: str, value: float, *, minimum: float) -> None:
 
 
 def _check_device(name: str, num_processes: int) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"MODEL.DEVICE {name!r} is not a device; write cuda or cpu") from None
+    if name not in ("cpu", "cuda") and not re.fullmatch(r"cuda:\d+", name):
+        raise InputError(f"MODEL.DEVICE {name!r} is not a device; write cuda, cuda:0 or cpu")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(
             f"MODEL.DEVICE {name!r}: this machine has {torch.cuda.device_count()} CUDA devices"
         )
+    if device.index is not None and num_processes > 1:
+        raise InputError(f"MODEL.DEVICE {name!r}: several processes take a device each; write cuda")
     if device.type != "cuda" and torch.cuda.is_available() and num_processes > 1:
         raise InputError(
             f"MODEL.DEVICE {name!r} with several processes: hide the CUDA devices as well, "
@@ -194,6 +200,8 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
             value = CfgNode._decode_cfg_value(value)
         if isinstance(default, float) and type(value) is int:
             value = float(value)
+        if isinstance(default, list) and isinstance(value, Mapping):
+            value = [[name, item] for name, item in value.items()]  # {name: number} as pairs
         if value is None and default is not None:
             raise ValueError
         cfg.merge_from_list([key, repr(value) if isinstance(value, str) else value])

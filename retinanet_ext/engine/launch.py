@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,8 +33,8 @@ from retinanet_ext.engine.trainer import Trainer
 from retinanet_ext.errors import InputError
 from retinanet_ext.modeling import check_model_config
 
-RUN_FILES = ("config.yaml", "metrics.json", "last_checkpoint", "model_*.pth")
-"""What an earlier training or evaluation leaves in its OUTPUT_DIR."""
+RESULTS = ("last_checkpoint", "model_*.pth", "metrics.json", "inference")
+"""What an earlier training or evaluation leaves in its OUTPUT_DIR, once it has come that far."""
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def _check_and_launch(args: argparse.Namespace) -> None:
         _refuse_earlier_run(cfg.OUTPUT_DIR)
     weights = _find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=args.eval_only)
-    _check_model(cfg, weights, eval_only=args.eval_only)
+    _check_model(cfg, weights, resume=args.resume, eval_only=args.eval_only)
     if args.eval_only:
         cfg.MODEL.WEIGHTS = weights
     if args.machine_rank == 0:
@@ -147,9 +148,9 @@ def _refuse_earlier_run(output_dir: str) -> None:
 
 
 def _earlier_run(output_dir: str) -> str:
-    """Return the name of a file that a run left in the folder, empty if there is none."""
-    files = (file.name for pattern in RUN_FILES for file in Path(output_dir).glob(pattern))
-    return next(files, "")
+    """Return the name of a result that a run left in the folder, empty if there is none."""
+    found = (path for pattern in RESULTS for path in Path(output_dir).glob(pattern))
+    return next((path.name for path in found if path.is_dir() or path.stat().st_size), "")
 
 
 def _find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> str:
@@ -164,6 +165,11 @@ def _find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> str:
         )
     else:
         if resume:
+            if checkpoints := sorted(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
+                raise InputError(
+                    f"{tag} is missing, which names the checkpoint to resume from; write "
+                    f"{checkpoints[-1].name} or another into it"
+                )
             logger.warning(
                 "Nothing to resume: %s holds no last_checkpoint. Training starts at iteration 0.",
                 cfg.OUTPUT_DIR,
@@ -177,26 +183,44 @@ def _find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> str:
     return weights
 
 
-def _check_model(cfg: CfgNode, weights: str, *, eval_only: bool) -> None:
-    """Build the model and load its weights once, for their errors alone."""
+def _check_model(cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool) -> None:
+    """Build the model, the optimizer and the schedule and load weights, for their errors alone."""
     logging.disable(logging.WARNING)  # each process says the same again
     try:
         try:
             check_model_config(cfg)
+            model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+            saved = {}
+            if not eval_only:
+                optimizer = Trainer.build_optimizer(cfg, model)
+                Trainer.build_lr_scheduler(cfg, optimizer)
+                if resume and weights != cfg.MODEL.WEIGHTS:
+                    saved["trainer"] = _SavedTrainer(optimizer)
         except InputError:
             raise
         except Exception as error:  # whatever Detectron2 makes of a value it does not know
             place = traceback.extract_tb(error.__traceback__)[-1]
             raise InputError(
-                f"no model can be built from this config: {type(error).__name__}: "
-                f"{first_line(error)} ({place.filename}, line {place.lineno})"
+                f"no model or optimizer can be built from this config: {type(error).__name__}: "
+                f"{first_line(error)} ({Path(place.filename).name}, line {place.lineno})"
             ) from error
         if weights:
-            model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
-            reinit = cfg.MODEL.RETINANET.REINIT_MISMATCHED and weights == cfg.MODEL.WEIGHTS
-            Checkpointer(model, reinit_mismatched=reinit, complete=eval_only).load(weights)
+            reinit = cfg.MODEL.RETINANET.REINIT_MISMATCHED and not saved
+            Checkpointer(model, reinit_mismatched=reinit, complete=eval_only, **saved).load(
+                weights, None if saved else []
+            )
     finally:
         logging.disable(logging.NOTSET)
+
+
+class _SavedTrainer:
+    """The part of a checkpointed trainer that depends on the config: the optimizer's state."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["_trainer"]["optimizer"])
 
 
 def _make_output_dir(cfg: CfgNode, *, eval_only: bool) -> None:

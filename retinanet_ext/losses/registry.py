@@ -133,8 +133,8 @@ def register_loss(
     """Register a formula under ``name``.
 
     The formula takes x_t and keyword-only parameters, each annotated with its range and given a
-    default: ``gamma: Annotated[float, Interval("[0, inf)")] = 2.0``. Its config node, contract
-    tests, benchmark row and curve follow from that.
+    default: ``gamma: Annotated[float, Interval("[0, inf)")] = 2.0``. Its config node and contract
+    tests follow from that.
 
     Args:
         name: the name in a config, lower case

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from detectron2.config import CfgNode, configurable
+from detectron2.config import CfgNode, configurable, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, DefaultAnchorGenerator
 
+from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
 
 
@@ -25,7 +26,7 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
         *,
         scales_per_octave: int = 3,
         base_scale: float = 4.0,
-        aspect_ratios: list[list[float]],
+        aspect_ratios: list[list[float]] | list[float],
         strides: list[int],
         offset: float = 0.5,
     ) -> None:
@@ -39,8 +40,9 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
         """
         Interval("[1, inf)").check("MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE", scales_per_octave)
         Interval("(0, inf)").check("MODEL.ANCHOR_GENERATOR.BASE_SCALE", base_scale)
-        for ratio in (ratio for level in aspect_ratios for ratio in level):
-            Interval("(0, inf)").check("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", ratio)
+        for level in aspect_ratios:
+            for ratio in level if isinstance(level, (list, tuple)) else [level]:
+                Interval("(0, inf)").check("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", ratio)
         sizes = [
             [base_scale * stride * 2 ** (k / scales_per_octave) for k in range(scales_per_octave)]
             for stride in strides
@@ -50,6 +52,11 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:
         node = cfg.MODEL.ANCHOR_GENERATOR
+        if node.SIZES != get_cfg().MODEL.ANCHOR_GENERATOR.SIZES:
+            raise InputError(
+                "MODEL.ANCHOR_GENERATOR.SIZES is set, which OctaveAnchorGenerator does not read; "
+                "set BASE_SCALE and SCALES_PER_OCTAVE, or NAME DefaultAnchorGenerator"
+            )
         return {
             "scales_per_octave": node.SCALES_PER_OCTAVE,
             "base_scale": node.BASE_SCALE,

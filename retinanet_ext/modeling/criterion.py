@@ -25,11 +25,10 @@ from retinanet_ext.losses import LOSSES, Interval
 from retinanet_ext.losses.functional import Alpha, at_least_float32, class_weights
 from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, check_alpha
 from retinanet_ext.modeling.matching import is_foreground
-from retinanet_ext.selection import OHEM, SelectAll
+from retinanet_ext.selection import OHEM, SELECTIONS, SelectAll
 
 NORMALIZERS = ("foreground_ema", "foreground", "foreground_batch", "selected")
 BOX_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
-SELECTIONS = ("all", "ohem")
 CLASS_ALPHA = "MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA"
 
 
@@ -129,7 +128,7 @@ class RetinaNetCriterion(nn.Module):
         """
         cls_losses = self.anchor_losses(logits, labels)
         boxes = anchors
-        if getattr(self.selection, "nms_boxes", "anchors") == "predictions":
+        if self.selection.nms_boxes == "predictions":
             boxes = self._predicted_boxes(anchors, deltas)
         selected = self.selection(cls_losses.detach(), labels, boxes, self.num_classes)
         foreground = is_foreground(labels, self.num_classes)
@@ -237,18 +236,19 @@ def build_selection(cfg: CfgNode) -> SelectAll | OHEM:
             f"MODEL.RETINANET.SELECTION.NAME is {node.NAME!r}; "
             f"known selections: {', '.join(SELECTIONS)}"
         )
-    if node.NAME == "all":
-        return SelectAll()
+    parameters = node.get(node.NAME.upper(), {})
     try:
-        return OHEM(**{key.lower(): value for key, value in node.OHEM.items()})
+        return SELECTIONS[node.NAME](**{key.lower(): value for key, value in parameters.items()})
     except InputError as error:
-        raise InputError(f"MODEL.RETINANET.SELECTION.OHEM: {error}") from None
+        raise InputError(f"MODEL.RETINANET.SELECTION.{node.NAME.upper()}: {error}") from None
 
 
 def _class_names(cfg: CfgNode) -> list[str]:
-    datasets = (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)
-    names = MetadataCatalog.get(datasets[0]).get("thing_classes") if datasets else None
-    return names or [str(index) for index in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
+    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
+        # Evaluation registers the test data alone.
+        if name in MetadataCatalog and "thing_classes" in MetadataCatalog.get(name).as_dict():
+            return MetadataCatalog.get(name).thing_classes
+    return [str(index) for index in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
 
 
 def _class_alpha(

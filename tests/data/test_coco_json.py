@@ -215,6 +215,8 @@ def check(bccd: Bccd) -> None:
 
 
 def test_dicts_equal_detectron2s_but_for_the_box_without_area(bccd: Bccd) -> None:
+    bccd.train["images"].reverse()
+    bccd.train["annotations"][0]["iscrowd"] = 1
     bccd.write()
     ours = coco_json.load_dataset_dicts(str(bccd.train_json), str(bccd.images))
     theirs = load_coco_json(str(bccd.train_json), str(bccd.images), "bccd_mini_by_detectron2")

@@ -175,7 +175,7 @@ def test_classes_of_a_registered_set_are_counted(cfg: CfgNode) -> None:
         raise AssertionError("the data of another loader are not read in advance")
 
     DatasetCatalog.register("by_code", load)
-    MetadataCatalog.get("by_code").thing_classes = ["a", "b"]
+    MetadataCatalog.get("by_code").set(thing_classes=["a", "b"], json_file="https://host/a.json")
     cfg.DATASETS.TRAIN = ("by_code",)
     assert prepare(cfg).MODEL.RETINANET.NUM_CLASSES == 2
 

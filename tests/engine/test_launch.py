@@ -57,8 +57,17 @@ def test_flags(flags, expected, refuse, tmp_path, monkeypatch):
         ("MODEL.RETINANET.SELECTION.NAME", "hard", "ohem"),
         ("MODEL.RETINANET.FOCAL_LOSS_GAMMA", "-1", "FOCAL_LOSS_GAMMA"),
         ("MODEL.RETINANET.NUM_CLASSES", "80", "NUM_CLASSES is 80"),
-        ("MODEL.BACKBONE.NAME", "resnet", "no model can be built from this config: KeyError"),
-        ("MODEL.RESNETS.DEPTH", "19", "no model can be built from this config: KeyError: 19"),
+        (
+            "MODEL.BACKBONE.NAME",
+            "resnet",
+            "no model or optimizer can be built from this config: KeyError",
+        ),
+        (
+            "MODEL.RESNETS.DEPTH",
+            "19",
+            "no model or optimizer can be built from this config: KeyError: 19",
+        ),
+        ("SOLVER.LR_SCHEDULER_NAME", "Cosine", "Cosine"),
         ("DATASETS.CUSTOM.TRAIN_JSON", "none.json", "none.json"),
         ("DATASETS.CUSTOM.TEST_IMAGES", "none", "none"),
         ("MODEL.WEIGHTS", "none.pth?matching_heuristics=True", "MODEL.WEIGHTS is none.pth"),
@@ -77,7 +86,7 @@ def test_weights_of_other_classes(refuse, tmp_path):
     assert "head.cls_score.weight is (36, 32, 3, 3), the model's (27, 32, 3, 3)" in line
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.json", "last_checkpoint", "model_1.pth"])
+@pytest.mark.parametrize("name", ["metrics.json", "last_checkpoint", "model_1.pth"])
 def test_earlier_run_is_left_alone(name, refuse, tmp_path):
     (tmp_path / name).write_text("earlier")
     line = refuse(*CONFIG, "OUTPUT_DIR", str(tmp_path))
@@ -88,6 +97,12 @@ def test_earlier_run_is_left_alone(name, refuse, tmp_path):
 def test_resuming_from_a_checkpoint_that_is_gone(last, refuse, tmp_path):
     (tmp_path / "last_checkpoint").write_text(last)
     assert "last_checkpoint names" in refuse(*CONFIG, "--resume", "OUTPUT_DIR", str(tmp_path))
+
+
+def test_resuming_without_the_name_of_a_checkpoint(refuse, tmp_path):
+    (tmp_path / "model_0000007.pth").write_text("earlier")
+    line = refuse(*CONFIG, "--resume", "OUTPUT_DIR", str(tmp_path))
+    assert "last_checkpoint is missing" in line and "model_0000007.pth" in line
 
 
 def test_output_dir_that_is_a_file(refuse, tmp_path):

@@ -186,6 +186,11 @@ def test_class_alpha_from_names_and_from_a_list():
     assert named.tolist() == [0.25, 0.25, 0.75, 0.25]
     listed = make_model(*data, key, [0.1, 0.2, 0.3, 0.4]).criterion.alpha_weights[0]
     assert listed.tolist() == [0.1, 0.2, 0.3, 0.4]
+    # Evaluation alone: the training set's names are not known.
+    test = ["DATASETS.TRAIN", ("not_registered",), "DATASETS.TEST", ("class_alpha_data",)]
+    named = make_model(*test, key, [["c", 0.75]]).criterion.alpha_weights[0]
+    assert named.tolist() == [0.25, 0.25, 0.75, 0.25]
+    assert "not_registered" not in MetadataCatalog
 
 
 R = "MODEL.RETINANET."
@@ -224,6 +229,7 @@ R = "MODEL.RETINANET."
         (["MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE", 0], ["SCALES_PER_OCTAVE", "[1, inf)"]),
         (["MODEL.ANCHOR_GENERATOR.BASE_SCALE", 0.0], ["BASE_SCALE", "(0, inf)"]),
         (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, -1.0]]], ["ASPECT_RATIOS", "(0, inf)"]),
+        (["MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16]]], ["SIZES", "BASE_SCALE"]),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_refused_with_its_key(opts, words):
