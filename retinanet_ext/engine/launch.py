@@ -219,6 +219,9 @@ class _SavedTrainer:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
 
+    def state_dict(self) -> dict[str, Any]:  # asked for by fvcore, and not called
+        return {}
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimizer.load_state_dict(state["_trainer"]["optimizer"])
 
