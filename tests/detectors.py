@@ -2,7 +2,7 @@
 
 import torch
 from detectron2.config import get_cfg
-from detectron2.modeling import build_model
+from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
 from detectron2.structures import Boxes, Instances
 
@@ -27,6 +27,12 @@ def make_cfg(*opts, depth=18, num_classes=4):
 def make_model(*opts, **kwargs):
     torch.manual_seed(0)
     return build_model(make_cfg(*opts, **kwargs))
+
+
+def build_without_memory(cfg):
+    """Build the model that a config describes, for its errors alone."""
+    with torch.device("meta"):
+        return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
 
 
 def make_batch(box_counts, num_classes=4, size=(160, 192), seed=0):

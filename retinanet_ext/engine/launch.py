@@ -31,7 +31,6 @@ from retinanet_ext.engine.failures import explain, first_line
 from retinanet_ext.engine.summary import summarize
 from retinanet_ext.engine.trainer import Trainer
 from retinanet_ext.errors import InputError
-from retinanet_ext.modeling import check_model_config
 
 RESULTS = ("last_checkpoint", "model_*.pth", "metrics.json", "inference")
 """What an earlier training or evaluation leaves in its OUTPUT_DIR, once it has come that far."""
@@ -188,7 +187,6 @@ def _check_model(cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool) -
     logging.disable(logging.WARNING)  # each process says the same again
     try:
         try:
-            check_model_config(cfg)
             model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
             saved = {}
             if not eval_only:

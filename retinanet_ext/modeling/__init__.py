@@ -4,11 +4,7 @@ from retinanet_ext.modeling.anchor_generator import OctaveAnchorGenerator
 from retinanet_ext.modeling.criterion import RetinaNetCriterion
 from retinanet_ext.modeling.head import RetinaNetExtHead
 from retinanet_ext.modeling.matching import AnchorMatcher
-from retinanet_ext.modeling.retinanet import (
-    RetinaNetExt,
-    check_model_config,
-    to_detectron2_state_dict,
-)
+from retinanet_ext.modeling.retinanet import RetinaNetExt, to_detectron2_state_dict
 
 __all__ = [
     "AnchorMatcher",
@@ -16,6 +12,5 @@ __all__ = [
     "RetinaNetCriterion",
     "RetinaNetExt",
     "RetinaNetExtHead",
-    "check_model_config",
     "to_detectron2_state_dict",
 ]

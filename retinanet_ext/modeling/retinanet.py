@@ -169,16 +169,6 @@ class RetinaNetExt(DenseDetector):
         return candidates[keep[: self.max_detections_per_image]]
 
 
-def check_model_config(cfg: CfgNode) -> None:
-    """Build the model that ``cfg`` describes without its memory, to have its errors at once.
-
-    Raises:
-        InputError: a name or value that the model does not take
-    """
-    with torch.device("meta"):
-        META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
-
-
 def to_detectron2_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights that Detectron2's ``RetinaNet`` has: all but the criterion's state."""
     return {key: value for key, value in state_dict.items() if not key.startswith("criterion.")}

@@ -8,11 +8,11 @@ from detectron2.data import MetadataCatalog
 from detectron2.modeling.box_regression import Box2BoxTransform
 from torch.testing import assert_close
 
-from detectors import make_batch, make_cfg, make_model
+from detectors import build_without_memory, make_batch, make_cfg, make_model
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES, sigmoid_focal_loss
 from retinanet_ext.losses.functional import elementwise_loss
-from retinanet_ext.modeling import RetinaNetCriterion, check_model_config
+from retinanet_ext.modeling import RetinaNetCriterion
 from retinanet_ext.selection import OHEM
 
 K = 4
@@ -234,6 +234,6 @@ R = "MODEL.RETINANET."
 )  # fmt: skip
 def test_a_bad_value_is_refused_with_its_key(opts, words):
     with pytest.raises(InputError) as error:
-        check_model_config(make_cfg(*opts))
+        build_without_memory(make_cfg(*opts))
     for word in words:
         assert word in str(error.value)
