@@ -1,15 +1,23 @@
 """At Detectron2's settings the detector is Detectron2's, number by number."""
 
+from itertools import islice
+
 import detectron2.modeling.meta_arch.retinanet as stock_module
 import pytest
 import torch
+from detectron2.data import build_detection_train_loader
 from detectron2.layers import batched_nms
+from detectron2.modeling import build_model
+from detectron2.solver import build_optimizer
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
 import retinanet_ext.modeling.retinanet as our_module
 from detectors import make_batch, make_model
+from retinanet_ext.data import prepare_datasets
+from retinanet_ext.engine import load_config
 from retinanet_ext.modeling import to_detectron2_state_dict
 
 BATCHES = {
@@ -132,3 +140,30 @@ def test_same_seed_gives_the_same_initial_weights():
     ours = make_model()
     for name, value in stock.state_dict().items():
         assert torch.equal(ours.state_dict()[name], value), name
+
+
+def test_twenty_steps_on_real_images(monkeypatch):
+    """In float64, for in float32 a different rounding of step 1 is a different run by step 10."""
+    stay_in_float64(monkeypatch)
+    cfg, _ = load_config("tests/engine/tiny.yaml", ["MODEL.DEVICE", "cpu", "SEED", "0"])
+    prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
+    losses = {}
+    for architecture in ("RetinaNet", "RetinaNetExt"):
+        seed_all_rng(0)
+        cfg.MODEL.META_ARCHITECTURE = architecture
+        model = build_model(cfg).double().train()
+        optimizer = build_optimizer(cfg, model)
+        losses[architecture] = []
+        with EventStorage():
+            for batch in islice(build_detection_train_loader(cfg), 20):
+                for inputs in batch:
+                    boxes = inputs["instances"].gt_boxes
+                    boxes.tensor = boxes.tensor.double()
+                loss = sum(model(batch).values())
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses[architecture].append(loss.item())
+    stock, ours = (torch.tensor(values, dtype=torch.float64) for values in losses.values())
+    assert stock[-5:].mean() < 0.9 * stock[:5].mean()  # they did learn
+    assert_close(ours, stock, rtol=1e-9, atol=0)
