@@ -51,7 +51,16 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    cfg, _ = load_config("configs/retinanet_R50_FPN.yaml", ["MODEL.DEVICE", args.device])
+    # Random weights need statistics of their own: with frozen ones their activations explode.
+    opts = [
+        "MODEL.DEVICE",
+        args.device,
+        "MODEL.RESNETS.NORM",
+        "BN",
+        "MODEL.BACKBONE.FREEZE_AT",
+        "0",
+    ]
+    cfg, _ = load_config("configs/retinanet_R50_FPN.yaml", opts)
     model = build_model(cfg).train()
     batch = []
     for _ in range(2):
