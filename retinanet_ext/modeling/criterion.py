@@ -208,12 +208,10 @@ def _mean_over_processes(count: Tensor) -> Tensor:
 def build_cls_loss(cfg: CfgNode) -> tuple[Callable[[Tensor], Tensor], Alpha]:
     """Return the loss of x_t that ``MODEL.RETINANET.CLS_LOSS`` names, and its alpha."""
     node = cfg.MODEL.RETINANET.CLS_LOSS
-    if node.NAME not in LOSSES:
-        raise InputError(
-            f"MODEL.RETINANET.CLS_LOSS.NAME is {node.NAME!r}; "
-            f"known losses: {', '.join(sorted(LOSSES))}"
-        )
-    loss = LOSSES[node.NAME]
+    try:
+        loss = LOSSES[node.NAME]
+    except InputError as error:
+        raise InputError(f"MODEL.RETINANET.CLS_LOSS.NAME: {error}") from None
     keys = loss_parameter_keys(loss)
     values = {name: read_key(cfg, key) for name, key in keys.items()}
     alpha = values.pop("alpha", UNBALANCED)
