@@ -104,6 +104,10 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
         {"TRAIN_JSON": "", "TRAIN_IMAGES": "", "TEST_JSON": "", "TEST_IMAGES": ""}
     )
 
+    # With SOLVER.AMP.ENABLED: "float16" (Detectron2's, CUDA alone) or "bfloat16", which needs no
+    # scaling of the loss and runs on the CPU too. Training alone; evaluation is in float32.
+    cfg.SOLVER.AMP.PRECISION = "float16"
+
     # The picture of test images with ground truth and detections, drawn after an evaluation:
     # how many images (0: no picture) and from which score on detections are drawn.
     cfg.TEST.DETECTION_GRID = CfgNode({"NUM_IMAGES": 8, "SCORE_THRESH": 0.3})

@@ -97,8 +97,16 @@ def check_config(cfg: CfgNode, *, num_processes: int, eval_only: bool) -> None:
         raise InputError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of {what}, {shares}"
         )
-    if solver.AMP.ENABLED and torch.device(cfg.MODEL.DEVICE).type != "cuda":
-        raise InputError("SOLVER.AMP.ENABLED needs a CUDA device; set it to False on the CPU")
+    if solver.AMP.PRECISION not in ("float16", "bfloat16"):
+        raise InputError(
+            f"SOLVER.AMP.PRECISION must be float16 or bfloat16, got {solver.AMP.PRECISION!r}"
+        )
+    on_cpu = torch.device(cfg.MODEL.DEVICE).type != "cuda"
+    if solver.AMP.ENABLED and solver.AMP.PRECISION == "float16" and on_cpu:
+        raise InputError(
+            "SOLVER.AMP.ENABLED in float16 needs a CUDA device; on the CPU set "
+            "SOLVER.AMP.PRECISION bfloat16, or SOLVER.AMP.ENABLED False"
+        )
 
 
 def _check(key: str, value: float, *, minimum: float) -> None:

@@ -1,5 +1,6 @@
 """Evaluation: only what Detectron2's ``COCOEvaluator`` lacks."""
 
 from retinanet_ext.evaluation.grid import draw_detection_grid
+from retinanet_ext.evaluation.timing import InferenceTime
 
-__all__ = ["draw_detection_grid"]
+__all__ = ["InferenceTime", "draw_detection_grid"]

@@ -1,0 +1,162 @@
+"""From a row of a table to a whole config: as the paper ran it, or small enough for one machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+
+from retinanet_ext.engine import load_config
+from retinanet_ext.errors import InputError
+from retinanet_ext.experiments.tables import TABLES, Row, Table
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How rows are run.
+
+    Attributes:
+        name: as on the command line.
+        what: in a few words.
+        configs: the paper's model -> file in ``configs/``.
+        overrides: config key -> value, below those of the command line and of the row.
+        seeds: how many seeds each row is run with, unless said otherwise.
+    """
+
+    name: str
+    what: str
+    configs: Mapping[str, str]
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    seeds: int = 1
+
+
+_SMALL = dict.fromkeys(("R50", "R101", "X101"), "small_R18_FPN.yaml")
+_SAMPLE_SET = {
+    "DATASETS.TRAIN": ("retinanet_ext_sample_train",),
+    "DATASETS.TEST": ("retinanet_ext_sample_val",),
+}
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "paper",
+            "COCO as published: 8 GPUs, 16 images an iteration, 90k iterations",
+            {
+                "R50": "retinanet_R50_FPN.yaml",
+                "R101": "retinanet_R101_FPN.yaml",
+                "X101": "retinanet_X101_FPN.yaml",
+            },
+        ),
+        Preset(
+            "small",
+            "ResNet-18 from random weights on your data: minutes a row on one GPU or CPU core",
+            _SMALL,
+            {
+                **_SAMPLE_SET,
+                "INPUT.MIN_SIZE_TRAIN": (160,),
+                "INPUT.MIN_SIZE_TEST": 160,
+                "MODEL.ANCHOR_GENERATOR.BASE_SCALE": 2.0,  # small images hold small objects
+                "DATALOADER.NUM_WORKERS": 0,
+                "SOLVER.IMS_PER_BATCH": 4,
+                "SOLVER.BASE_LR": 0.02,
+                "SOLVER.MAX_ITER": 350,
+                "SOLVER.CHECKPOINT_PERIOD": 100,
+            },
+            seeds=2,
+        ),
+        Preset(
+            "quick",
+            "a first look: the small preset cut to seconds a row, whose AP means little",
+            _SMALL,
+            {
+                **_SAMPLE_SET,
+                "INPUT.MIN_SIZE_TRAIN": (128,),
+                "INPUT.MIN_SIZE_TEST": 128,
+                "MODEL.ANCHOR_GENERATOR.BASE_SCALE": 2.0,
+                "DATALOADER.NUM_WORKERS": 0,
+                "SOLVER.IMS_PER_BATCH": 4,
+                "SOLVER.BASE_LR": 0.02,
+                "SOLVER.WARMUP_ITERS": 10,
+                "SOLVER.MAX_ITER": 30,
+                "SOLVER.CHECKPOINT_PERIOD": 30,
+                "TEST.DETECTION_GRID.NUM_IMAGES": 4,
+            },
+        ),
+    )
+}
+
+
+def find_preset(name: str) -> Preset:
+    """Return a preset, or raise :class:`InputError` naming all."""
+    if name not in PRESETS:
+        raise InputError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def find_rows(
+    tables: Sequence[str], rows: Sequence[str], preset: Preset
+) -> list[tuple[Table, Row]]:
+    """Return the rows asked for, in the tables' order; no table means all of the preset.
+
+    Args:
+        tables: names of tables
+        rows: names of rows; none means all. Each must be in one of the tables.
+        preset: what they will be run with
+
+    Raises:
+        InputError: what does not exist, with what does
+    """
+    for name in tables:
+        if name not in TABLES:
+            raise InputError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
+        if preset.name not in TABLES[name].presets:
+            raise InputError(
+                f"table {name} has no preset {preset.name!r}; "
+                f"it has {', '.join(TABLES[name].presets)}"
+            )
+    chosen = [
+        table
+        for table in TABLES.values()
+        if (table.name in tables if tables else preset.name in table.presets)
+    ]
+    found = [(table, row) for table in chosen for row in table.rows]
+    for name in rows:
+        if all(row.name != name for _, row in found):
+            where = f"table {', '.join(tables)}" if tables else "any table"
+            known = ", ".join(dict.fromkeys(row.name for _, row in found))
+            raise InputError(f"there is no row {name!r} in {where}; there are {known}")
+    return [(table, row) for table, row in found if not rows or row.name in rows]
+
+
+def row_arguments(preset: Preset, row: Row, seed: int, opts: Sequence[str]) -> list[str]:
+    """Return a row's config as KEY VALUE pairs: the preset's, then ``opts``, then the row's own.
+
+    What a row varies cannot be overridden: the row would no longer be what its name says.
+    """
+    own = {**row.overrides, **row.preset_overrides.get(preset.name, {}), "SEED": seed}
+    return [*_pairs(preset.overrides), *opts, *_pairs(own)]
+
+
+def _pairs(overrides: Mapping[str, Any]) -> list[str]:
+    texts = {k: v if isinstance(v, str) else repr(v) for k, v in overrides.items()}
+    return [text for pair in texts.items() for text in pair]
+
+
+def row_config(
+    preset: Preset, row: Row, seed: int, opts: Sequence[str], configs: Path
+) -> tuple[CfgNode, bool]:
+    """Return a row's config as :func:`~retinanet_ext.engine.load_config` does.
+
+    Args:
+        preset, row: what to run
+        seed: of weights, order of the data and augmentation
+        opts: alternating keys and values of the command line
+        configs: the folder ``configs/``
+    """
+    return load_config(
+        str(configs / preset.configs[row.model]), row_arguments(preset, row, seed, opts)
+    )
