@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["retinanet_ext", "retinanet_ext.*"]),
+    package_data={"retinanet_ext.experiments": ["page.css", "page.html"]},
     install_requires=[
         "torch",
         "torchvision",
@@ -24,6 +25,7 @@ setup(
         # system: on a bare server or container `import cv2` fails with it.
         "opencv-python-headless",
         "numpy",
+        "matplotlib",
     ],
     extras_require={
         # Its build imports torch: install torch first, then this with --no-build-isolation

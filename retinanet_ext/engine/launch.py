@@ -84,7 +84,7 @@ def _check_and_launch(args: argparse.Namespace) -> None:
         _refuse_earlier_run(cfg.OUTPUT_DIR)
     weights = _find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=args.eval_only)
-    _check_model(cfg, weights, resume=args.resume, eval_only=args.eval_only)
+    check_model(cfg, weights, resume=args.resume, eval_only=args.eval_only)
     if args.eval_only:
         cfg.MODEL.WEIGHTS = weights
     if args.machine_rank == 0:
@@ -182,7 +182,7 @@ def _find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> str:
     return weights
 
 
-def _check_model(cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool) -> None:
+def check_model(cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool) -> None:
     """Build the model, the optimizer and the schedule and load weights, for their errors alone."""
     logging.disable(logging.WARNING)  # each process says the same again
     try:

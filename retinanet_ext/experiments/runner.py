@@ -259,6 +259,7 @@ class _Active:
     lock: IO[bytes]
     hardware: dict[str, Any]
     started: datetime
+    commit: str
     clock: float
     starts: list[float]  # seconds of the earlier parts
 
@@ -281,7 +282,7 @@ class _Active:
             num_starts=len(self.starts) + 1,
             started=self.started.isoformat(timespec="seconds"),
             ended=datetime.now().astimezone().isoformat(timespec="seconds"),
-            commit=record.commit(),
+            commit=self.commit,
             versions=record.versions(),
             hardware=self.hardware,
             folder=self.folder,
@@ -339,7 +340,8 @@ def _start(
             pass_fds=(lock.fileno(),),  # locked until both have ended
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
-    return _Active(one, folder, popen, lock, hardware, started, time.monotonic(), starts)
+    commit = record.commit()
+    return _Active(one, folder, popen, lock, hardware, started, commit, time.monotonic(), starts)
 
 
 def _folder(campaign: Campaign, one: Run) -> Path:
@@ -396,8 +398,8 @@ def _outcome(code: int, output: Path) -> tuple[str, str]:
     if code == 0:
         return record.FINISHED, ""
     lines = output.read_text(errors="replace").strip().splitlines()
-    last = lines[-1] if lines else ""
-    message = last.partition("error: ")[2] or last
+    said = [line.partition(" error: ")[2] for line in lines if "train_net.py: error: " in line]
+    message = said[-1] if said else lines[-1] if lines else ""
     if code == DIVERGED_EXIT:
         return record.DIVERGED, message.partition(";")[0]
     if code < 0:

@@ -1,0 +1,353 @@
+"""How the loss concentrates on hard windows (figure 4, section 5.1).
+
+Windows are sampled from a stream, their losses at several gamma normalised to sum 1 and sorted
+from low to high; the cumulative sum over the fraction of windows is the curve of figure 4. The
+paper does not say what a window is, so both readings are taken:
+
+- ``pair``: an anchor and a class. Positive is a foreground anchor with its own class, negative
+  every other pair.
+- ``anchor``: an anchor, whose loss is the sum over its K entries, as in training. Positive is a
+  foreground anchor, negative a background anchor.
+
+Ignored anchors never count. All losses are without alpha. It cancels where all windows of a side
+carry the same weight; the one place where it would not is a foreground anchor read as a whole,
+whose K - 1 entries of other classes training weighs by 1 - alpha instead of alpha.
+
+Shapes: R anchors, K classes. Labels: -1 ignore, 0..K-1 class, K background.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retinanet_ext.errors import InputError
+from retinanet_ext.losses import LOSSES
+
+GAMMAS = (0.0, 0.5, 1.0, 2.0)
+READINGS = {"anchor": "an anchor, its classes summed", "pair": "an anchor and a class"}
+SIDES = ("positive", "negative")
+NUM_POSITIVES = 10**5
+NUM_NEGATIVES = 10**7
+HARDEST = (0.2, 0.01)
+
+FRACTIONS = np.unique(np.r_[np.linspace(0, 1, 101), 1 - np.logspace(-2, -6, 41)].round(9))
+"""Where the CDF is read off: each percent, and closer together towards the hardest windows."""
+
+# Entries (anchors times classes) taken at once, so that what is computed on the way stays small.
+CHUNK = 2**18
+
+
+@dataclass(frozen=True)
+class PaperCurve:
+    """A curve of figure 4, measured in the paper's vector drawing.
+
+    Attributes:
+        cdf: fraction of the windows, easiest first -> their share of the loss
+        half_loss_fraction: the fraction that carries half of the loss
+    """
+
+    cdf: Mapping[float, float]
+    half_loss_fraction: float
+
+    def share_of_hardest(self, fraction: float) -> float:
+        """Return the share of the loss that the hardest 20 % (0.2) or 1 % (0.01) carry."""
+        return round(1 - self.cdf[round(1 - fraction, 9)], 4)
+
+
+def _paper_curve(half_loss_fraction: float, *shares: float) -> PaperCurve:
+    fractions = (0.2, 0.5, 0.8, 0.9, 0.95, 0.99)
+    return PaperCurve(dict(zip(fractions, shares, strict=True)), half_loss_fraction)
+
+
+PAPER: Mapping[str, Mapping[float, PaperCurve]] = {
+    "positive": {
+        0.0: _paper_curve(0.785, 0.034, 0.185, 0.524, 0.714, 0.836, 0.960),
+        0.5: _paper_curve(0.813, 0.018, 0.140, 0.477, 0.683, 0.816, 0.955),
+        1.0: _paper_curve(0.833, 0.010, 0.106, 0.436, 0.654, 0.799, 0.951),
+        2.0: _paper_curve(0.861, 0.003, 0.062, 0.369, 0.605, 0.768, 0.943),
+    },
+    "negative": {
+        0.0: _paper_curve(0.690, 0.083, 0.308, 0.633, 0.773, 0.855, 0.940),
+        0.5: _paper_curve(0.800, 0.047, 0.213, 0.500, 0.641, 0.730, 0.836),
+        1.0: _paper_curve(0.974, 0.019, 0.106, 0.286, 0.385, 0.454, 0.548),
+        2.0: _paper_curve(0.999, 0.0003, 0.003, 0.010, 0.015, 0.018, 0.026),
+    },
+}
+"""Side -> gamma -> curve: RetinaNet-101-600 trained with gamma 2; which reading is not stated."""
+
+
+class Reservoir:
+    """A uniform sample of a stream: all of it until full, then Vitter's algorithm R.
+
+    Each item takes one random number, so the sample does not depend on how the stream is cut.
+
+    Attributes:
+        seen: items so far
+    """
+
+    def __init__(self, num_values: int, capacity: int, rng: np.random.Generator) -> None:
+        """
+        Args:
+            num_values: float32 numbers kept of each item
+            capacity: items kept
+            rng: the source of randomness, not shared
+        """
+        self.seen = 0
+        self._values = np.empty((num_values, capacity), np.float32)
+        self._rng = rng
+
+    @property
+    def values(self) -> np.ndarray:
+        """The sample, (num_values, min(seen, capacity)), not a copy."""
+        return self._values[:, : self.seen]
+
+    def add(self, items: Tensor, values: Callable[[Tensor], Tensor]) -> None:
+        """Take the next items of the stream.
+
+        Args:
+            items: (n, ...)
+            values: what to keep, (m, ...) -> (num_values, m); called on the chosen items alone
+        """
+        chosen, slots = self._draw(len(items))
+        kept = values(items[torch.from_numpy(chosen).to(items.device)])
+        self._values[:, slots] = kept.float().cpu().numpy()
+
+    def _draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return which of the next ``count`` items to keep, and the slot of each."""
+        capacity = self._values.shape[1]
+        slots = np.arange(self.seen, self.seen + count)
+        later = slots >= capacity
+        slots[later] = self._rng.random(later.sum()) * (slots[later] + 1)
+        self.seen += count
+        chosen = np.flatnonzero(slots < capacity)
+        slots = slots[chosen]
+        if later.any():  # of several items for one slot the last one stays
+            slots, last = np.unique(slots[::-1], return_index=True)
+            chosen = chosen[::-1][last]
+        return chosen, slots
+
+
+@dataclass(frozen=True)
+class LossCurve:
+    """A measured curve of figure 4.
+
+    Attributes:
+        reading: ``anchor`` or ``pair``
+        side: ``positive`` or ``negative``
+        gamma: of the focal loss
+        seen: windows of this side in the stream
+        sampled: how many of them the curve is of
+        mean_loss: of a sampled window
+        hardest: fraction (0.2, 0.01) -> share of the loss that the hardest windows carry
+        half_loss_fraction: the fraction of windows, easiest first, that carries half of the loss
+        cdf: share of the loss that the easiest windows carry, at each of :data:`FRACTIONS`
+    """
+
+    reading: str
+    side: str
+    gamma: float
+    seen: int
+    sampled: int
+    mean_loss: float
+    hardest: Mapping[float, float]
+    half_loss_fraction: float
+    cdf: tuple[float, ...]
+
+
+class CumulativeLoss:
+    """The cumulative distribution of losses: float32 values, sums in float64."""
+
+    def __init__(self, losses: np.ndarray) -> None:
+        """
+        Args:
+            losses: one dimension, not negative; sorted in place
+
+        Raises:
+            InputError: there is no loss to share out
+        """
+        losses.sort()
+        sums = [_sum(losses[start : start + CHUNK]) for start in range(0, len(losses), CHUNK)]
+        self._losses = losses
+        self._before = np.cumsum([0.0, *sums])  # the loss before each chunk
+        self.total = float(self._before[-1])
+        if not self.total > 0:
+            raise InputError(f"the losses of {len(losses)} windows sum to {self.total:g}")
+
+    def share_of_easiest(self, fraction: float) -> float:
+        """Return the share of the loss carried by that fraction of the windows, easiest first.
+
+        Linear between windows.
+        """
+        position = fraction * len(self._losses)
+        index = min(int(position), len(self._losses) - 1)
+        chunk = index // CHUNK
+        below = self._before[chunk] + _sum(self._losses[chunk * CHUNK : index])
+        # Python's float first: a float32 would make the product one too.
+        return float(below + (position - index) * float(self._losses[index])) / self.total
+
+    def share_of_hardest(self, fraction: float) -> float:
+        """Return the share of the loss carried by that fraction of the windows, hardest first."""
+        return 1 - self.share_of_easiest(1 - fraction)
+
+    def fraction_with(self, share: float) -> float:
+        """Return the fraction of the windows, easiest first, that carries a share of the loss."""
+        target = share * self.total
+        chunk = int(np.searchsorted(self._before, target)) - 1
+        losses = self._losses[chunk * CHUNK : (chunk + 1) * CHUNK].astype(np.float64)
+        upto = self._before[chunk] + np.cumsum(losses)
+        index = min(int(np.searchsorted(upto, target)), len(losses) - 1)
+        missing = (upto[index] - target) / losses[index]
+        return float((chunk * CHUNK + index + 1 - missing) / len(self._losses))
+
+
+def _sum(losses: np.ndarray) -> float:
+    return float(losses.sum(dtype=np.float64))
+
+
+class WindowSample:
+    """Uniform samples of positive and negative windows in both readings, from a stream.
+
+    Keeps 4 bytes a pair and 16 bytes an anchor: 0.2 GB for the paper's 10^7 negatives.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_positives: int = NUM_POSITIVES,
+        num_negatives: int = NUM_NEGATIVES,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            num_positives, num_negatives: windows kept of each side, in each reading
+            seed: the same seed and stream give the same sample
+        """
+        self._focal = [LOSSES["focal"].bind(gamma=gamma) for gamma in GAMMAS]
+        capacity = {"positive": num_positives, "negative": num_negatives}
+        num_values = {"anchor": len(GAMMAS), "pair": 1}
+        self._reservoirs = {
+            (reading, side): Reservoir(
+                num_values[reading], capacity[side], np.random.default_rng([seed, i, j])
+            )
+            for i, reading in enumerate(READINGS)
+            for j, side in enumerate(SIDES)
+        }
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Take the anchors of an image, or some of them.
+
+        Args:
+            logits: (R, K), any float type
+            labels: (R,)
+        """
+        num_anchors = max(1, CHUNK // logits.shape[1])
+        chunks = zip(logits.split(num_anchors), labels.split(num_anchors), strict=True)
+        for chunk, chunk_labels in chunks:
+            kept = chunk_labels >= 0
+            self._add_chunk(chunk[kept].float(), chunk_labels[kept])
+
+    def _add_chunk(self, logits: Tensor, labels: Tensor) -> None:
+        foreground = labels < logits.shape[1]
+        x_t = -logits
+        own = torch.zeros_like(x_t, dtype=torch.bool)
+        own[foreground, labels[foreground]] = True
+        x_t[own] *= -1
+        for side, anchors, pairs in zip(SIDES, (foreground, ~foreground), (own, ~own), strict=True):
+            self._reservoirs["anchor", side].add(x_t[anchors], self._anchor_losses)
+            self._reservoirs["pair", side].add(x_t[pairs], lambda chosen: chosen[None])
+
+    def _anchor_losses(self, x_t: Tensor) -> Tensor:
+        """Return the loss of each anchor at each gamma, (G, R)."""
+        return torch.stack([focal(x_t).sum(1) for focal in self._focal])
+
+    def curves(self) -> list[LossCurve]:
+        """Return all curves of figure 4. Sorts the sample in place: nothing is added afterwards.
+
+        Raises:
+            InputError: there is no positive or no negative window
+        """
+        curves = []
+        for (reading, side), reservoir in self._reservoirs.items():
+            if not reservoir.seen:
+                raise InputError(f"there is no {side} window among the anchors")
+            for index, gamma in enumerate(GAMMAS):
+                if reading == "anchor":
+                    losses = reservoir.values[index]
+                else:
+                    losses = self._pair_losses(reservoir.values[0], index)
+                curves.append(_measure(reading, side, gamma, reservoir.seen, losses))
+        return curves
+
+    def _pair_losses(self, x_t: np.ndarray, index: int) -> np.ndarray:
+        """Return the losses of pairs at one gamma, in a new array."""
+        losses = np.empty_like(x_t)
+        for start in range(0, len(x_t), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            losses[chunk] = self._focal[index](torch.from_numpy(x_t[chunk])).numpy()
+        return losses
+
+
+def _measure(reading: str, side: str, gamma: float, seen: int, losses: np.ndarray) -> LossCurve:
+    try:
+        cumulative = CumulativeLoss(losses)
+    except InputError as error:
+        raise InputError(f"{side} windows, reading {reading!r}, gamma {gamma:g}: {error}") from None
+    return LossCurve(
+        reading=reading,
+        side=side,
+        gamma=gamma,
+        seen=seen,
+        sampled=len(losses),
+        mean_loss=cumulative.total / len(losses),
+        hardest={fraction: cumulative.share_of_hardest(fraction) for fraction in HARDEST},
+        half_loss_fraction=cumulative.fraction_with(0.5),
+        cdf=tuple(cumulative.share_of_easiest(fraction) for fraction in FRACTIONS),
+    )
+
+
+CONCENTRATED = 0.2  # the easiest 80 % carry at most this share of the loss
+NO_BURDEN = 0.1  # their loss is at most this part of the loss of the positives
+
+
+def conclude(curves: Sequence[LossCurve]) -> str:
+    """Return one sentence on what the curves mean for the choice of gamma.
+
+    A gamma above 0 takes the loss of easy windows away. That matters where, at gamma 0, the
+    easiest 80 % of the negative anchors carry much of the negatives' loss (above
+    :data:`CONCENTRATED`) and their loss is not small beside that of all foreground anchors (above
+    :data:`NO_BURDEN`). Anchors are read as a whole, as training sums them, without alpha.
+    """
+    by_gamma = {(c.side, c.gamma): c for c in curves if c.reading == "anchor"}
+    easy = {gamma: 1 - by_gamma["negative", gamma].hardest[0.2] for gamma in GAMMAS}
+    positive, negative = by_gamma["positive", 0.0], by_gamma["negative", 0.0]
+    easy_loss = easy[0.0] * negative.mean_loss * negative.seen
+    ratio = easy_loss / (positive.mean_loss * positive.seen)
+    found = (
+        f"At gamma 0 the easiest 80 % of the negative anchors carry {100 * easy[0.0]:.1f} % of the "
+        f"negatives' loss, {ratio:{'.2f' if ratio < 10 else '.0f'}} times the loss of all "
+        "positives: with this model and data"
+    )
+    if easy[0.0] <= CONCENTRATED:
+        return (
+            f"{found} the loss is on hard negatives already, and a gamma above 0 has little to "
+            "take away."
+        )
+    if ratio <= NO_BURDEN:
+        return f"{found} easy negatives are no burden, and a gamma above 0 has little to gain."
+    enough = [gamma for gamma in GAMMAS if easy[gamma] <= CONCENTRATED]
+    if not enough:
+        return (
+            f"{found} gamma matters, and as {GAMMAS[-1]:g} still leaves their share at "
+            f"{100 * easy[GAMMAS[-1]]:.1f} %, a larger one is worth a trial."
+        )
+    tried = ", ".join(f"{gamma:g}" for gamma in GAMMAS)
+    return (
+        f"{found} gamma matters; of {tried} the smallest that brings their share to "
+        f"{100 * CONCENTRATED:.0f} % or less is {enough[0]:g} ({100 * easy[enough[0]]:.1f} %)."
+    )

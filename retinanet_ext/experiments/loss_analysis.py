@@ -1,0 +1,299 @@
+"""How the loss of a checkpoint concentrates on hard anchors of a data set (figure 4)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, get_detection_dataset_dicts
+from detectron2.data.detection_utils import build_augmentation
+from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch import RetinaNet
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.structures import Boxes
+from detectron2.utils.logger import log_every_n_seconds
+from tabulate import tabulate
+from torch import Tensor
+
+import retinanet_ext
+from retinanet_ext.analysis.figures import figure_4, save_figure
+from retinanet_ext.analysis.loss_cdf import (
+    FRACTIONS,
+    GAMMAS,
+    NUM_NEGATIVES,
+    NUM_POSITIVES,
+    PAPER,
+    READINGS,
+    SIDES,
+    LossCurve,
+    WindowSample,
+    conclude,
+)
+from retinanet_ext.data import CheckedDatasetMapper, prepare_datasets
+from retinanet_ext.engine import Checkpointer, load_config
+from retinanet_ext.engine.config import check_config, use_cpu_without_cuda
+from retinanet_ext.engine.launch import check_model
+from retinanet_ext.errors import InputError
+from retinanet_ext.losses import Interval
+from retinanet_ext.modeling import RetinaNetExt
+from retinanet_ext.modeling.matching import label_anchors
+
+FORMAT = 1
+RESULT = "loss_cdf"
+SECONDS_BETWEEN_LINES = 10
+COLUMNS = (("positive", 0.2), ("negative", 0.01), ("negative", 0.2))
+
+logger = logging.getLogger(__name__)
+
+
+def analyze_loss(
+    config_file: str,
+    weights: str,
+    opts: Sequence[str] = (),
+    *,
+    dataset: str = "test",
+    num_images: int | None = None,
+    num_positives: int = NUM_POSITIVES,
+    num_negatives: int = NUM_NEGATIVES,
+    seed: int = 0,
+    output: str | Path | None = None,
+) -> str:
+    """Measure figure 4 on a data set and write ``loss_cdf.json``, ``.svg`` and ``.png``.
+
+    The images are taken in random order and as in evaluation: one at a time, resized to the test
+    size, not flipped. Anchors are labelled by the model's own matcher.
+
+    Args:
+        config_file, opts: the config the weights were trained with, as for training
+        weights: the checkpoint
+        dataset: ``train`` or ``test``, for the images of ``DATASETS.TRAIN`` or ``DATASETS.TEST``
+        num_images: at most so many of them; all by default
+        num_positives, num_negatives: windows sampled at most of each side
+        seed: of the order of images and of the sample
+        output: folder; ``loss_cdf-<dataset>`` beside the weights by default
+
+    Returns:
+        the result as text: tables, the files, and what it means for gamma as its last line
+
+    Raises:
+        InputError: a value that is not allowed, a missing file, a checkpoint of another model,
+            data without objects, an earlier result, an output that cannot be written
+    """
+    _check_numbers(num_images, num_positives, num_negatives, seed)
+    if "://" not in weights and not Path(weights.partition("?")[0]).is_file():
+        raise InputError(f"--weights {weights!r} is not a file")
+    folder = _choose_folder(output, weights, dataset)
+    cfg, num_classes_is_set = load_config(config_file, opts)
+    use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
+    check_config(cfg, num_processes=1, eval_only=True)
+    prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=dataset == "test")
+    images = _choose_images(cfg, dataset, num_images, seed)
+    model = _load_model(cfg, weights)
+    _make_folder(folder)
+
+    sample = WindowSample(num_positives=num_positives, num_negatives=num_negatives, seed=seed)
+    loader = build_detection_test_loader(
+        images, mapper=_make_mapper(cfg), num_workers=cfg.DATALOADER.NUM_WORKERS
+    )
+    sample_windows(model, loader, len(images), sample)
+    curves = sample.curves()
+
+    names = list(cfg.DATASETS[dataset.upper()])
+    head = f"Loss without alpha on {len(images)} images of {', '.join(names)}, weights {weights}"
+    text = f"{head}\n\n{format_tables(curves)}"
+    conclusion = conclude(curves)
+    content = {
+        "format": FORMAT,
+        "version": retinanet_ext.__version__,
+        "config_file": config_file,
+        "opts": list(opts),
+        "weights": weights,
+        "dataset": names,
+        "num_images": len(images),
+        "seed": seed,
+        "text": text,
+        "conclusion": conclusion,
+        "fractions": FRACTIONS.tolist(),
+        "curves": [_to_json(curve) for curve in curves],
+    }
+    _write(folder, content, curves)
+    files = "\n".join(f"Wrote {path}" for path in _files(folder))
+    return f"{text}\n\n{files}\n\n{conclusion}"
+
+
+@torch.no_grad()
+def sample_windows(
+    model: DenseDetector,
+    batches: Iterable[list[dict[str, Any]]],
+    num_images: int,
+    sample: WindowSample,
+) -> None:
+    """Run the model over images and add their anchors to a sample.
+
+    Args:
+        model: a RetinaNet, this plugin's or Detectron2's; put in evaluation mode
+        batches: one image each, with ``instances``
+        num_images: for the lines of progress
+        sample: changed in place
+
+    Raises:
+        InputError: the model's output is not finite
+    """
+    model.eval()
+    for done, (inputs,) in enumerate(batches, start=1):
+        logits, anchors = predict_logits(model, inputs)
+        if not logits.isfinite().all():
+            raise InputError(
+                f"the model's output on image {inputs['file_name']} is not finite: "
+                "the training of these weights has diverged"
+            )
+        instances = inputs["instances"].to(model.device)
+        (labels,), _ = label_anchors(model.anchor_matcher, anchors, [instances], model.num_classes)
+        sample.add(logits, labels)
+        log_every_n_seconds(
+            logging.INFO,
+            f"{done} of {num_images} images",
+            SECONDS_BETWEEN_LINES,
+            name=__name__,
+        )
+
+
+def predict_logits(model: DenseDetector, inputs: dict[str, Any]) -> tuple[Tensor, Boxes]:
+    """Return the logits of an image's anchors, (R, K), and the anchors."""
+    images = model.preprocess_image([inputs])
+    levels = model.backbone(images.tensor)
+    features = [levels[name] for name in model.head_in_features]
+    logits, _ = model._transpose_dense_predictions(model.head(features), [model.num_classes, 4])
+    return torch.cat(logits, dim=1)[0], Boxes.cat(model.anchor_generator(features))
+
+
+def format_tables(curves: Sequence[LossCurve]) -> str:
+    """Return a table a reading: the shares of the hardest windows beside the paper's."""
+    by_key = {(curve.reading, curve.side, curve.gamma): curve for curve in curves}
+    header = ["γ"]
+    for side, fraction in COLUMNS:
+        header += [f"hardest {100 * fraction:g} %\nof {side}s", "in the\npaper"]
+    parts = []
+    for reading, window in READINGS.items():
+        rows = []
+        for gamma in GAMMAS:
+            row = [f"{gamma:g}"]
+            for side, fraction in COLUMNS:
+                measured = by_key[reading, side, gamma].hardest[fraction]
+                paper = PAPER[side][gamma].share_of_hardest(fraction)
+                row += [f"{100 * measured:.1f} %", f"{100 * paper:.1f} %"]
+            rows.append(row)
+        counts = ", ".join(_count(by_key[reading, side, GAMMAS[0]]) for side in SIDES)
+        table = tabulate(rows, header, stralign="right", disable_numparse=True)
+        parts.append(f"Window: {window} ({counts})\nShare of the loss carried by the\n{table}")
+    return "\n\n".join(parts)
+
+
+def _count(curve: LossCurve) -> str:
+    sampled = "" if curve.sampled == curve.seen else f", {curve.sampled} of them sampled"
+    return f"{curve.seen} {curve.side}s{sampled}"
+
+
+def _check_numbers(
+    num_images: int | None, num_positives: int, num_negatives: int, seed: int
+) -> None:
+    if num_images is not None:
+        Interval("[1, inf)").check("--num-images", num_images)
+    Interval("[1, inf)").check("--positives", num_positives)
+    Interval("[1, inf)").check("--negatives", num_negatives)
+    Interval("[0, inf)").check("--seed", seed)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / f"{RESULT}{suffix}" for suffix in (".json", ".svg", ".png")]
+
+
+def _choose_folder(output: str | Path | None, weights: str, dataset: str) -> Path:
+    if not output and "://" in weights:
+        raise InputError(f"--weights {weights} have no folder here; name one with --output")
+    folder = Path(output or Path(weights.partition("?")[0]).parent / f"{RESULT}-{dataset}")
+    for path in _files(folder):
+        if path.exists():
+            raise InputError(f"{path} is an earlier result; name another folder with --output")
+    return folder
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder, and find out now and not after hours whether it can be written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"--output {folder} cannot be written: {error.strerror}") from error
+
+
+def _choose_images(
+    cfg: CfgNode, dataset: str, num_images: int | None, seed: int
+) -> list[dict[str, Any]]:
+    """Return images in random order; of those for training the ones that training uses."""
+    names = cfg.DATASETS[dataset.upper()]
+    images = get_detection_dataset_dicts(
+        names, filter_empty=dataset == "train" and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+    )
+    order = np.random.default_rng(seed).permutation(len(images))[:num_images]
+    chosen = [images[index] for index in order if "annotations" in images[index]]
+    if not any(not box.get("iscrowd", 0) for image in chosen for box in image["annotations"]):
+        raise InputError(
+            f"no object is annotated in {len(order)} images of {', '.join(names)}, so there are no "
+            "positives to analyze"
+        )
+    return chosen
+
+
+def _make_mapper(cfg: CfgNode) -> CheckedDatasetMapper:
+    """Return the mapper of evaluation, except that annotations are kept."""
+    return CheckedDatasetMapper(
+        is_train=True,
+        augmentations=build_augmentation(cfg, is_train=False),
+        image_format=cfg.INPUT.FORMAT,
+    )
+
+
+def _load_model(cfg: CfgNode, weights: str) -> DenseDetector:
+    check_model(cfg, weights, resume=False, eval_only=True)
+    model = build_model(cfg)
+    if not isinstance(model, (RetinaNetExt, RetinaNet)):
+        raise InputError(
+            f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} does not label anchors by IoU; "
+            "RetinaNetExt and RetinaNet can be analyzed"
+        )
+    Checkpointer(model, complete=True).load(weights)
+    return model
+
+
+def _to_json(curve: LossCurve) -> dict[str, Any]:
+    paper = PAPER[curve.side][curve.gamma]
+    content = asdict(curve)
+    content["cdf"] = [float(f"{share:.6g}") for share in curve.cdf]
+    content["paper"] = {
+        "hardest": {fraction: paper.share_of_hardest(fraction) for fraction in curve.hardest},
+        "half_loss_fraction": paper.half_loss_fraction,
+        "cdf": dict(paper.cdf),
+    }
+    return content
+
+
+def _write(folder: Path, content: dict[str, Any], curves: Sequence[LossCurve]) -> None:
+    """Write pictures and, once they are there, the json."""
+    json_file, *pictures = _files(folder)
+    figure = figure_4(curves)
+    for path in pictures:
+        save_figure(figure, path)
+    try:
+        with open(json_file, "x", encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False)
+    except OSError as error:
+        raise InputError(f"{json_file} cannot be written: {error.strerror}") from error
