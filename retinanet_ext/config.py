@@ -10,6 +10,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from retinanet_ext.data.sample_set import SampleSet
 from retinanet_ext.losses import LOSSES
 from retinanet_ext.losses.registry import Loss
 
@@ -107,6 +108,10 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # With SOLVER.AMP.ENABLED: "float16" (Detectron2's, CUDA alone) or "bfloat16", which needs no
     # scaling of the loss and runs on the CPU too. Training alone; evaluation is in float32.
     cfg.SOLVER.AMP.PRECISION = "float16"
+
+    # What the built-in sample set holds where DATASETS.TRAIN or DATASETS.TEST names it: the fields
+    # of data.sample_set.SampleSet. Lengths in pixels, ranges as [least, most].
+    cfg.DATASETS.SAMPLE = CfgNode(SampleSet.config_defaults())
 
     # The picture of test images with ground truth and detections, drawn after an evaluation:
     # how many images (0: no picture) and from which score on detections are drawn.

@@ -128,7 +128,8 @@ def _use_custom(cfg: CfgNode, split: str) -> None:
 
 def _register_sample_set(cfg: CfgNode, name: str, split: str) -> None:
     datasets = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-    folder = make_sample_set(SampleSet(), os.path.join(datasets, "retinanet_ext_sample"))
+    parameters = SampleSet.from_config(cfg.DATASETS.SAMPLE)
+    folder = make_sample_set(parameters, os.path.join(datasets, "retinanet_ext_sample"))
     part = SAMPLE_SPLITS[name]
     register_coco_json(cfg, name, str(folder / f"{part}.json"), str(folder / part), split=split)
 

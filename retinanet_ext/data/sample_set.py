@@ -4,7 +4,8 @@ Five classes of small shapes on textured backgrounds, among clutter of the same 
 a picture holds a few objects and hundreds of background anchors to each foreground one, the
 imbalance that the focal loss is made for (paper, section 3). Classes differ in shape and in hue, so
 that a short training can learn them; the clutter has any hue and nearly their shapes. Every
-parameter that governs the imbalance is a field of :class:`SampleSet`.
+parameter that governs the imbalance is a field of :class:`SampleSet` and a key of
+``DATASETS.SAMPLE``; :data:`IMBALANCE_DIAL` are settings that change little else.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ GENERATOR_VERSION = 1
 MAX_OVERLAP = 0.2
 """Largest share of the smaller of two objects' boxes that the other may hide."""
 
+MIN_OBJECT_SIZE = 8
+"""Pixels below which classes can hardly be told apart."""
+
 _Array = np.ndarray
 _Outline = Callable[[_Array, _Array], _Array]
 
@@ -40,13 +44,17 @@ _Outline = Callable[[_Array, _Array], _Array]
 class SampleSet:
     """What is drawn. Ranges are inclusive, lengths in pixels.
 
+    The keys of ``DATASETS.SAMPLE`` are these fields in capitals, ranges as ``[least, most]``.
+
     Attributes:
         num_train, num_val: number of images.
         image_size: side of the square images.
         num_objects: objects in an image; those that find no free place are left out.
         object_size: diameter of an object, of its circumscribed circle for polygons.
         num_clutter: distractors in an image.
-        empty_fraction: share of the images without any object.
+        empty_fraction: chance of an image to hold no object, whatever ``num_objects`` says.
+            Training leaves such images out unless ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` is
+            False.
         seed: another seed gives other pictures of the same kind.
     """
 
@@ -64,6 +72,93 @@ class SampleSet:
         """Return a name of its own for these parameters and this version of the generator."""
         content = json.dumps({"version": GENERATOR_VERSION, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
+
+    @classmethod
+    def config_defaults(cls) -> dict[str, Any]:
+        """Return the keys of ``DATASETS.SAMPLE`` with their defaults."""
+        defaults = {field.name.upper(): field.default for field in fields(cls)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in defaults.items()}
+
+    @classmethod
+    def from_config(cls, node: Mapping[str, Any]) -> SampleSet:
+        """Return what ``DATASETS.SAMPLE`` describes.
+
+        Raises:
+            InputError: a value that cannot be drawn, or a set without any object.
+        """
+        for key, (low, high) in {
+            "NUM_TRAIN": (1, math.inf),
+            "NUM_VAL": (1, math.inf),
+            "IMAGE_SIZE": (MIN_OBJECT_SIZE, math.inf),
+            "NUM_OBJECTS": (0, math.inf),
+            "OBJECT_SIZE": (MIN_OBJECT_SIZE, node["IMAGE_SIZE"]),
+            "NUM_CLUTTER": (0, math.inf),
+            "SEED": (0, 2**32 - 1),
+        }.items():
+            value, is_range = node[key], isinstance(node[key], list)
+            numbers = value if is_range else [value]
+            whole = all(type(number) is int and low <= number <= high for number in numbers)
+            if not whole or (is_range and (len(value) != 2 or value[0] > value[1])):
+                what = "two whole numbers [least, most]" if is_range else "a whole number"
+                limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
+                limits += " (IMAGE_SIZE)" if key == "OBJECT_SIZE" else ""
+                raise InputError(f"DATASETS.SAMPLE.{key} must be {what} {limits}, got {value!r}")
+        if node["NUM_OBJECTS"][1] == 0:
+            raise InputError("DATASETS.SAMPLE.NUM_OBJECTS is [0, 0], so there is nothing to learn")
+        if not 0 <= node["EMPTY_FRACTION"] < 1:
+            raise InputError(
+                "DATASETS.SAMPLE.EMPTY_FRACTION must be a number in [0, 1), got "
+                f"{node['EMPTY_FRACTION']!r}"
+            )
+        values = {k.lower(): tuple(v) if isinstance(v, list) else v for k, v in node.items()}
+        return cls(**values)
+
+
+IMBALANCE_DIAL: dict[str, dict[str, Any]] = {
+    name: {
+        "NUM_TRAIN": 800,
+        "NUM_VAL": num_val,
+        "IMAGE_SIZE": 192,
+        "NUM_OBJECTS": num_objects,
+        "OBJECT_SIZE": [16, 32],
+        "NUM_CLUTTER": [6, 12],
+        "EMPTY_FRACTION": empty_fraction,
+    }
+    for name, num_objects, empty_fraction, num_val in (
+        ("1:30", [22, 28], 0.0, 100),
+        ("1:100", [6, 10], 0.0, 100),
+        ("1:300", [1, 4], 0.0, 200),
+        ("1:1000", [1, 1], 0.2, 300),
+        ("1:3000", [1, 1], 0.73, 800),
+    )
+}
+"""Foreground to background anchors -> keys of ``DATASETS.SAMPLE`` that give about this ratio.
+
+For levels P3 to P7 with the paper's 9 anchors a cell, ``BASE_SCALE`` 2.0, images at their own size
+and ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` False (else the last two are about 1:800). Measured with
+:func:`retinanet_ext.data.imbalance.measure_imbalance` on the training and validation images:
+
+====== ======= ======= =============== ===============
+name   train   val     boxes an image  empty images
+====== ======= ======= =============== ===============
+1:30   1:30    1:29    24.9            none
+1:100  1:98    1:98    8.0             none
+1:300  1:323   1:316   2.5             none
+1:1000 1:1056  1:1027  0.8             20 %
+1:3000 1:3068  1:2887  0.3             73 %
+====== ======= ======= =============== ===============
+
+An iteration costs the same on every point. Backgrounds and clutter are the very same pictures,
+objects have the same sizes and about 8.6 foreground anchors each; only the number of objects and
+the share of empty images change.
+
+What changes along with the imbalance: in the same number of iterations the detector sees fewer
+positives, and fewer different ones; some batches have none at all; more background stands to each
+object of the validation set as well, which costs precision; objects of 1:30 hide a little of each
+other and of the clutter. So the fall of a curve over the points is not the effect of imbalance on
+training alone: only differences between losses at one point are clean. ``NUM_VAL`` differs so that
+each point is evaluated on more than 200 boxes.
+"""
 
 
 # Outlines in units of the object's radius: negative inside, about the distance to the edge.

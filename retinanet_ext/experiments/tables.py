@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from retinanet_ext.data.sample_set import IMBALANCE_DIAL
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
@@ -506,6 +507,53 @@ def _figure_7() -> Table:
 ABOVE, BELOW = "AP above 33.5", "AP below 33.5 or not converged"
 
 
+def _imbalance() -> Table:
+    losses = {
+        "CE": _cross_entropy(-1.0),
+        "α-CE": _cross_entropy(0.75),
+        "OHEM": _ohem(128, 0.5),
+        "focal": _focal(),
+    }
+    names = {"CE": "ce", "α-CE": "alpha-ce", "OHEM": "ohem", "focal": "focal"}
+    custom = dict.fromkeys(("TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES"), "")
+    rows = [
+        Row(
+            f"{names[loss]}-{ratio}",
+            {"background : foreground": f"{ratio.partition(':')[2]} : 1", "loss": loss},
+            {
+                **overrides,
+                **{f"DATASETS.CUSTOM.{key}": value for key, value in custom.items()},
+                "DATASETS.TRAIN": ("retinanet_ext_sample_train",),
+                "DATASETS.TEST": ("retinanet_ext_sample_val",),
+                "DATALOADER.FILTER_EMPTY_ANNOTATIONS": False,
+                **{f"DATASETS.SAMPLE.{key}": value for key, value in point.items()},
+                # Nothing but the imbalance may differ: pictures at their own size.
+                "INPUT.MIN_SIZE_TRAIN": (point["IMAGE_SIZE"],),
+                "INPUT.MIN_SIZE_TEST": point["IMAGE_SIZE"],
+                "MODEL.ANCHOR_GENERATOR.BASE_SCALE": 2.0,
+            },
+        )
+        for ratio, point in IMBALANCE_DIAL.items()
+        for loss, overrides in losses.items()
+    ]
+    ratios = list(IMBALANCE_DIAL)
+    return Table(
+        "imbalance",
+        "Imbalance as a dial: four losses on drawn data",
+        "beyond the paper; section 3's argument",
+        tuple(rows),
+        tuple(
+            Claim(f"at {ratio} focal is ahead of {text}", f"focal-{ratio}", f"{loss}-{ratio}")
+            for ratio in (ratios[0], ratios[-1])
+            for loss, text in (("ce", "CE"), ("alpha-ce", "α-CE"), ("ohem", "OHEM"))
+        ),
+        note="Not in the paper, whose reasoning makes one expect the focal loss to lead by more "
+        "the larger the imbalance. Fewer objects also mean fewer positives in the same budget: "
+        "compare losses at one point, not points with each other.",
+        presets=("small", "quick"),
+    )  # fmt: skip
+
+
 TABLES: dict[str, Table] = {
     table.name: table
     for table in (
@@ -519,5 +567,6 @@ TABLES: dict[str, Table] = {
         _prior(),
         _hinge(),
         _figure_7(),
+        _imbalance(),
     )
 }

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.structures import Boxes, BoxMode, pairwise_iou
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
 from PIL import Image
 
-from retinanet_ext.data import SampleSet, make_sample_set, sample_set
+from retinanet_ext.data import SampleSet, make_sample_set, prepare_datasets, sample_set
 from retinanet_ext.data.coco_json import read_coco_json
 from retinanet_ext.errors import InputError
 
@@ -144,50 +143,94 @@ def test_default_set_is_a_small_hard_one(default_set: Path) -> None:
                     assert max(w, 0) * max(h, 0) <= 0.2 * smaller
 
 
-def test_hundreds_of_background_anchors_to_each_foreground_one(default_set: Path) -> None:
-    assert 300 < measure_imbalance(default_set) < 1000
+def test_config_without_keys_is_the_default_set(cfg: CfgNode) -> None:
+    """Whose folder has this name since the first release."""
+    parameters = SampleSet.from_config(cfg.DATASETS.SAMPLE)
+    assert parameters == SampleSet()
+    assert parameters.folder_name == "487e165177b3"
+
+
+def test_config_keys_are_what_is_drawn(
+    cfg: CfgNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    use_sample_set(cfg)
+    changes = [
+        *("NUM_TRAIN", 5, "NUM_VAL", 2, "IMAGE_SIZE", 64, "NUM_OBJECTS", [3, 3]),
+        *("OBJECT_SIZE", (9, 12), "NUM_CLUTTER", [0, 0], "EMPTY_FRACTION", 0.0, "SEED", 7),
+    ]
+    assert set(changes[::2]) == set(cfg.DATASETS.SAMPLE)
+    cfg.merge_from_list(
+        [f"DATASETS.SAMPLE.{c}" if i % 2 == 0 else c for i, c in enumerate(changes)]
+    )
+    prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
+    assert len(DatasetCatalog.get("retinanet_ext_sample_val")) == 2
+    records = DatasetCatalog.get("retinanet_ext_sample_train")
+    assert [len(record["annotations"]) for record in records] == [3] * 5
+    for record in records:
+        with Image.open(record["file_name"]) as opened:
+            assert opened.size == (64, 64)
+        assert all(4 <= max(a["bbox"][2:]) <= 14 for a in record["annotations"])
+    (folder,) = (tmp_path / "retinanet_ext_sample").iterdir()
+    same = SampleSet(5, 2, 64, (3, 3), (9, 12), (0, 0), 0.0, 7)
+    assert folder.name == same.folder_name
 
 
 @pytest.mark.parametrize(
-    ("easier", "harder"),
+    ("key", "value", "allowed"),
     [
-        ({"num_objects": (6, 12)}, {"num_objects": (1, 2)}),
-        ({"object_size": (40, 60)}, {"object_size": (16, 24)}),
-        ({"image_size": 128}, {"image_size": 384}),
+        ("NUM_TRAIN", 0, "a whole number of at least 1"),
+        ("NUM_VAL", -4, "a whole number of at least 1"),
+        ("IMAGE_SIZE", 7, "a whole number of at least 8"),
+        ("SEED", -1, "a whole number from 0 to 4294967295"),
+        ("SEED", 2**32, "a whole number from 0 to 4294967295"),
+        ("NUM_OBJECTS", [5, 1], "[least, most] of at least 0"),
+        ("NUM_OBJECTS", [0, 0], "nothing to learn"),
+        ("NUM_OBJECTS", [3], "two whole numbers"),
+        ("NUM_OBJECTS", [1, 2, 3], "two whole numbers"),
+        ("NUM_OBJECTS", [1, 2.5], "two whole numbers"),
+        ("NUM_OBJECTS", ["a", "b"], "two whole numbers"),
+        ("NUM_OBJECTS", [False, True], "two whole numbers"),
+        ("NUM_CLUTTER", [-1, 4], "[least, most] of at least 0"),
+        ("OBJECT_SIZE", [4, 44], "from 8 to 256 (IMAGE_SIZE)"),
+        ("OBJECT_SIZE", [16, 257], "from 8 to 256 (IMAGE_SIZE)"),
+        ("EMPTY_FRACTION", -0.1, "a number in [0, 1)"),
+        ("EMPTY_FRACTION", 1.0, "a number in [0, 1)"),
+        ("EMPTY_FRACTION", float("nan"), "a number in [0, 1)"),
     ],
 )
-def test_parameters_move_the_imbalance(
-    easier: dict[str, Any], harder: dict[str, Any], tmp_path: Path
+def test_what_cannot_be_drawn_is_refused(
+    key: str,
+    value: Any,
+    allowed: str,
+    cfg: CfgNode,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    few = SampleSet(num_train=12, num_val=0, empty_fraction=0.0)
-    ratios = [
-        measure_imbalance(make_sample_set(replace(few, **change), tmp_path))
-        for change in (easier, harder)
-    ]
-    assert ratios[1] > 2 * ratios[0]
+    monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
+    use_sample_set(cfg)
+    cfg.merge_from_list([f"DATASETS.SAMPLE.{key}", value])
+    with pytest.raises(InputError) as raised:
+        prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
+    message = str(raised.value)
+    assert message.startswith(f"DATASETS.SAMPLE.{key} ")
+    assert allowed in message
+    assert str(value) in message
+    assert "\n" not in message
+    assert not list(tmp_path.iterdir())
 
 
-def measure_imbalance(folder: Path) -> float:
-    """Background anchors (IoU < .4) to each foreground one (IoU >= .5), with RetinaNet's anchors.
+@pytest.mark.parametrize(("object_size", "image_size"), [((8, 8), 8), ((8, 8), 64), ((64, 64), 64)])
+def test_sizes_at_the_limits_can_be_drawn(
+    object_size: tuple[int, int], image_size: int, tmp_path: Path
+) -> None:
+    drawn = SampleSet(40, 1, image_size, (1, 3), object_size, empty_fraction=0.0)
+    folder = make_sample_set(drawn, tmp_path)
+    content = read_coco_json(str(folder / "train.json"))
+    assert {a["image_id"] for a in content["annotations"]} == set(range(1, 41))
+    assert min(min(a["bbox"][2:]) for a in content["annotations"]) >= 4
 
-    Sides 4 x stride x 2^(k/3), aspect ratios 1:2, 1:1, 2:1, strides 8 to 128, at the images' own
-    size (paper, section 4).
-    """
-    strides = [8, 16, 32, 64, 128]
-    sizes = [[4 * stride * 2 ** (k / 3) for k in range(3)] for stride in strides]
-    generator = DefaultAnchorGenerator(
-        sizes=sizes, aspect_ratios=[[0.5, 1.0, 2.0]], strides=strides
-    )
-    contents = [json.loads((folder / f"{part}.json").read_text()) for part in ("train", "val")]
-    cells = [-(-contents[0]["images"][0]["width"] // stride) for stride in strides]
-    anchors = Boxes.cat(generator([torch.zeros(1, 1, n, n) for n in cells]))
-    foreground = background = 0
-    for content in contents:
-        for image in content["images"]:
-            boxes = torch.tensor(boxes_of(content, image), dtype=torch.float).reshape(-1, 4)
-            boxes = BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)
-            boxes = torch.cat([boxes, torch.zeros(1, 4)])  # none overlaps this one
-            iou = pairwise_iou(anchors, Boxes(boxes)).amax(1)
-            foreground += int((iou >= 0.5).sum())
-            background += int((iou < 0.4).sum())
-    return background / foreground
+
+def use_sample_set(cfg: CfgNode) -> None:
+    cfg.DATASETS.TRAIN = ("retinanet_ext_sample_train",)
+    cfg.DATASETS.TEST = ("retinanet_ext_sample_val",)

@@ -1,0 +1,100 @@
+"""How many background anchors stand to each foreground one (section 3), counted on any data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data.build import filter_images_with_only_crowd_annotations
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_anchor_generator, build_backbone
+from detectron2.structures import Boxes, BoxMode, ImageList, Instances
+
+from retinanet_ext.data.coco_json import load_dataset_dicts
+from retinanet_ext.modeling.matching import AnchorMatcher, is_foreground, label_anchors
+
+
+@dataclass(frozen=True)
+class Imbalance:
+    """Counts over all images together.
+
+    Attributes:
+        num_images, num_boxes: images and boxes that were labelled.
+        foreground, background: anchors with that label; ignored ones are in neither.
+    """
+
+    num_images: int
+    num_boxes: int
+    foreground: int
+    background: int
+
+    @property
+    def ratio(self) -> float:
+        """Return the background anchors to each foreground one, infinite if there is none."""
+        return self.background / self.foreground if self.foreground else math.inf
+
+
+@torch.no_grad()
+def measure_imbalance(cfg: CfgNode, json_file: str, *, is_train: bool = True) -> Imbalance:
+    """Count anchors as the detector of a config labels them in training, without its images.
+
+    Sizes, anchors, thresholds and low-quality matches are the config's. Each image counts once
+    for each of ``INPUT.MIN_SIZE_TRAIN``, unflipped and uncropped, and is padded as if alone in
+    its batch.
+
+    Args:
+        cfg: the whole config
+        json_file: in COCO's instances format
+        is_train: resize as in training and leave out the images that training leaves out;
+            otherwise resize as in testing and count all images
+
+    Raises:
+        InputError: the json, an anchor or a matching key cannot be used
+    """
+    node = cfg.MODEL.RETINANET
+    with torch.device("meta"):  # for the shapes of its feature maps alone
+        backbone = build_backbone(cfg).eval()
+    shapes = [backbone.output_shape()[feature] for feature in node.IN_FEATURES]
+    anchor_generator = build_anchor_generator(cfg, shapes)
+    matcher = AnchorMatcher(node.IOU_THRESHOLDS, node.IOU_LABELS, node.LOW_QUALITY_MATCHES)
+
+    @lru_cache(maxsize=32)
+    def anchors_of(height: int, width: int) -> Boxes:
+        image = torch.zeros(len(cfg.MODEL.PIXEL_MEAN), height, width, device="meta")
+        images = ImageList.from_tensors(
+            [image], backbone.size_divisibility, padding_constraints=backbone.padding_constraints
+        )
+        features = backbone(images.tensor)
+        return Boxes.cat(anchor_generator([features[name] for name in node.IN_FEATURES]))
+
+    records = load_dataset_dicts(json_file, image_root="")
+    if is_train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
+        records = filter_images_with_only_crowd_annotations(records)
+    short_sides = cfg.INPUT.MIN_SIZE_TRAIN if is_train else [cfg.INPUT.MIN_SIZE_TEST]
+    max_size = cfg.INPUT.MAX_SIZE_TRAIN if is_train else cfg.INPUT.MAX_SIZE_TEST
+
+    num_boxes = foreground = background = 0
+    for short_side in short_sides:
+        for record in records:
+            size = height, width = record["height"], record["width"]
+            if short_side:  # Detectron2's 0: images as they are
+                size = ResizeShortestEdge.get_output_shape(height, width, short_side, max_size)
+            boxes = [a["bbox"] for a in record["annotations"] if not a["iscrowd"]]
+            gt_boxes = Boxes(
+                BoxMode.convert(
+                    torch.tensor(boxes).reshape(-1, 4), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS
+                )
+            )
+            gt_boxes.scale(size[1] / width, size[0] / height)
+            gt_boxes.clip(size)
+            # One class: which of them it is changes nothing in what is foreground.
+            gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
+            instances = Instances(size, gt_boxes=gt_boxes, gt_classes=gt_classes)
+            labels, _ = label_anchors(matcher, anchors_of(*size), [instances], num_classes=1)
+            num_boxes += len(boxes)
+            foreground += int(is_foreground(labels, num_classes=1).sum())
+            background += int((labels == 1).sum())
+    return Imbalance(len(records) * len(short_sides), num_boxes, foreground, background)

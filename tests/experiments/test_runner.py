@@ -1,0 +1,292 @@
+"""The runner: a real run killed and continued; the rest with a program in train_net.py's place."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import retinanet_ext
+from retinanet_ext.errors import InputError
+from retinanet_ext.experiments import record, runner
+from retinanet_ext.experiments.tables import TABLES
+
+ROOT = Path(__file__).parents[2]
+DATA = ROOT / "tests/fixtures/bccd_mini"
+OPTS = [
+    *("DATASETS.CUSTOM.TRAIN_JSON", str(DATA / "instances_train.json")),
+    *("DATASETS.CUSTOM.TRAIN_IMAGES", str(DATA / "images")),
+    *("DATASETS.CUSTOM.TEST_JSON", str(DATA / "instances_val.json")),
+    *("DATASETS.CUSTOM.TEST_IMAGES", str(DATA / "images")),
+    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2"),
+    *("MODEL.FPN.OUT_CHANNELS", "32", "TEST.DETECTION_GRID.NUM_IMAGES", "1"),
+]
+
+# Behaves like train_net.py by the row: alpha .10 fails, .25 diverges, .99 waits for a file "go".
+STAND_IN = """
+import json, os, sys, time
+from pathlib import Path
+folder = Path(sys.argv[-1])
+folder.mkdir(exist_ok=True)
+alpha = float(sys.argv[sys.argv.index("MODEL.RETINANET.CLS_LOSS.CROSS_ENTROPY.ALPHA") + 1])
+print("arguments", sys.argv[1:4], "--resume" in sys.argv, os.environ.get("OMP_NUM_THREADS"))
+step = {"iteration": 19, "total_loss": 1.5}
+(folder / "metrics.json").write_text(json.dumps(step) + "\\n")
+if alpha == 0.1:
+    sys.exit("train_net.py: error: no such thing")
+if alpha == 0.25:
+    print("train_net.py: error: diverged at iteration 37: loss_cls inf; a lower rate helps",
+          file=sys.stderr)
+    sys.exit(3)
+if alpha == 0.99:
+    (folder / "last_checkpoint").write_text("model_0000001.pth")
+    (folder / "model_0000001.pth").write_text("weights")
+    while not (folder.parents[3] / "go").exists():
+        time.sleep(0.05)
+final = {"iteration": 29, "bbox/AP": 100 * alpha, "bbox/APs": float("nan"),
+         "inference/ms_per_image": 4.5}
+with open(folder / "metrics.json", "a") as file:
+    file.write(json.dumps(final) + "\\n")
+(folder / "model_final.pth").write_text("weights")
+"""
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A checkout whose train_net.py is the stand-in."""
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "configs").symlink_to(ROOT / "configs")
+    (root / "train_net.py").write_text(STAND_IN)
+    return root
+
+
+def plan(root, output, *rows, seeds=1, opts=OPTS, tables=("1a",)):
+    return runner.plan(
+        "quick", tables=tables, rows=rows, seeds=seeds, opts=opts, root=root, output=output
+    )
+
+
+def hashes(folder):
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_killed_and_started_again(tmp_path):
+    """SIGKILL in the second of two rows: the first is left alone, the second resumed."""
+    command = [
+        *(sys.executable, "tools/run_experiments.py", "run", "--table", "3", "--preset", "quick"),
+        *("--row", "ce", "--row", "focal", "--output", str(tmp_path)),
+        *(*OPTS, "SOLVER.MAX_ITER", "8", "SOLVER.CHECKPOINT_PERIOD", "2"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+    cut = lambda: list(tmp_path.glob("*/runs/1b_gamma2.0_seed1/last_checkpoint"))  # noqa: E731
+    deadline = time.monotonic() + 240
+    while not cut() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    (campaign,) = tmp_path.iterdir()
+    done, half = campaign / "runs/1a_alpha.75_seed1", campaign / "runs/1b_gamma2.0_seed1"
+    assert (done / "record.json").exists() and not (half / "record.json").exists()
+    time.sleep(1)
+    before, progress = hashes(done), hashes(half)
+    time.sleep(2)
+    assert hashes(half) == progress  # the row's process ended with the runner
+
+    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "1 of 2 runs are done" in again.stdout and "resumed" in again.stdout
+    assert hashes(done) == before
+    ce, focal = record.read_records(campaign)
+    assert (ce.num_starts, focal.num_starts) == (1, 2)
+    assert focal.status == "finished" and focal.iterations == 8
+    assert focal.rows[0] == "1b/gamma2.0" and "3/focal" in focal.rows
+    assert set(focal.metrics) >= {"AP", "AP50", "AP75"} and focal.inference_ms > 0
+    assert [line["iteration"] for line in record.read_metrics(half)] == sorted(
+        {line["iteration"] for line in record.read_metrics(half)}
+    )
+    assert not list(half.glob("model_0*.pth")) and (half / "model_final.pth").exists()
+    assert {"3", "CE"} <= set((campaign / "report.md").read_text().replace("|", " ").split())
+    assert (campaign / "report.html").stat().st_size > 10_000
+
+
+def test_failure_and_divergence_do_not_end_the_others(root, tmp_path):
+    rows = ("alpha.10", "alpha.25", "alpha.50")
+    campaign, runs = plan(root, tmp_path / "out", *rows, seeds=2)
+    lines = []
+    records = runner.run(campaign, runs, root=root, jobs=3, log=lines.append)
+    by_row = {(one.rows[0], one.seed): one for one in records}
+    assert len(by_row) == 6
+    for seed in (1, 2):
+        failed, diverged, fine = (by_row[f"1a/{row}", seed] for row in rows)
+        assert (failed.status, failed.message) == ("failed", "no such thing")
+        assert diverged.status == "diverged"
+        assert diverged.message == "diverged at iteration 37: loss_cls inf"
+        assert fine.metrics == {"AP": 50.0, "APs": None} and fine.inference_ms == 4.5
+        assert fine.iterations == 20 and fine.rows == ["1a/alpha.50", "prior/pi.01"]
+    assert records == record.read_records(campaign.folder) or len(records) == 6
+    assert any("no such thing (see " in line for line in lines)
+    assert any("diverged at iteration 37" in line for line in lines)
+
+    # What failed is tried again, the others stay.
+    before = hashes(by_row["1a/alpha.25", 1].folder), hashes(by_row["1a/alpha.50", 1].folder)
+    lines.clear()
+    runner.run(campaign, runs, root=root, log=lines.append)
+    assert lines[0].startswith("4 of 6 runs are done") and len(lines) == 5
+    assert before == (
+        hashes(by_row["1a/alpha.25", 1].folder),
+        hashes(by_row["1a/alpha.50", 1].folder),
+    )
+
+
+def test_interrupted_run_is_resumed_and_its_time_counted(root, tmp_path, monkeypatch):
+    campaign, runs = plan(root, tmp_path / "out", "alpha.99")
+    folder = campaign.folder / "runs/1a_alpha.99_seed1"
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
+
+    def stop_once_started(line):
+        if line.endswith("started"):
+            while not (folder / "model_0000001.pth").exists():
+                time.sleep(0.02)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(campaign, runs, root=root, log=stop_once_started)
+    assert not (folder / "record.json").exists()
+    (tmp_path / "go").touch()
+    (one,) = runner.run(campaign, runs, root=root, log=lambda line: None)
+    assert one.num_starts == 2 and one.status == "finished"
+    assert "True" in (folder / "output.txt").read_text()  # --resume
+    assert not (folder / "model_0000001.pth").exists() and (folder / "model_final.pth").exists()
+
+
+def test_two_runners_share_the_work(root, tmp_path):
+    campaign, runs = plan(root, tmp_path / "out", "alpha.90", "alpha.99")
+    folder = campaign.folder / "runs/1a_alpha.99_seed1"
+    folder.mkdir(parents=True)
+    import fcntl
+
+    with open(folder / "lock", "wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lines = []
+        records = runner.run(campaign, runs, root=root, log=lines.append)
+    assert [one.rows for one in records] == [["1a/alpha.90"]]
+    assert "1a/alpha.99 seed 1 is being run by another process" in lines
+
+
+def test_other_versions_configs_and_data_are_kept_apart(root, tmp_path, monkeypatch):
+    output = tmp_path / "out"
+    campaign, runs = plan(root, output, "alpha.50")
+    runner.run(campaign, runs, root=root, log=lambda line: None)
+    before = hashes(campaign.folder)
+
+    same_data = tmp_path / "copy.json"
+    same_data.write_bytes((DATA / "instances_train.json").read_bytes())
+    same, _ = plan(root, output, opts=["DATASETS.CUSTOM.TRAIN_JSON", str(same_data), *OPTS[2:]])
+    assert same.folder == campaign.folder
+    content = json.loads(same_data.read_text())
+    content["annotations"].pop()
+    same_data.write_text(json.dumps(content))
+    others = [
+        plan(root, output, opts=["DATASETS.CUSTOM.TRAIN_JSON", str(same_data), *OPTS[2:]])[0],
+        plan(root, output, opts=[*OPTS, "SOLVER.MAX_ITER", "9"])[0],
+    ]
+    monkeypatch.setattr(retinanet_ext, "__version__", "99")
+    others.append(plan(root, output)[0])
+    folders = {other.folder for other in others}
+    assert len(folders) == 3 and campaign.folder not in folders
+    changed, runs = plan(root, output, "alpha.50")
+    runner.run(changed, runs, root=root, log=lambda line: None)
+    assert hashes(campaign.folder) == before
+
+
+def test_a_row_whose_definition_changed_gets_a_folder_of_its_own(root, tmp_path):
+    campaign, (one,) = plan(root, tmp_path / "out", "alpha.50")
+    runner.run(campaign, [one], root=root, log=lambda line: None)
+    changed = runner.Run(one.rows, "another", 1, one.config_file, one.arguments)
+    runner.run(campaign, [changed], root=root, log=lambda line: None)
+    folders = sorted(path.name for path in (campaign.folder / "runs").iterdir())
+    assert folders == ["1a_alpha.50_seed1", "1a_alpha.50_seed1-2"]
+
+
+@pytest.mark.parametrize("seeds", [0, 3])
+def test_rows_that_tables_share_are_run_once(seeds, tmp_path):
+    _, runs = plan(ROOT, tmp_path, seeds=seeds, tables=("1a", "1b", "3", "prior"))
+    expected = 7 + 7 + 2 + 3  # of 7 + 8 + 4 + 4 rows
+    assert len(runs) == expected * (seeds or 1)
+    assert [one.seed for one in runs] == sorted(one.seed for one in runs)
+    assert len({one.name for one in runs}) == len(runs)
+
+
+@pytest.mark.parametrize(
+    ("change", "answer"),
+    [
+        (["SOLVER.BASE_LR", "nan"], "SOLVER.BASE_LR"),
+        (["SOLVER.NO_SUCH_KEY", "1"], "unknown key SOLVER.NO_SUCH_KEY"),
+        (["SEED", "3"], "SEED is the runner's to set"),
+        (["DATASETS.CUSTOM.TRAIN_IMAGES", "/nowhere"], "/nowhere"),
+        (["DATASETS.CUSTOM.TEST_JSON", "/nowhere.json"], "/nowhere.json"),
+    ],
+)
+def test_what_no_row_could_run_with_is_refused_before_anything_is_written(
+    change, answer, root, tmp_path
+):
+    with pytest.raises(InputError, match=answer):
+        campaign, runs = plan(root, tmp_path / "out", opts=[*OPTS, *change])
+        runner.run(campaign, runs, root=root, log=lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_unwritable_folder(root, tmp_path):
+    (tmp_path / "out").write_text("a file")
+    campaign, runs = plan(root, tmp_path / "out", "alpha.50")
+    with pytest.raises(InputError, match="out"):
+        runner.run(campaign, runs, root=root, log=lambda line: None)
+
+
+def test_full_disk_leaves_the_earlier_record(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    record.write_json(path, {"format": 1})
+
+    def full(self, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match=r"record\.json cannot be written: No space left"):
+        record.write_json(path, {"format": 2})
+    assert json.loads(path.read_text()) == {"format": 1}
+    assert [one.name for one in tmp_path.iterdir()] == ["record.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "answer"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "json object"),
+        ('{"format": 99}', "format 99"),
+        ('{"format": 1, "stray": 1}', "not a run's record"),
+    ],
+)
+def test_broken_records_are_named(content, answer, tmp_path):
+    folder = tmp_path / "runs/x"
+    folder.mkdir(parents=True)
+    (folder / "record.json").write_text(content)
+    with pytest.raises(InputError, match=answer) as raised:
+        record.read_records(tmp_path)
+    assert str(folder / "record.json") in str(raised.value)
+
+
+def test_list_shows_every_table_and_every_row():
+    text = runner.describe()
+    assert all(f"\n{name} " in text for name in TABLES)
+    rows = runner.describe(["1d"])
+    assert all(row.name in rows for row in TABLES["1d"].rows) and "36.0" in rows
+    with pytest.raises(InputError, match="there are 1a, 1b"):
+        runner.describe(["9"])
