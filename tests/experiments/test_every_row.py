@@ -16,7 +16,7 @@ SMALL = PRESETS["small"]
 ROWS = {f"{table.name}/{row.name}": row for table, row in find_rows((), (), SMALL)}
 # Small enough for a test; everything that makes a row what it is stays.
 OPTS = [
-    *("MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2", "MODEL.FPN.OUT_CHANNELS", "32"),
+    *("MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2", "MODEL.FPN.OUT_CHANNELS", "64"),
     *("DATASETS.SAMPLE.NUM_TRAIN", "4", "DATASETS.SAMPLE.NUM_VAL", "1"),
 ]
 # What each loss starts at is far from equal; none may be infinite, rows that may diverge included:

@@ -19,12 +19,12 @@ from retinanet_ext.experiments.tables import TABLES
 ROOT = Path(__file__).parents[2]
 DATA = ROOT / "tests/fixtures/bccd_mini"
 OPTS = [
-    *("DATASETS.CUSTOM.TRAIN_JSON", str(DATA / "instances_train.json")),
+    *("DATASETS.CUSTOM.TRAIN_JSON", str(DATA / "instances_train_raw.json")),
     *("DATASETS.CUSTOM.TRAIN_IMAGES", str(DATA / "images")),
     *("DATASETS.CUSTOM.TEST_JSON", str(DATA / "instances_val.json")),
     *("DATASETS.CUSTOM.TEST_IMAGES", str(DATA / "images")),
-    *("INPUT.MIN_SIZE_TRAIN", "(64,)", "INPUT.MIN_SIZE_TEST", "64", "SOLVER.IMS_PER_BATCH", "2"),
-    *("MODEL.FPN.OUT_CHANNELS", "32", "TEST.DETECTION_GRID.NUM_IMAGES", "1"),
+    *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96", "SOLVER.IMS_PER_BATCH", "2"),
+    *("MODEL.FPN.OUT_CHANNELS", "64", "TEST.DETECTION_GRID.NUM_IMAGES", "1"),
 ]
 
 # Behaves like train_net.py by the row: alpha .10 fails, .25 diverges, .99 waits for a file "go".
@@ -188,7 +188,7 @@ def test_other_versions_configs_and_data_are_kept_apart(root, tmp_path, monkeypa
     before = hashes(campaign.folder)
 
     same_data = tmp_path / "copy.json"
-    same_data.write_bytes((DATA / "instances_train.json").read_bytes())
+    same_data.write_bytes((DATA / "instances_train_raw.json").read_bytes())
     same, _ = plan(root, output, opts=["DATASETS.CUSTOM.TRAIN_JSON", str(same_data), *OPTS[2:]])
     assert same.folder == campaign.folder
     content = json.loads(same_data.read_text())
