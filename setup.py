@@ -25,7 +25,11 @@ setup(
         # system: on a bare server or container `import cv2` fails with it.
         "opencv-python-headless",
         "numpy",
+        "pillow",
+        "pyyaml",
+        "tabulate",
         "matplotlib",
+        "jinja2",
     ],
     extras_require={
         # Its build imports torch: install torch first, then this with --no-build-isolation

@@ -1,0 +1,401 @@
+"""The report says what the records say: means, verdicts, what is missing, and nothing else."""
+
+import math
+import re
+import resource
+from contextlib import contextmanager
+from xml.etree import ElementTree
+
+import pytest
+
+from experiments.campaigns import add_run, make_campaign
+from retinanet_ext.errors import InputError
+from retinanet_ext.experiments.page import difference_limit, forest, strip, strip_range
+from retinanet_ext.experiments.report import write_report
+from retinanet_ext.experiments.results import (
+    FAILS,
+    HOLDS,
+    NOISE,
+    ONE_SEED,
+    UNMEASURED,
+    duration,
+    read_results,
+    signed,
+    standard_error,
+    with_spread,
+)
+
+HOSTILE = "<script>alert(1)</script> a|b \"quoted\" & 'x'\n# *bold* `code` [link](http://a.b)"
+
+
+@pytest.fixture
+def campaign(tmp_path):
+    return make_campaign(tmp_path / "small-0123abcd")
+
+
+def table(campaign, name):
+    return next(one for one in read_results(campaign).tables if one.table.name == name)
+
+
+def row(campaign, name, of="1b"):
+    return next(one for one in table(campaign, of).rows if one.row.name == name)
+
+
+def verdict(campaign, text, of="1b"):
+    return next(one for one in table(campaign, of).verdicts if text in one.claim.text)
+
+
+def test_mean_and_spread_are_over_seeds(campaign):
+    for seed, ap in enumerate((30.0, 31.0, 33.5), start=1):
+        add_run(campaign, "1b", "gamma2.0", seed, ap)
+    add_run(campaign, "1b", "gamma5.0", 1, 20.0)
+    # (30 + 31 + 33.5) / 3 = 31.5; sqrt((2.25 + 0.25 + 4) / 2) = 1.803
+    assert row(campaign, "gamma2.0").cells(["AP", "AP75", "ms"]) == [
+        "31.5 ± 1.8",
+        "15.8 ± 0.9",
+        "41.2",
+    ]
+    assert row(campaign, "gamma5.0").cells(["AP", "APs"]) == ["20.0", "–"]
+    assert with_spread([]) == "–"
+
+
+def test_standard_error_pools_the_variance():
+    # Variances 2 and 0.5: 1.25 (1/2 + 1/2)
+    assert standard_error([30, 32], [28, 29]) == pytest.approx(math.sqrt(1.25))
+    # Variances 1 (two degrees of freedom) and 0 (one): 2/3 (1/3 + 1/2)
+    assert standard_error([30, 31, 32], [28, 28]) == pytest.approx(math.sqrt(2 / 3 * 5 / 6))
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "word", "measured"),
+    [
+        ([30, 32], [28, 29], HOLDS, "+2.5 ± 2.2"),  # 2 sqrt(1.25) = 2.236
+        ([30, 32], [28.5, 29.5], NOISE, "+2.0 ± 2.2"),
+        ([28, 29], [30, 32], FAILS, "−2.5 ± 2.2"),
+        ([31, 31], [31, 31], NOISE, "+0.0 ± 0.0"),
+        ([31.5, 31.5], [31, 31], HOLDS, "+0.5 ± 0.0"),
+        ([30, 32], [29], ONE_SEED, "+2.0"),
+        ([30], [31], ONE_SEED, "−1.0"),
+        ([30, 32], [], UNMEASURED, "–"),
+    ],
+)
+def test_verdict(campaign, better, worse, word, measured):
+    for name, aps in (("gamma2.0", better), ("gamma0", worse)):
+        for seed, ap in enumerate(aps, start=1):
+            add_run(campaign, "1b", name, seed, ap)
+    found = verdict(campaign, "γ = 2 ahead of γ = 0")
+    assert (found.word, found.measured) == (word, measured)
+    assert signed(found.paper_difference) == "+2.9"
+    assert found.remarks == (() if worse else ("γ 0, α .75: not run",))
+
+
+@pytest.mark.parametrize(
+    ("diverging", "seeds", "word"),
+    [("none", 2, HOLDS), ("pi.01", 2, FAILS), ("none", 1, ONE_SEED), ("both", 2, UNMEASURED)],
+)
+def test_divergence_loses(campaign, diverging, seeds, word):
+    for name in ("pi.01", "none"):
+        for seed in range(1, seeds + 1):
+            if diverging in (name, "both"):
+                add_run(campaign, "prior", name, seed, status="diverged", message="diverged: inf")
+            else:
+                add_run(campaign, "prior", name, seed, 30.0)
+    found = verdict(campaign, "without the prior", of="prior")
+    assert (found.word, found.difference) == (word, None)
+    assert any("diverged: inf" in remark for remark in found.remarks)
+
+
+def test_a_failed_run_is_no_result(campaign):
+    add_run(campaign, "prior", "pi.01", 1, 30.0)
+    add_run(campaign, "prior", "pi.01", 2, 31.0)
+    for seed in (1, 2):
+        add_run(campaign, "prior", "none", seed, status="failed", message="killed")
+    assert verdict(campaign, "without the prior", of="prior").word == UNMEASURED
+
+
+def test_seeds_that_diverged_are_named_beside_the_mean_of_the_others(campaign):
+    add_run(campaign, "1b", "gamma2.0", 1, 30.0)
+    for seed in (2, 3):
+        add_run(campaign, "1b", "gamma2.0", seed, status="diverged", message="diverged at 37: inf")
+    found = row(campaign, "gamma2.0")
+    assert found.cells(["AP"]) == ["30.0"]
+    assert found.status == "1 of 3 finished; seeds 2, 3: diverged at 37: inf"
+
+
+def test_a_run_stands_in_every_table_that_it_belongs_to(campaign):
+    add_run(campaign, "1a", "alpha.75", 1, 31.0)
+    for of, name in (("1a", "alpha.75"), ("1b", "gamma0"), ("3", "ce")):
+        assert row(campaign, name, of).values("AP") == [31.0]
+
+
+def test_tables_with_one_shared_row_come_last_and_claim_nothing(campaign):
+    add_run(campaign, "1a", "alpha.75", 1, 31.0)
+    add_run(campaign, "1a", "alpha.50", 1, 30.0)
+    results = read_results(campaign)
+    assert [one.table.name for one in results.full_tables] == ["1a"]
+    assert [one.table.name for one in results.sparse_tables] == ["1b", "3", "prior"]
+    assert {one.table.name for one, _ in results.verdicts} == {"1a"}
+    assert results.headline == (
+        "Of 4 claims of the tables that were run, 1 rests on one seed and 3 are not measured."
+    )
+    markdown = write_report(campaign)[0].read_text(encoding="utf-8")
+    assert markdown.index("## Table 1a") < markdown.index("## Tables of which one row was run")
+    assert markdown.index("one row was run") < markdown.index("### Table 1b")
+
+
+def test_a_single_row_is_a_report(campaign):
+    add_run(campaign, "hinge", "margin.50", 1, 20.0)
+    results = read_results(campaign)
+    assert [one.table.name for one in results.full_tables] == ["hinge"]
+    write_report(campaign)
+
+
+def test_best_row_and_those_not_told_apart(campaign):
+    for name, aps in {"gamma2.0": (34, 35), "gamma1.0": (33.5, 35), "gamma5.0": (20, 21)}.items():
+        for seed, ap in enumerate(aps, start=1):
+            add_run(campaign, "1b", name, seed, ap)
+    results = read_results(campaign)
+    assert [one.row.name for one in results.ranking] == ["gamma2.0", "gamma1.0", "gamma5.0"]
+    assert [one.row.name for one in results.close_to_best] == ["gamma1.0"]
+    assert "γ 2.0, α .25 (table 1b), AP\u00a034.5\u00a0±\u00a00.7 with 2 seeds" in (
+        results.best_sentence
+    )
+
+
+def test_only_rows_of_one_model_and_budget_are_ranked(campaign):
+    add_run(campaign, "1b", "gamma2.0", 1, 34.0)
+    add_run(campaign, "1b", "gamma5.0", 1, 30.0)
+    deeper = add_run(campaign, "1e", "depth101-scale800", 1, 40.0)
+    config = deeper.folder / "config.yaml"
+    config.write_text(config.read_text().replace("DEPTH: 18", "DEPTH: 34"))
+    add_run(campaign, "imbalance", "focal-1:30", 1, 90.0)
+    results = read_results(campaign)
+    assert [one.row.name for one in results.ranking] == ["gamma2.0", "gamma5.0"]
+    assert dict(results.facts)["Model"] == "ResNet-18-FPN; ResNet-34-FPN"
+
+
+def test_facts_and_warnings(campaign):
+    add_run(campaign, "1a", "alpha.50", 1, 30.0)
+    assert read_results(campaign).warnings == []
+    add_run(campaign, "1a", "alpha.75", 1, 31.0, commit="ffff000011", iterations=700)
+    results = read_results(campaign)
+    mixed, budgets = results.warnings
+    assert "0a1b2c3d4e, ffff000011" in mixed
+    assert "table 1a" in budgets and "350, 700" in budgets
+    assert dict(results.facts) == {
+        "Preset": "small",
+        "Data": "train: cells/train.json; test: cells/val.json",
+        "Options": "SOLVER.CLIP 1.0",
+        "Model": "ResNet-18-FPN",
+        "Short side": "160 px",
+        "Budget": "350 iterations of 4 images, learning rate 0.02",
+        "Rows": "2 of 7 rows done in 1 table (1a)",
+        "Runs": "2 finished",
+        "Seeds": "1",
+        "Wall time": "3 min in all",
+        "Dates": "2026-11-21",
+        "Hardware": "Intel(R) Xeon(R), 1 thread, no GPU",
+        "Versions": "retinanet_ext 0.3.0, torch 2.11.0",
+        "Commit": "0a1b2c3d4e, ffff000011",
+    }
+
+
+def test_duration():
+    assert [duration(s) for s in (41, 720, 11100)] == ["41 s", "12 min", "3 h 05 min"]
+
+
+def test_undefined_metrics_are_dashes(campaign):
+    add_run(campaign, "1a", "alpha.50", 1, metrics={"AP": None, "AP50": 40.0, "APs": None})
+    found = add_run(campaign, "1a", "alpha.75", 1, metrics={"AP": 30.0, "AP50": 40.0})
+    file = found.folder / "record.json"
+    file.write_text(file.read_text().replace("30.0", "NaN"))
+    for name in ("alpha.50", "alpha.75"):
+        assert row(campaign, name, "1a").cells(["AP", "AP50"]) == ["–", "40.0"]
+    assert verdict(campaign, "α = .75 is best", "1a").word == UNMEASURED
+    markdown, page = write_report(campaign)
+    assert "No row has an AP yet." in markdown.read_text(encoding="utf-8")
+    for path in (markdown, page):
+        assert not re.search(r"\bnan\b", path.read_text(encoding="utf-8"), re.IGNORECASE)
+
+
+def test_every_kind_of_row_is_said(campaign):
+    add_run(campaign, "1a", "alpha.50", 1, 30.0)
+    add_run(campaign, "1a", "alpha.75", 1, status="diverged", message="diverged at iteration 37")
+    add_run(campaign, "1a", "alpha.90", 1, status="failed", message="no space left")
+    markdown, page = (path.read_text(encoding="utf-8") for path in write_report(campaign))
+    lines = {line.split("|")[1].strip(): line for line in section(markdown, "Table 1a")}
+    assert "| 30.2 | 46.7 | 32.8 | 30.0 | 60.0 | 15.0 | 30.0 | 1 seed |" in lines[".50"]
+    assert "seed 1: diverged at iteration 37 |" in lines[".75"]
+    assert "seed 1: failed: no space left |" in lines[".90"]
+    assert lines[".99"].endswith("| not run |")
+    for text in ("seed 1: diverged at iteration 37", "seed 1: failed: no space left", ">not run<"):
+        assert text in page
+
+
+def section(markdown, heading):
+    """The lines of the first table below a heading."""
+    below = markdown[markdown.index(f"# {heading}") :]
+    return [line for line in below.split("\n\n")[2].splitlines() if line.startswith("|")]
+
+
+def test_texts_from_outside_are_escaped(campaign):
+    record = add_run(campaign, "1a", "alpha.50", 1, 30.0, commit=HOSTILE, message=HOSTILE)
+    add_run(campaign, "1a", "alpha.75", 1, status="failed", message=HOSTILE)
+    add_run(campaign, "1a", "alpha.90", 1, metrics={"AP": 1.0, f"AP-{HOSTILE}": 2.0})
+    info = campaign / "campaign.json"
+    info.write_text(info.read_text().replace("cells/train.json", "<script>x</script>"))
+    folder = record.folder.rename(record.folder.with_name("<img src=x onerror=alert(1)>"))
+    assert folder.is_dir()
+    markdown, page = (path.read_text(encoding="utf-8") for path in write_report(campaign))
+    for text in (markdown, page):
+        assert "<script" not in text
+        assert "<img src=x" not in text
+        assert "&lt;script&gt;" in text
+    assert_tables_are_well_formed(markdown)
+    assert "[link](http" not in markdown
+
+
+def assert_tables_are_well_formed(markdown):
+    number = 0
+    for block in markdown.split("\n\n"):
+        if block.startswith("|"):
+            number += 1
+            widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+            assert len(widths) == 1, block
+            assert re.fullmatch(r"(\| -{3}:? )+\|", block.splitlines()[1])
+    assert number >= 3
+
+
+@pytest.fixture
+def everything(campaign):
+    """Runs of each table that has a figure of its own."""
+    losses = [2.0, 1.5, 1.2]
+    for seed in (1, 2):
+        for of, name, ap in (
+            ("1a", "alpha.50", 30.0),
+            ("1a", "alpha.75", 32.0),
+            ("1e", "depth50-scale400", 30.0),
+            ("1e", "depth101-scale800", 36.0),
+            ("2", "R101", 38.0),
+            ("2", "X101", 39.0),
+            ("fig7", "gamma2-beta1", 30.0),
+            ("fig7", "gamma3-beta0", 33.0),
+            ("imbalance", "ce-1:30", 50.0),
+            ("imbalance", "focal-1:30", 51.0),
+        ):
+            add_run(campaign, of, name, seed, ap + seed, losses=losses, picture=(1500, 30))
+        add_run(
+            campaign, "fig7", "gamma2-beta4", seed, status="diverged", losses=[3, 1e9, math.inf]
+        )
+    cdf = campaign / "runs" / "1a_alpha.50_seed1" / "loss_cdf-test"
+    cdf.mkdir()
+    (cdf / "loss_cdf.json").write_text('{"text": "γ 2: 99 %", "conclusion": "Take <γ> = 2."}')
+    (cdf / "loss_cdf.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg" width="9"/>')
+    return campaign
+
+
+def test_figures_and_pictures(everything):
+    markdown, page = (path.read_text(encoding="utf-8") for path in write_report(everything))
+    names = {path.stem for path in (everything / "figures").iterdir()}
+    assert names == {
+        *(
+            f"training_{name}"
+            for name in ("1a", "1b", "1e", "2", "3", "prior", "fig7", "imbalance")
+        ),
+        *("figure_2", "figure_7", "imbalance", "loss_cdf-test_1a_alpha.50_seed1"),
+    }
+    for path in (everything / "figures").iterdir():
+        assert ElementTree.parse(path).getroot().tag.endswith("svg")
+    targets = re.findall(r"!\[[^]]*\]\(([^)]+)\)", markdown)
+    assert len(targets) == len(names) + 2
+    assert all((everything / target).is_file() for target in targets)
+    assert page.count("data:image/jpeg;base64,") == 2
+    assert "Take &lt;γ&gt; = 2." in page
+    assert "Take &lt;γ&gt; = 2." in markdown
+    ids = re.findall(r' id="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+    assert (
+        set(re.findall(r'href="#([^"]+)|url\(#([^)]+)\)', page))
+        - {(i, "") for i in ids}
+        - {("", i) for i in ids}
+        == set()
+    )
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)
+    assert_tables_are_well_formed(markdown)
+
+
+def test_the_report_depends_on_the_records_alone(everything):
+    def contents():
+        files = [*write_report(everything), *sorted((everything / "figures").iterdir())]
+        return {path.name: path.read_bytes() for path in files}
+
+    assert contents() == contents()
+    assert not list(everything.rglob(".*"))
+
+
+def test_nothing_to_report(campaign, tmp_path):
+    with pytest.raises(InputError, match=r"small-0123abcd: no run has ended"):
+        write_report(campaign)
+    with pytest.raises(InputError, match=r"nowhere: there is no such folder"):
+        write_report(tmp_path / "nowhere")
+    assert not (campaign / "report.md").exists()
+
+
+@contextmanager
+def files_of_at_most(num_bytes):
+    """Let writing fail as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_earlier_report(campaign):
+    add_run(campaign, "1a", "alpha.50", 1, 30.0)
+    paths = write_report(campaign)
+    before = [path.read_bytes() for path in paths]
+    add_run(campaign, "1a", "alpha.75", 1, 31.0)
+    with files_of_at_most(100), pytest.raises(InputError, match=r"report\.md cannot be written"):
+        write_report(campaign)
+    assert [path.read_bytes() for path in paths] == before
+    assert not list(campaign.rglob(".*"))
+
+
+def test_a_folder_that_cannot_be_made_is_named(campaign):
+    add_run(campaign, "1a", "alpha.50", 1, 30.0)
+    (campaign / "figures").write_text("in the way")
+    with pytest.raises(InputError, match=r"figures cannot be made"):
+        write_report(campaign)
+
+
+def test_strips_put_seeds_where_they_belong(campaign):
+    add_run(campaign, "1b", "gamma2.0", 1, 31.0)
+    add_run(campaign, "1b", "gamma2.0", 2, 32.4)
+    add_run(campaign, "1b", "gamma5.0", 1, 35.7)
+    low, high = strip_range(table(campaign, "1b"))
+    assert (low, high) == (31, 36)
+    drawn = ElementTree.fromstring(str(strip([31.0, 33.5], low, high)))
+    assert [float(dot.get("cx")) for dot in drawn.iter("circle")] == [4, 75]
+    assert drawn.get("aria-label") == "AP of each seed: 31.0, 33.5"
+    assert not list(ElementTree.fromstring(str(strip([], low, high))).iter("circle"))
+
+
+def test_differences_are_drawn_to_scale(campaign):
+    for name, aps in {"gamma2.0": (34, 34.1), "gamma5.0": (31, 31.1), "gamma0": (4, 4.1)}.items():
+        for seed, ap in enumerate(aps, start=1):
+            add_run(campaign, "1b", name, seed, ap)
+    behind_gamma_2 = {
+        one.claim.worse: one
+        for one in table(campaign, "1b").verdicts
+        if one.claim.better == "gamma2.0"
+    }
+    limit = difference_limit(behind_gamma_2.values())
+    assert limit == 10
+    ahead = ElementTree.fromstring(str(forest(behind_gamma_2["gamma5.0"], limit)))
+    at = float(ahead.find("circle").get("cx"))
+    assert at == pytest.approx(75 * (1 + 0.94 * 3 / 10), abs=0.1)
+    beyond = ElementTree.fromstring(str(forest(behind_gamma_2["gamma0"], limit)))
+    assert beyond.find("circle") is None and beyond.find("path") is not None
+    assert str(forest(behind_gamma_2["gamma2.0-alpha.50"], limit)) == ""
