@@ -59,15 +59,15 @@ def folder(tmp_path_factory):
 
 
 def test_every_command_is_known_here():
-    known = [*BY_CI, "source .venv/bin/activate", "python train_net.py", "python tools/export"]
+    known = [*BY_CI, "source .venv/bin/activate", "python train_net.py", "python tools/"]
     for text in COMMANDS:
         assert any(text.startswith(start) for start in known), text
-    assert len([c for c in COMMANDS if c.startswith("python")]) == 5
+    assert len([c for c in COMMANDS if c.startswith("python")]) == 11
     ci = (ROOT / ".ci/run").read_text()
     assert all(re.search(rf"^{text}\b", ci, re.M) for text in BY_CI)
 
 
-def test_own_data_then_evaluation_then_export(folder):
+def test_own_data_then_evaluation_then_export_and_analysis(folder):
     mine = command("python train_net.py --config-file configs/small_R18_FPN.yaml")
     trained = run(mine, folder, *SMALL)
     assert trained.returncode == 0, trained.stderr
@@ -83,6 +83,46 @@ def test_own_data_then_evaluation_then_export(folder):
     weights = torch.load(folder / "output/mine/detectron2.pth")["model"]
     assert "head.cls_score.weight" in weights
     assert not any(name.startswith("criterion") for name in weights)
+
+    analyzed = run(command("python tools/analyze_loss.py"), folder)
+    assert analyzed.returncode == 0, analyzed.stderr
+    assert "hardest 20 %" in analyzed.stdout
+    assert (folder / "output/mine/loss_cdf-test/loss_cdf.svg").is_file()
+
+
+def test_curves(folder):
+    drawn = run(command("python tools/plot_losses.py"), folder)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (folder / "output/figures/losses.svg").is_file()
+
+
+def test_list_of_experiments(folder):
+    listed = run(command("python tools/run_experiments.py list"), folder)
+    assert listed.returncode == 0 and "table 1d, section 5.3" in listed.stdout
+
+
+@pytest.mark.parametrize(
+    ("start", "row"),
+    [("--table prior --preset quick", "pi.01"), ("--table 1b --preset small", "gamma2.0")],
+)
+def test_experiments_end_with_a_report(start, row, folder):
+    """One row and one seed of the command, on small images for one iteration."""
+    program, tool, what, *rest = command(f"python tools/run_experiments.py run {start}")
+    done = run([program, tool, what, "--row", row, "--seeds", "1", *rest], folder, *SMALL)
+    assert done.returncode == 0, done.stderr
+    *_, markdown, page = done.stdout.split()
+    assert (folder / page).name == "report.html" and (folder / page).stat().st_size > 10_000
+    assert "| --- |" in (folder / markdown).read_text()
+
+
+def test_experiments_on_coco_say_what_is_missing(folder):
+    start = "python tools/run_experiments.py run --table 1b --preset paper"
+    coco = run(command(start), folder)
+    assert coco.returncode == 2 and "Traceback" not in coco.stderr
+    assert (
+        "instances_train2017.json" in coco.stderr
+        and not (folder / "output/experiments/paper").exists()
+    )
 
 
 def test_coco_on_eight_gpus_says_what_is_missing(folder):
