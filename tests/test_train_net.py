@@ -5,8 +5,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,3 +129,36 @@ def test_divergence_on_two_processes_is_one_line(tmp_path):
     )
     assert "Traceback" not in run.stdout + run.stderr
     assert not (tmp_path / "run/inference").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal is Linux's")
+def test_killed_launcher_leaves_no_process_behind(tmp_path):
+    """Started as a background job of a script is, with SIGINT ignored."""
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    opts = ["--num-gpus", "2", "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "10000"]
+    launcher = subprocess.Popen(
+        [sys.executable, "train_net.py", "--config-file", "tests/engine/tiny.yaml", *opts],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+    )
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "last_checkpoint").exists() and time.monotonic() < deadline:
+        assert launcher.poll() is None
+        time.sleep(0.1)
+    processes = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    launcher.kill()
+    launcher.wait()
+    time.sleep(2)
+
+    def is_alive(pid):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return False
+        return state != "Z"  # ended, and not yet asked for by its new parent
+
+    assert len(processes) >= 2
+    assert not [pid for pid in processes if is_alive(pid)]

@@ -35,12 +35,12 @@ def parse_arguments() -> argparse.Namespace:
     listing = commands.add_parser("list", help="show the tables, or the rows of one")
     listing.add_argument("--table", action="append", default=[], metavar="NAME")
 
-    run = commands.add_parser("run", help="run rows that are not finished yet")
+    run = commands.add_parser("run", help="run rows that are not finished yet", allow_abbrev=False)
     run.add_argument("--table", action="append", default=[], metavar="NAME", help="default: all")
     run.add_argument("--row", action="append", default=[], metavar="NAME", help="default: all")
     presets = "; ".join(f"{preset.name}: {preset.what}" for preset in PRESETS.values())
     run.add_argument("--preset", required=True, metavar="NAME", help=presets)
-    run.add_argument("--seeds", type=int, default=0, metavar="N", help="default: the preset's")
+    run.add_argument("--seeds", type=int, metavar="N", help="default: the preset's")
     run.add_argument("--num-gpus", type=int, default=1, metavar="N", help="of each row")
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="rows at a time")
     run.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for all rows")
@@ -66,11 +66,12 @@ def run_rows(args: argparse.Namespace) -> int:
         tables=args.table,
         rows=args.row,
         seeds=args.seeds,
+        num_gpus=args.num_gpus,
         opts=args.opts,
         root=ROOT,
         output=args.output,
     )
-    records = runner.run(campaign, runs, root=ROOT, num_gpus=args.num_gpus, jobs=args.jobs)
+    records = runner.run(campaign, runs, root=ROOT, jobs=args.jobs)
     report(campaign.folder)
     return int(any(one.status == FAILED for one in records))
 
@@ -80,9 +81,14 @@ def write_reports(args: argparse.Namespace) -> int:
     campaigns = sorted(path.parent for path in args.output.glob(f"*/{runner.CAMPAIGN}"))
     if not campaigns:
         raise InputError(f"{args.output} holds no experiments; --output names their folder")
+    code = 0
     for campaign in campaigns:
-        report(campaign)
-    return 0
+        try:
+            report(campaign)
+        except InputError as error:
+            code = 2
+            print(f"run_experiments.py: error: {error}", file=sys.stderr)
+    return code
 
 
 def report(campaign: Path) -> None:

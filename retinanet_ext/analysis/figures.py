@@ -7,6 +7,7 @@ apart by people of any colour vision.
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from retinanet_ext.analysis.curves import FIGURE_1, FIGURES_5_AND_6, Curve, loss_curve
 from retinanet_ext.analysis.loss_cdf import FRACTIONS, PAPER, READINGS, LossCurve
 from retinanet_ext.errors import InputError
+from retinanet_ext.files import write_file
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 GAMMA_COLOURS = dict(zip((0.0, 0.5, 1.0, 2.0, 5.0), COLOURS, strict=False))
@@ -44,6 +46,11 @@ def draw_losses(what: Sequence[str]) -> tuple[str, Figure]:
         InputError: an unknown loss or parameter, or a value out of range
     """
     known = {"1": figure_1, "5": figure_5, "6": figure_6}
+    elsewhere = {"2": "run_experiments.py report", "4": "analyze_loss.py"}
+    elsewhere["7"] = elsewhere["2"]
+    for item in what:
+        if item in elsewhere:
+            raise InputError(f"figure {item} is drawn from measurements by tools/{elsewhere[item]}")
     if len(what) == 1 and what[0] in known:
         return f"figure_{what[0]}", known[what[0]]()
     figures = [item for item in what if item in known]
@@ -193,7 +200,7 @@ def _figure(
     return figure, panels
 
 
-def save_figure(figure: Figure, path: str | Path, *, overwrite: bool = False) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as ``.svg`` or ``.png``, the same bytes for the same figure.
 
     Raises:
@@ -203,6 +210,8 @@ def save_figure(figure: Figure, path: str | Path, *, overwrite: bool = False) ->
     metadata = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}
     if path.suffix not in metadata:
         raise InputError(f"{path}: figures are written as .svg or .png")
+    if os.path.exists(path):  # False where the name itself is not possible
+        raise InputError(f"{path} exists; choose another name")
     content = io.BytesIO()
     with matplotlib.rc_context({"svg.hashsalt": "retinanet_ext"}):
         figure.savefig(content, format=path.suffix[1:], dpi=150, metadata=metadata[path.suffix])
@@ -210,10 +219,4 @@ def save_figure(figure: Figure, path: str | Path, *, overwrite: bool = False) ->
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder {path.parent} cannot be made: {error.strerror}") from error
-    try:
-        with open(path, "wb" if overwrite else "xb") as file:
-            file.write(content.getvalue())
-    except FileExistsError:
-        raise InputError(f"{path} exists; choose another name") from None
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from error
+    write_file(path, content.getvalue())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import logging
 import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -82,7 +84,7 @@ def _check_and_launch(args: argparse.Namespace) -> None:
     check_config(cfg, num_processes=num_processes, eval_only=args.eval_only)
     if not (args.resume or args.eval_only) and args.machine_rank == 0:
         _refuse_earlier_run(cfg.OUTPUT_DIR)
-    weights = _find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
+    weights = find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=args.eval_only)
     check_model(cfg, weights, resume=args.resume, eval_only=args.eval_only)
     if args.eval_only:
@@ -152,7 +154,7 @@ def _earlier_run(output_dir: str) -> str:
     return next((path.name for path in found if path.is_dir() or path.stat().st_size), "")
 
 
-def _find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> str:
+def find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> str:
     """Return what will be loaded: the last checkpoint with ``resume``, else MODEL.WEIGHTS."""
     tag = Path(cfg.OUTPUT_DIR, "last_checkpoint")
     if resume and tag.is_file():
@@ -235,6 +237,12 @@ def _make_output_dir(cfg: CfgNode, *, eval_only: bool) -> None:
         raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: {error.strerror}") from error
 
 
+def end_with_parent() -> None:
+    """Have Linux end this process when its parent is killed, so that no orphan goes on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def _child(
     cfg: CfgNode,
     args: argparse.Namespace,
@@ -243,6 +251,7 @@ def _child(
     failures: SimpleQueue,
 ) -> None:
     """Do one process's part; data sets are registered process by process."""
+    end_with_parent()
     torch.set_num_threads(num_threads)
     # The parent has shown what the preparation of the data has to say.
     logging.getLogger("retinanet_ext").addHandler(logging.NullHandler())

@@ -42,6 +42,7 @@ from retinanet_ext.engine import Checkpointer, load_config
 from retinanet_ext.engine.config import check_config, use_cpu_without_cuda
 from retinanet_ext.engine.launch import check_model
 from retinanet_ext.errors import InputError
+from retinanet_ext.files import write_file
 from retinanet_ext.losses import Interval
 from retinanet_ext.modeling import RetinaNetExt
 from retinanet_ext.modeling.matching import label_anchors
@@ -49,6 +50,7 @@ from retinanet_ext.modeling.matching import label_anchors
 FORMAT = 1
 RESULT = "loss_cdf"
 SECONDS_BETWEEN_LINES = 10
+MAX_SAMPLE = 10**9  # 20 GB
 COLUMNS = (("positive", 0.2), ("negative", 0.01), ("negative", 0.2))
 
 logger = logging.getLogger(__name__)
@@ -207,8 +209,8 @@ def _check_numbers(
 ) -> None:
     if num_images is not None:
         Interval("[1, inf)").check("--num-images", num_images)
-    Interval("[1, inf)").check("--positives", num_positives)
-    Interval("[1, inf)").check("--negatives", num_negatives)
+    Interval(f"[1, {MAX_SAMPLE}]").check("--positives", num_positives)
+    Interval(f"[1, {MAX_SAMPLE}]").check("--negatives", num_negatives)
     Interval("[0, inf)").check("--seed", seed)
 
 
@@ -292,8 +294,4 @@ def _write(folder: Path, content: dict[str, Any], curves: Sequence[LossCurve]) -
     figure = figure_4(curves)
     for path in pictures:
         save_figure(figure, path)
-    try:
-        with open(json_file, "x", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False)
-    except OSError as error:
-        raise InputError(f"{json_file} cannot be written: {error.strerror}") from error
+    write_file(json_file, json.dumps(content, indent=1, ensure_ascii=False))

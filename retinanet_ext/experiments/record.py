@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import subprocess
 import sys
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -18,6 +16,7 @@ from typing import Any
 import retinanet_ext
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.tables import METRICS
+from retinanet_ext.files import write_file
 
 FORMAT = 1
 RECORD = "record.json"
@@ -35,7 +34,9 @@ class Record:
         metrics: AP in percent, as COCO's evaluation names it; None where it is not defined.
         inference_ms: median milliseconds an image.
         wall_seconds: all parts of a run that was cut off together.
-        commit: of the project's code; empty outside of git.
+        commit: of the project's code, of each part of a run that was cut off; empty outside of git.
+        hardware: cpu, threads, gpus and num_processes of the run, and jobs: how many such runs
+            went on at a time.
     """
 
     rows: list[str]
@@ -99,23 +100,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a json file whole or not at all."""
     write_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, in place of an earlier one.
-
-    Raises:
-        InputError: a full disk, a folder that cannot be written; an earlier file is intact
-    """
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        try:
-            part.write_bytes(content.encode() if isinstance(content, str) else content)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -10,7 +10,6 @@ from urllib.parse import quote
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.figures import Drawing, draw_figures
 from retinanet_ext.experiments.page import render_page
-from retinanet_ext.experiments.record import write_file
 from retinanet_ext.experiments.results import (
     RULE,
     Results,
@@ -22,6 +21,7 @@ from retinanet_ext.experiments.results import (
     signed,
     with_spread,
 )
+from retinanet_ext.files import write_file
 
 
 def write_report(campaign: Path) -> tuple[Path, Path]:

@@ -31,14 +31,15 @@ ONE_SEED = "one seed"
 UNMEASURED = "not measured"
 
 RULE = (
-    "A claim says that one row of a table has a higher AP than another. With two or more seeds in "
-    "both rows it holds, or does not hold, where the difference of the two means is larger than "
-    "twice its standard error, the variance pooled over the two rows; else it is within the "
-    "noise. With two seeds a row, chance alone goes beyond that in 18 % of cases (9 % to each "
-    "side), with three in 12 %, with five in 8 %. With one seed the difference is shown and "
-    "nothing is concluded. A row that diverged with every seed loses to one that finished. Means "
-    "are over the runs that finished; ± is the standard deviation over seeds, and beside a "
-    "difference twice its standard error."
+    "A claim says that one row of a table has a higher AP than another. With two or more seeds "
+    "in both rows it holds, or does not hold, where the difference of the two means is larger "
+    "than twice its standard error, the variance pooled over the two rows; else it is within "
+    "the noise. A claim that nothing is gained holds there too. With two seeds a row, chance "
+    "alone goes beyond that in 18 % of cases (9 % to each side), with three in 12 %, with five "
+    "in 8 %. With one seed the difference is shown and nothing is concluded. A row that "
+    "diverged with every seed loses to one that finished. Means are over the runs that "
+    "finished; ± is the standard deviation over seeds, and beside a difference twice its "
+    "standard error."
 )
 
 # Its rows differ in their data, so their APs are not those of one test set.
@@ -209,19 +210,30 @@ class TableResult:
     @cached_property
     def verdicts(self) -> list[Verdict]:
         rows = {row.row.name: row for row in self.rows}
-        return [judge(claim, rows[claim.better], rows[claim.worse]) for claim in self.table.claims]
+        return [
+            judge(claim, rows[claim.better], [rows[name] for name in claim.others])
+            for claim in self.table.claims
+        ]
 
 
-def judge(claim: Claim, better: RowResult, worse: RowResult) -> Verdict:
-    """Hold a claim against the runs of its two rows, by :data:`RULE`."""
+def _highest(rows: Sequence[RowResult]) -> RowResult:
+    """Return the row of the highest mean AP; the first where none has one."""
+    return max(_with_ap(rows), key=_mean_ap, default=rows[0])
+
+
+def judge(claim: Claim, better: RowResult, others: Sequence[RowResult]) -> Verdict:
+    """Hold a claim against the runs of its rows, by :data:`RULE`; of ``others`` the best counts."""
+    worse = _highest(others)
     remarks = [
         f"{row.label}: {note}" if row.runs else f"{row.label}: not run"
         for row in (better, worse)
         for note in row.notes or [""]
         if note or not row.runs
     ]
-    papers = [row.row.paper.get("AP") for row in (better, worse)]
-    paper = None if None in papers else papers[0] - papers[1]
+    if len(others) > 1 and worse.values("AP"):
+        remarks.append(f"the highest of them: {worse.label}")
+    papers = [row.row.paper.get("AP") for row in (better, *others)]
+    paper = None if None in papers else papers[0] - max(papers[1:])
 
     def verdict(word: str, *numbers: float) -> Verdict:
         return Verdict(claim, word, *numbers, paper_difference=paper, remarks=tuple(remarks))
@@ -241,7 +253,7 @@ def judge(claim: Claim, better: RowResult, worse: RowResult) -> Verdict:
         return verdict(ONE_SEED, difference)
     error = standard_error(a, b)
     if abs(difference) <= 2 * error:
-        return verdict(NOISE, difference, error)
+        return verdict(NOISE if claim.strict else HOLDS, difference, error)
     return verdict(HOLDS if difference > 0 else FAILS, difference, error)
 
 
@@ -266,6 +278,7 @@ class Results:
     tables: tuple[TableResult, ...]
     configs: Mapping[Path, Mapping[str, Any]]
     loss_cdfs: tuple[LossCdf, ...]
+    superseded: tuple[Record, ...] = ()
 
     @property
     def full_tables(self) -> list[TableResult]:
@@ -389,6 +402,15 @@ class Results:
                 f"Runs of more than one commit are mixed: {', '.join(commits)}. Differences "
                 "between rows may come from the code."
             )
+        if self.superseded:
+            names = ", ".join(run.folder.name for run in self.superseded)
+            warnings.append(f"Left out, as their rows have changed since: {names}.")
+        jobs = max((run.hardware.get("jobs", 1) for run in self.runs), default=1)
+        if jobs > 1:
+            warnings.append(
+                f"Up to {jobs} runs went on at a time, which lengthens inference times; for those, "
+                "run tables 1e and 2 one at a time."
+            )
         for table in self.tables:
             budgets = _distinct(run.iterations for row in table.rows for run in row.finished)
             if len(budgets) > 1:
@@ -446,6 +468,7 @@ def read_results(campaign: Path) -> Results:
     runs = tuple(sorted(read_records(campaign), key=lambda run: (run.seed, run.folder.name)))
     if not runs:
         raise InputError(f"{campaign}: no run has ended here yet, so there is nothing to report")
+    runs, superseded = _newest(runs)
     tables = []
     for table in TABLES.values():
         rows = tuple(
@@ -458,7 +481,17 @@ def read_results(campaign: Path) -> Results:
             tables.append(TableResult(table, rows))
     configs = {run.folder: _read_config(run.folder / "config.yaml") for run in runs}
     info = read_json(campaign / "campaign.json")
-    return Results(campaign, info, runs, tuple(tables), configs, tuple(_read_loss_cdfs(runs)))
+    cdfs = tuple(_read_loss_cdfs(runs))
+    return Results(campaign, info, runs, tuple(tables), configs, cdfs, superseded)
+
+
+def _newest(runs: Sequence[Record]) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """Return the runs to show, and those of a row that has another config since."""
+    key_of_row: dict[str, str] = {}
+    for run in sorted(runs, key=lambda run: run.ended):
+        key_of_row.update(dict.fromkeys(run.rows, run.key))
+    shown = tuple(run for run in runs if any(key_of_row[row] == run.key for row in run.rows))
+    return shown, tuple(run for run in runs if run not in shown)
 
 
 def duration(seconds: float) -> str:

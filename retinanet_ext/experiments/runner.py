@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import hashlib
 import os
@@ -11,10 +10,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,8 +24,10 @@ from tabulate import tabulate
 
 import retinanet_ext
 from retinanet_ext.data import prepare_datasets
+from retinanet_ext.data.sample_set import GENERATOR_VERSION
 from retinanet_ext.engine.config import check_config, load_config, use_cpu_without_cuda
 from retinanet_ext.engine.failures import DIVERGED as DIVERGED_EXIT
+from retinanet_ext.engine.launch import check_model, end_with_parent, find_weights
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments import record
 from retinanet_ext.experiments.presets import (
@@ -36,7 +38,9 @@ from retinanet_ext.experiments.presets import (
     row_config,
 )
 from retinanet_ext.experiments.record import Record
+from retinanet_ext.experiments.results import duration
 from retinanet_ext.experiments.tables import TABLES, Row, Table
+from retinanet_ext.files import write_file
 
 CAMPAIGN = "campaign.json"
 STARTS = "starts.json"  # seconds of the parts of a run that has not ended
@@ -83,7 +87,8 @@ def plan(
     *,
     tables: Sequence[str] = (),
     rows: Sequence[str] = (),
-    seeds: int = 0,
+    seeds: int | None = None,
+    num_gpus: int = 1,
     opts: Sequence[str] = (),
     root: Path,
     output: Path,
@@ -93,7 +98,8 @@ def plan(
     Args:
         preset_name: a key of :data:`~retinanet_ext.experiments.presets.PRESETS`
         tables, rows: names; none means all
-        seeds: of each row, 1 to ``seeds``; 0: as many as the preset says
+        seeds: of each row, 1 to ``seeds``; as many as the preset says by default
+        num_gpus: processes of each run
         opts: alternating config keys and values for all rows
         root: folder of ``train_net.py`` and ``configs/``
         output: folder of all campaigns
@@ -103,44 +109,72 @@ def plan(
     """
     preset = find_preset(preset_name)
     chosen = find_rows(tables, rows, preset)
-    if seeds < 0:
+    if seeds is not None and seeds < 1:
         raise InputError(f"the number of seeds must be at least 1, got {seeds}")
-    own = {"OUTPUT_DIR", "SEED"} & set(opts[::2])
-    if own:
-        raise InputError(f"{own.pop()} is the runner's to set; see --output and --seeds")
+    _check_opts(preset, chosen, opts)
     configs = root / "configs"
+    file_digest = cache(_file_digest)
 
     def key(row: Row) -> str:
-        return _digest(row_config(preset, row, 0, opts, configs)[0])
+        return _digest(row_config(preset, row, 0, opts, configs)[0], file_digest)
 
-    campaign = _campaign(preset, opts, configs, output)
-    all_rows = find_rows((), (), preset)
+    campaign = _campaign(preset, num_gpus, opts, configs, output, file_digest)
     names: dict[str, list[str]] = {}
-    for table, row in all_rows:
-        names.setdefault(key(row), []).append(f"{table.name}/{row.name}")
-    distinct = {key(row): row for _, row in reversed(chosen)}
-    ordered = dict.fromkeys(key(row) for _, row in chosen)
+    keys: dict[str, str] = {}  # by table/row
+    for table, row in find_rows((), (), preset):
+        name = f"{table.name}/{row.name}"
+        keys[name] = key(row)
+        names.setdefault(keys[name], []).append(name)
+    distinct: dict[str, Row] = {}
+    for table, row in chosen:
+        distinct.setdefault(keys[f"{table.name}/{row.name}"], row)
     return campaign, [
         Run(
-            rows=tuple(names[k]),
-            key=k,
+            rows=tuple(names[key]),
+            key=key,
             seed=seed,
-            config_file=configs / preset.configs[distinct[k].model],
-            arguments=tuple(row_arguments(preset, distinct[k], seed, opts)),
+            config_file=configs / preset.configs[row.model],
+            arguments=tuple(row_arguments(preset, row, seed, opts)),
         )
         for seed in range(1, (seeds or preset.seeds) + 1)
-        for k in ordered
+        for key, row in distinct.items()
     ]
 
 
-def _campaign(preset: Preset, opts: Sequence[str], configs: Path, output: Path) -> Campaign:
-    base = Row("base", {}, {})
-    cfg, _ = row_config(preset, base, 0, opts, configs)
+def _check_opts(preset: Preset, chosen: Sequence[tuple[Table, Row]], opts: Sequence[str]) -> None:
+    """Refuse options that would be defeated in silence."""
+    if len(opts) % 2:
+        raise InputError(
+            f"config values come as pairs KEY VALUE, got {' '.join(opts)}; "
+            "several tables are given as --table A --table B"
+        )
+    for key in opts[::2]:
+        if key in ("OUTPUT_DIR", "SEED"):
+            raise InputError(f"{key} is the runner's to set; see --output and --seeds")
+        for table, row in chosen:
+            if key in row.overrides or key in row.preset_overrides.get(preset.name, {}):
+                raise InputError(
+                    f"{key} is what table {table.name} itself sets (row {row.name}); leave it "
+                    "out, or name other tables with --table"
+                )
+
+
+def _campaign(
+    preset: Preset,
+    num_gpus: int,
+    opts: Sequence[str],
+    configs: Path,
+    output: Path,
+    file_digest: Callable[[str], str],
+) -> Campaign:
+    cfg, _ = row_config(preset, Row("base", {}, {}), 0, opts, configs)
+    if len(cfg.DATASETS.TEST) > 1:
+        raise InputError(f"DATASETS.TEST must name one data set here, got {cfg.DATASETS.TEST}")
     custom = cfg.DATASETS.CUSTOM
     data = {
-        side: {
-            "name": getattr(custom, f"{side}_JSON") or ", ".join(cfg.DATASETS[side]),
-            "sha256": _file_digest(getattr(custom, f"{side}_JSON")),
+        side.lower(): {
+            "name": custom[f"{side}_JSON"] or ", ".join(cfg.DATASETS[side]),
+            "sha256": file_digest(custom[f"{side}_JSON"]),
         }
         for side in ("TRAIN", "TEST")
     }
@@ -148,19 +182,21 @@ def _campaign(preset: Preset, opts: Sequence[str], configs: Path, output: Path) 
         "format": record.FORMAT,
         "preset": preset.name,
         "version": retinanet_ext.__version__,
+        "num_gpus": num_gpus,
         "opts": list(opts),
-        "data": {side.lower(): value for side, value in data.items()},
+        "data": data,
     }
-    digest = hashlib.sha256(f"{content['version']} {_digest(cfg)}".encode()).hexdigest()[:8]
+    parts = retinanet_ext.__version__, GENERATOR_VERSION, num_gpus, _digest(cfg, file_digest)
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
     return Campaign(output / f"{preset.name}-{digest}", content)
 
 
-def _digest(cfg: CfgNode) -> str:
+def _digest(cfg: CfgNode, file_digest: Callable[[str], str]) -> str:
     """Return a digest of what a run's result depends on; data counts by content, not by place."""
     cfg = cfg.clone()
     cfg.OUTPUT_DIR, cfg.SEED = "", 0
     for key, value in cfg.DATASETS.CUSTOM.items():
-        cfg.DATASETS.CUSTOM[key] = _file_digest(value) if key.endswith("_JSON") else ""
+        cfg.DATASETS.CUSTOM[key] = file_digest(value) if key.endswith("_JSON") else ""
     return hashlib.sha256(cfg.dump().encode()).hexdigest()[:12]
 
 
@@ -178,9 +214,8 @@ def run(
     runs: Sequence[Run],
     *,
     root: Path,
-    num_gpus: int = 1,
     jobs: int = 1,
-    log: Any = print,
+    log: Callable[[str], None] = print,
 ) -> list[Record]:
     """Run what is not finished, ``jobs`` at a time, and return the records of all ``runs``.
 
@@ -191,30 +226,37 @@ def run(
         InputError: a config or data that no row could be run with; a folder that cannot be
             written. Nothing has been lost.
     """
-    if num_gpus < 1 or jobs < 1:
-        raise InputError("the numbers of GPUs and of jobs must be at least 1")
-    _check(runs, num_gpus)
+    if jobs < 1:
+        raise InputError(f"the number of jobs must be at least 1, got {jobs}")
+    num_gpus = campaign.content["num_gpus"]
+    device = _check(runs, num_gpus)
     _start_campaign(campaign)
+    machine = _Machine(device, num_gpus, jobs)
     records = {(one.key, one.seed): one for one in campaign.records()}
-    waiting = [
-        one
-        for one in runs
-        if (one.key, one.seed) not in records or records[one.key, one.seed].status == record.FAILED
-    ]
+    waiting = []
+    for one in runs:
+        if (found := records.get((one.key, one.seed))) and found.status != record.FAILED:
+            _credit(found, one)
+        else:
+            waiting.append(one)
     log(f"{len(runs) - len(waiting)} of {len(runs)} runs are done; results in {campaign.folder}")
     progress = _Progress(len(runs), len(runs) - len(waiting), jobs, log)
+    progress.seconds += [one.wall_seconds for one in records.values() if one.status == "finished"]
     active: dict[int, _Active] = {}  # by slot
     with _interrupt_on_sigterm():
         try:
             while waiting or active:
                 for slot in range(jobs):
-                    if slot not in active and waiting:
-                        started = _start(campaign, waiting.pop(0), root, num_gpus, jobs, slot)
-                        if isinstance(started, str):
-                            progress.skip(started)
-                        else:
+                    while slot not in active and waiting:
+                        started = _start(campaign, waiting.pop(0), root, machine, slot)
+                        if isinstance(started, _Active):
                             active[slot] = started
                             progress.start(started)
+                        elif isinstance(started, Record):  # another runner was faster
+                            records[started.key, started.seed] = started
+                            progress.end(started)
+                        else:
+                            progress.skip(started)
                 for slot, process in list(active.items()):
                     if process.popen.poll() is not None:
                         del active[slot]
@@ -229,15 +271,32 @@ def run(
     return [records[one.key, one.seed] for one in runs if (one.key, one.seed) in records]
 
 
-def _check(runs: Sequence[Run], num_processes: int) -> None:
-    """Refuse what every process would refuse: values of all rows, data of the first."""
+def _check(runs: Sequence[Run], num_gpus: int) -> str:
+    """Refuse what every process would refuse, and return the device they will use.
+
+    Values of all rows; data, weights and the model of the first.
+    """
+    if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
+        raise InputError(
+            f"--num-gpus {num_gpus}: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
     first, is_set = load_config(str(runs[0].config_file), runs[0].arguments)
     use_cpu_without_cuda(first, num_threads=torch.get_num_threads())
-    prepare_datasets(first, num_classes_is_set=is_set, eval_only=False)
     for one in runs:
         cfg, _ = load_config(str(one.config_file), one.arguments)
         cfg.MODEL.DEVICE = first.MODEL.DEVICE
-        check_config(cfg, num_processes=num_processes, eval_only=False)
+        check_config(cfg, num_processes=num_gpus, eval_only=False)
+    weights = find_weights(first, resume=False, eval_only=False)
+    prepare_datasets(first, num_classes_is_set=is_set, eval_only=False)
+    check_model(first, weights, resume=False, eval_only=False)
+    return first.MODEL.DEVICE
+
+
+def _credit(found: Record, one: Run) -> None:
+    """Note the rows that a finished run stands for by now."""
+    if missing := [row for row in one.rows if row not in found.rows]:
+        found.rows += missing
+        found.write()
 
 
 def _start_campaign(campaign: Campaign) -> None:
@@ -259,9 +318,8 @@ class _Active:
     lock: IO[bytes]
     hardware: dict[str, Any]
     started: datetime
-    commit: str
     clock: float
-    starts: list[float]  # seconds of the earlier parts
+    earlier: Earlier
 
     def end(self) -> Record:
         """Write the record of a process that has ended, and return it."""
@@ -278,19 +336,19 @@ class _Active:
             metrics=metrics if status == record.FINISHED else {},
             inference_ms=milliseconds,
             iterations=steps[-1]["iteration"] + 1 if steps else 0,
-            wall_seconds=round(sum(self.starts) + seconds, 1),
-            num_starts=len(self.starts) + 1,
+            wall_seconds=round(sum(self.earlier.seconds) + seconds, 1),
+            num_starts=len(self.earlier.seconds) + 1,
             started=self.started.isoformat(timespec="seconds"),
             ended=datetime.now().astimezone().isoformat(timespec="seconds"),
-            commit=self.commit,
+            commit=", ".join(dict.fromkeys(self.earlier.commits)),
             versions=record.versions(),
             hardware=self.hardware,
             folder=self.folder,
         )
         one.write()
-        if status == record.FINISHED:
+        if status != record.FAILED:
             for checkpoint in self.folder.glob("model_[0-9]*.pth"):
-                checkpoint.unlink()  # model_final.pth stays
+                checkpoint.unlink()  # model_final.pth stays, where there is one
         self.lock.close()
         return one
 
@@ -306,42 +364,52 @@ class _Active:
 
 
 def _start(
-    campaign: Campaign, one: Run, root: Path, num_gpus: int, jobs: int, slot: int
-) -> _Active | str:
-    """Start a run's process, or say why it is left alone."""
-    folder = _folder(campaign, one)
+    campaign: Campaign, one: Run, root: Path, machine: _Machine, slot: int
+) -> _Active | Record | str:
+    """Start a run's process, or return what another runner made of it, or why it is left alone."""
     try:
+        folder = _folder(campaign, one)
         folder.mkdir(exist_ok=True)
-        lock = open(folder / "lock", "wb")  # noqa: SIM115  held as long as the process lives
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written: {error.strerror}") from None
+        lock = open(folder / "lock", "ab")  # noqa: SIM115  held as long as the process lives
+    except (InputError, OSError) as error:
+        return f"{_name(one)} cannot be run: {error}"
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         lock.close()
-        return f"{one.rows[0]} seed {one.seed} is being run by another process"
-    (folder / record.RECORD).unlink(missing_ok=True)  # of an attempt that failed
-    record.write_json(folder / "run.json", {"key": one.key, "rows": one.rows})
-    starts = _earlier_parts(folder)
-    command = [sys.executable, str(root / "train_net.py"), "--config-file", str(one.config_file)]
-    command += ["--num-gpus", str(num_gpus)]
-    command += ["--resume"] if starts else []
-    command += [*one.arguments, "OUTPUT_DIR", str(folder)]
-    environment, hardware = _hardware(num_gpus, jobs, slot)
-    started = datetime.now().astimezone()
-    record.write_json(folder / STARTS, {"seconds": starts, "started": started.timestamp()})
-    with open(folder / "output.txt", "ab") as output:
-        popen = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env=environment,
-            pass_fds=(lock.fileno(),),  # locked until both have ended
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
-        )
-    commit = record.commit()
-    return _Active(one, folder, popen, lock, hardware, started, commit, time.monotonic(), starts)
+        return f"{_name(one)} is being run by another process"
+    try:
+        if (folder / record.RECORD).exists():
+            found = record.read_record(folder)
+            if found.status != record.FAILED:
+                lock.close()
+                return found
+            (folder / record.RECORD).unlink()
+        earlier = _earlier_parts(folder)
+        started = datetime.now().astimezone()
+        earlier.commits.append(record.commit())
+        content = {"started": started.timestamp(), **asdict(earlier)}
+        record.write_json(folder / STARTS, content)
+        record.write_json(folder / "run.json", {"key": one.key, "rows": one.rows})
+        environment, hardware = machine.share(slot)
+        command = [sys.executable, str(root / "train_net.py")]
+        command += ["--config-file", str(one.config_file), "--num-gpus", str(machine.num_gpus)]
+        command += ["--resume"] if earlier.seconds else []
+        command += [*one.arguments, "OUTPUT_DIR", str(folder)]
+        with open(folder / "output.txt", "ab") as output:
+            popen = subprocess.Popen(
+                command,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=(lock.fileno(),),  # locked until both have ended
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            )
+    except (InputError, OSError) as error:
+        lock.close()
+        return f"{_name(one)} cannot be run: {error}"
+    return _Active(one, folder, popen, lock, hardware, started, time.monotonic(), earlier)
 
 
 def _folder(campaign: Campaign, one: Run) -> Path:
@@ -355,43 +423,66 @@ def _folder(campaign: Campaign, one: Run) -> Path:
     return folder
 
 
-def _earlier_parts(folder: Path) -> list[float]:
-    """Return the seconds of each part of a run that was cut off, empty for a new one."""
+@dataclass
+class Earlier:
+    """The parts of a run that was cut off: the seconds of each, and the code of all so far."""
+
+    seconds: list[float] = field(default_factory=list)
+    commits: list[str] = field(default_factory=list)
+
+
+def _earlier_parts(folder: Path) -> Earlier:
+    """Return what is there to resume; clear away what a run left before its first checkpoint."""
     if not (folder / STARTS).exists():
-        return []
-    content = record.read_json(folder / STARTS)
-    if not (folder / "last_checkpoint").exists():
-        # Cut off before its first checkpoint was whole: nothing to resume.
+        return Earlier()
+    tag = folder / "last_checkpoint"
+    if tag.exists() and not (folder / (tag.read_text().strip() or "-")).is_file():
+        tag.unlink()  # cut off while it was written, which is after its checkpoint was
+        if checkpoints := sorted(folder.glob("model_*.pth")):
+            write_file(tag, checkpoints[-1].name)
+    if not tag.exists():
         for path in [*folder.glob("model_*.pth"), folder / "metrics.json"]:
             path.unlink(missing_ok=True)
         shutil.rmtree(folder / "inference", ignore_errors=True)
-        return []
-    last_sign = max(path.stat().st_mtime for path in folder.iterdir() if path.is_file())
-    return [*content["seconds"], round(max(0.0, last_sign - content["started"]), 1)]
+        return Earlier()
+    content = record.read_json(folder / STARTS)
+    signs = [folder / name for name in ("log.txt", "output.txt", "metrics.json")]
+    last = max((path.stat().st_mtime for path in signs if path.exists()), default=0)
+    seconds = round(max(0.0, last - content["started"]), 1)
+    return Earlier([*content["seconds"], seconds], content["commits"])
 
 
-def _hardware(num_gpus: int, jobs: int, slot: int) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return a job's environment, with its share of the machine, and what it runs on."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    hardware: dict[str, Any] = {"num_processes": num_gpus, "cpu": record.cpu_name(), "gpus": []}
-    count = torch.cuda.device_count()
-    if count:
-        devices = [(slot * num_gpus + i) % count for i in range(num_gpus)]
-        hardware["gpus"] = [torch.cuda.get_device_name(device) for device in devices]
-        if jobs > 1:
-            visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-            names = visible.split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[device] for device in devices)
-    elif "OMP_NUM_THREADS" not in environment:
-        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-        environment["OMP_NUM_THREADS"] = str(max(1, cores // (jobs * num_gpus)))
-    hardware["threads"] = int(environment.get("OMP_NUM_THREADS", torch.get_num_threads()))
-    return environment, hardware
+@dataclass(frozen=True)
+class _Machine:
+    """What the jobs share: GPUs in turn, or the CPU's cores."""
 
+    device: str
+    num_gpus: int
+    jobs: int
 
-def _end_with_parent() -> None:
-    """Have the kernel end this process when the runner is killed, so that no orphan goes on."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    def share(self, slot: int) -> tuple[dict[str, str], dict[str, Any]]:
+        """Return a job's environment, and what it runs on."""
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        hardware: dict[str, Any] = {
+            "cpu": record.cpu_name(),
+            "gpus": [],
+            "num_processes": self.num_gpus,
+            "jobs": self.jobs,
+        }
+        if self.device.startswith("cuda"):
+            count = torch.cuda.device_count()
+            devices = [(slot * self.num_gpus + i) % count for i in range(self.num_gpus)]
+            hardware["gpus"] = [torch.cuda.get_device_name(device) for device in devices]
+            if self.jobs > 1:
+                visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+                names = visible.split(",")
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] for i in devices)
+        elif "OMP_NUM_THREADS" not in environment:
+            linux = sys.platform == "linux"
+            cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
+            environment["OMP_NUM_THREADS"] = str(max(1, cores // (self.jobs * self.num_gpus)))
+        hardware["threads"] = int(environment.get("OMP_NUM_THREADS", torch.get_num_threads()))
+        return environment, hardware
 
 
 def _outcome(code: int, output: Path) -> tuple[str, str]:
@@ -429,8 +520,8 @@ class _Progress:
         self.seconds: list[float] = []
 
     def start(self, active: _Active) -> None:
-        how = "resumed" if active.starts else "started"
-        self.log(f"{_name(active.run)} {how}")
+        how = "resumed" if active.earlier.seconds else "started"
+        self.log(f"{_name(active.run)} {how}{self.left()}")
 
     def skip(self, why: str) -> None:
         self.done += 1
@@ -438,34 +529,28 @@ class _Progress:
 
     def end(self, one: Record) -> None:
         self.done += 1
-        self.seconds.append(one.wall_seconds)
-        left = self.total - self.done
         result = one.message
         if one.status == record.FINISHED:
+            self.seconds.append(one.wall_seconds)
             ap = one.metrics.get("AP")
             result = "finished, no AP" if ap is None else f"AP {ap:.1f}"
         elif one.status == record.FAILED:
             result = f"failed: {one.message} (see {one.folder / 'output.txt'})"
         text = f"[{self.done}/{self.total}] {_name(one)}: {result} ({duration(one.wall_seconds)})"
-        if left:
-            mean = sum(self.seconds) / len(self.seconds)
-            text += f"; {left} left, about {duration(mean * left / self.jobs)}"
-        self.log(text)
+        self.log(f"{text}{self.left()}")
+
+    def left(self) -> str:
+        """Return how many runs are left, and how long they take judging by those that finished."""
+        left = self.total - self.done
+        if not left or not self.seconds:
+            return f"; {left} left" if left else ""
+        seconds = sum(self.seconds) / len(self.seconds) * left / self.jobs
+        return f"; {left} left, about {duration(seconds)}"
 
 
 def _name(one: Run | Record) -> str:
     others = f" (= {', '.join(one.rows[1:])})" if len(one.rows) > 1 else ""
     return f"{one.rows[0]}{others} seed {one.seed}"
-
-
-def duration(seconds: float) -> str:
-    """Return seconds as a person says them: 40 s, 3 min 20 s, 2 h 5 min."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
 
 
 def describe(tables: Sequence[str] = ()) -> str:

@@ -74,7 +74,7 @@ def add_run(
             "rows": same_runs(table, row),
             "seed": seed,
             "status": "finished",
-            "key": f"{table}_{row}_{seed}",
+            "key": min(same_runs(table, row)),
             "metrics": dict(metrics or {}),
             "inference_ms": 41.25,
             "iterations": 350,

@@ -211,7 +211,7 @@ def test_undefined_metrics_are_dashes(campaign):
     file.write_text(file.read_text().replace("30.0", "NaN"))
     for name in ("alpha.50", "alpha.75"):
         assert row(campaign, name, "1a").cells(["AP", "AP50"]) == ["–", "40.0"]
-    assert verdict(campaign, "α = .75 is best", "1a").word == UNMEASURED
+    assert verdict(campaign, "α = .75 is ahead", "1a").word == UNMEASURED
     markdown, page = write_report(campaign)
     assert "No row has an AP yet." in markdown.read_text(encoding="utf-8")
     for path in (markdown, page):
@@ -399,3 +399,32 @@ def test_differences_are_drawn_to_scale(campaign):
     beyond = ElementTree.fromstring(str(forest(behind_gamma_2["gamma0"], limit)))
     assert beyond.find("circle") is None and beyond.find("path") is not None
     assert str(forest(behind_gamma_2["gamma2.0-alpha.50"], limit)) == ""
+
+
+def test_a_claim_against_several_rows_is_held_against_the_highest(campaign):
+    for seed in (1, 2):
+        add_run(campaign, "1d", "focal", seed, 29 + seed / 10)
+        add_run(campaign, "1d", "ohem-128-nms.5", seed, 14 + seed / 10)
+        add_run(campaign, "1d", "ohem-512-nms.7", seed, 33 + seed / 10)
+    found = verdict(campaign, "beats every OHEM", "1d")
+    assert found.word == FAILS and found.measured.startswith("−4.0")
+    assert any("batch 512, nms .7" in remark for remark in found.remarks)
+    assert found.paper_difference == pytest.approx(36.0 - 32.8)
+
+
+@pytest.mark.parametrize(
+    ("ap", "word"), [(29.0, HOLDS), (30.0, HOLDS), (33.0, FAILS)]
+)  # behind, alike, ahead
+def test_a_claim_that_nothing_is_gained_holds_within_the_noise(ap, word, campaign):
+    for seed in (1, 2):
+        add_run(campaign, "1c", "scales3-aspects3", seed, 30 + seed / 10)
+        add_run(campaign, "1c", "scales4-aspects3", seed, ap + seed / 10)
+    assert verdict(campaign, "beyond 9 anchors", "1c").word == word
+
+
+def test_runs_of_a_row_that_has_changed_are_left_out(campaign):
+    add_run(campaign, "1a", "alpha.50", 1, 50.0, key="old")
+    add_run(campaign, "1a", "alpha.50", 2, 30.0, key="new", ended="2026-11-22T00:00:00")
+    assert row(campaign, "alpha.50", "1a").values("AP") == [30.0]
+    markdown, _ = write_report(campaign)
+    assert "Left out, as their rows have changed since" in markdown.read_text(encoding="utf-8")
