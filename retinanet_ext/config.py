@@ -50,6 +50,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # Alpha of each class in place of one number: K values in the order of the classes, or pairs
     # [["Platelets", 0.75], ...], the other classes keeping the loss's own alpha. Empty: off.
     retinanet.CLS_LOSS.CLASS_ALPHA = []
+    # Generate code for the loss and its gradient at the first iteration (about half a minute).
+    retinanet.CLS_LOSS.COMPILE = False
     for name, loss in LOSSES.items():
         for parameter, key in loss_parameter_keys(loss).items():
             if (name, parameter) in _DETECTRON2_KEYS:

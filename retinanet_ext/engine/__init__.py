@@ -3,6 +3,7 @@
 from retinanet_ext.engine.checkpoint import Checkpointer, export_weights
 from retinanet_ext.engine.config import load_config
 from retinanet_ext.engine.launch import main
+from retinanet_ext.engine.predict import Predictor
 from retinanet_ext.engine.trainer import Trainer
 
-__all__ = ["Checkpointer", "Trainer", "export_weights", "load_config", "main"]
+__all__ = ["Checkpointer", "Predictor", "Trainer", "export_weights", "load_config", "main"]

@@ -9,7 +9,17 @@ from retinanet_ext.losses.functional import Alpha, elementwise_loss
 from retinanet_ext.losses.registry import LOSSES, UNBALANCED, register_loss
 
 
-@register_loss("cross_entropy", reference="section 3.1, equations 1 to 3", alpha=UNBALANCED)
+def cross_entropy_derivative(x_t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return CE and dCE/dx_t = p_t - 1 (equation 9)."""
+    return -logsigmoid(x_t), -(-x_t).sigmoid()
+
+
+@register_loss(
+    "cross_entropy",
+    reference="section 3.1, equations 1 to 3",
+    alpha=UNBALANCED,
+    derivative=cross_entropy_derivative,
+)
 def cross_entropy(x_t: Tensor) -> Tensor:
     """CE = -log(p_t)."""
     return -logsigmoid(x_t)

@@ -11,7 +11,21 @@ from retinanet_ext.losses.functional import Alpha, elementwise_loss
 from retinanet_ext.losses.registry import LOSSES, Interval, register_loss
 
 
-@register_loss("focal", reference="section 3.2, equations 4 and 5", alpha=0.25)
+def focal_derivative(x_t: Tensor, *, gamma: float = 2.0) -> tuple[Tensor, Tensor]:
+    """Return FL and dFL/dx_t = (1 - p_t)^gamma (gamma p_t log(p_t) + p_t - 1) (equation 10)."""
+    q_t = (-x_t).sigmoid()  # 1 - p_t
+    log_p = logsigmoid(x_t)
+    # log(1 - p_t) = log(p_t) - x_t
+    power = q_t * q_t if gamma == 2 else (gamma * (log_p - x_t)).exp()
+    return -power * log_p, power * (gamma * (1 - q_t) * log_p - q_t)
+
+
+@register_loss(
+    "focal",
+    reference="section 3.2, equations 4 and 5",
+    alpha=0.25,
+    derivative=focal_derivative,
+)
 def focal(x_t: Tensor, *, gamma: Annotated[float, Interval("[0, inf)")] = 2.0) -> Tensor:
     """FL = -(1 - p_t)^gamma log(p_t).
 

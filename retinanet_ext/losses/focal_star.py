@@ -11,7 +11,15 @@ from retinanet_ext.losses.functional import Alpha, elementwise_loss
 from retinanet_ext.losses.registry import LOSSES, Interval, register_loss
 
 
-@register_loss("focal_star", reference="appendix A", alpha=0.25)
+def focal_star_derivative(
+    x_t: Tensor, *, gamma: float = 2.0, beta: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return FL* and dFL*/dx_t = p_t* - 1 (equation 11)."""
+    shifted = gamma * x_t + beta
+    return -logsigmoid(shifted) / gamma, -(-shifted).sigmoid()
+
+
+@register_loss("focal_star", reference="appendix A", alpha=0.25, derivative=focal_star_derivative)
 def focal_star(
     x_t: Tensor,
     *,

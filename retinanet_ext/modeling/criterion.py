@@ -6,7 +6,7 @@ XYXY in input pixels. Labels: -1 ignore, 0..K-1 class, K background.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.layers import ciou_loss, diou_loss
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor, nn
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 from retinanet_ext.config import loss_parameter_keys, read_key
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES, Interval
+from retinanet_ext.losses.dense import dense_loss
 from retinanet_ext.losses.functional import Alpha, at_least_float32, class_weights
-from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, check_alpha
+from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, BoundLoss, check_alpha
 from retinanet_ext.modeling.matching import is_foreground
 from retinanet_ext.selection import OHEM, SELECTIONS, SelectAll
 
@@ -46,8 +48,9 @@ class RetinaNetCriterion(nn.Module):
         self,
         *,
         num_classes: int,
-        cls_loss: Callable[[Tensor], Tensor],
+        cls_loss: BoundLoss,
         alpha: Alpha = UNBALANCED,
+        compile_cls_loss: bool = False,
         selection: SelectAll | OHEM | None = None,
         normalizer: str = "foreground_ema",
         box2box_transform: Box2BoxTransform,
@@ -59,6 +62,7 @@ class RetinaNetCriterion(nn.Module):
             num_classes: K
             cls_loss: a loss of x_t, see :mod:`retinanet_ext.losses`
             alpha: its class-balancing weight, one or K numbers; -1 for none
+            compile_cls_loss: generate code for it, unless anchors are selected by their loss
             selection: which anchors count; all that are not ignored by default
             normalizer: one of :data:`NORMALIZERS`, explained in ``config.py``
             box2box_transform: anchors and boxes to regression targets
@@ -78,6 +82,7 @@ class RetinaNetCriterion(nn.Module):
         Interval("[0, inf)").check("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", smooth_l1_beta)
         self.num_classes = num_classes
         self.cls_loss = cls_loss
+        self.compile_cls_loss = compile_cls_loss
         self.register_buffer("alpha_weights", class_weights(alpha, num_classes), persistent=False)
         self.selection = selection or SelectAll()
         self.normalizer = normalizer
@@ -100,6 +105,7 @@ class RetinaNetCriterion(nn.Module):
             num_classes=node.NUM_CLASSES,
             cls_loss=cls_loss,
             alpha=alpha,
+            compile_cls_loss=node.CLS_LOSS.COMPILE,
             selection=build_selection(cfg),
             normalizer=node.LOSS_NORMALIZER,
             box2box_transform=box2box_transform,
@@ -110,7 +116,7 @@ class RetinaNetCriterion(nn.Module):
     def forward(
         self,
         anchors: Tensor,
-        logits: Tensor,
+        logits: Sequence[Tensor],
         deltas: Tensor,
         labels: Tensor,
         matches: Tensor,
@@ -120,34 +126,48 @@ class RetinaNetCriterion(nn.Module):
 
         Args:
             anchors: (R, 4)
-            logits: (N, R, K)
+            logits: of each level as the head gives them, (N, A K, H, W)
             deltas: predicted regression, (N, R, 4)
             labels: (N, R)
             matches: index of each anchor's box in ``gt_boxes``, (N, R)
             gt_boxes: boxes of all images, (M, 4)
         """
-        cls_losses = self.anchor_losses(logits, labels)
-        boxes = anchors
-        if self.selection.nms_boxes == "predictions":
-            boxes = self._predicted_boxes(anchors, deltas)
-        selected = self.selection(cls_losses.detach(), labels, boxes, self.num_classes)
+        if isinstance(self.selection, SelectAll):
+            cls_losses, selected = None, labels >= 0
+        else:
+            rows = [permute_to_N_HWA_K(level, self.num_classes) for level in logits]
+            cls_losses = self.anchor_losses(torch.cat(rows, dim=1), labels)
+            predicted = self.selection.nms_boxes == "predictions"
+            boxes = self._predicted_boxes(anchors, deltas) if predicted else anchors
+            selected = self.selection(cls_losses.detach(), labels, boxes, self.num_classes)
         foreground = is_foreground(labels, self.num_classes)
-        weights = self._image_weights(foreground.sum(1), selected.sum(1)).to(cls_losses.dtype)
+        weights = self._image_weights(foreground.sum(1), selected.sum(1))
+        if cls_losses is None:
+            loss_cls = dense_loss(
+                self.cls_loss,
+                logits,
+                labels,
+                weights,
+                self.alpha_weights,
+                num_classes=self.num_classes,
+                compiled=self.compile_cls_loss,
+            )
+        else:
+            per_image = torch.where(selected, cls_losses, 0).sum(1)
+            loss_cls = (per_image * weights.to(per_image.dtype)).sum()
 
-        loss_cls = torch.where(selected, cls_losses, 0).sum(1)
         image, anchor = (foreground & selected).nonzero(as_tuple=True)
         box_losses = self._box_losses(
             anchors[anchor], deltas[image, anchor], gt_boxes[matches[image, anchor]]
         )
         loss_box_reg = box_losses.new_zeros(len(labels)).index_add(0, image, box_losses)
-        return {
-            "loss_cls": (loss_cls * weights).sum(),
-            "loss_box_reg": (loss_box_reg * weights).sum(),
-        }
+        loss_box_reg = (loss_box_reg * weights.to(loss_box_reg.dtype)).sum()
+        return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
 
     def anchor_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the classification loss of each anchor, summed over classes, (N, R).
 
+        The plain form of :func:`~retinanet_ext.losses.dense.dense_loss`, for a selection by loss.
         Every entry is taken as a negative, then each foreground anchor's own class is corrected:
         no one-hot targets are made. Ignored anchors get the loss of background.
         """
@@ -205,7 +225,7 @@ def _mean_over_processes(count: Tensor) -> Tensor:
     return count
 
 
-def build_cls_loss(cfg: CfgNode) -> tuple[Callable[[Tensor], Tensor], Alpha]:
+def build_cls_loss(cfg: CfgNode) -> tuple[BoundLoss, Alpha]:
     """Return the loss of x_t that ``MODEL.RETINANET.CLS_LOSS`` names, and its alpha."""
     node = cfg.MODEL.RETINANET.CLS_LOSS
     try:

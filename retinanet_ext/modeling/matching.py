@@ -1,28 +1,34 @@
 """Labels of anchors by IoU with the ground truth (section 4).
 
-Shapes: N images, R anchors over all levels, K classes, M boxes of all images together. Boxes:
-XYXY in input pixels. Labels: -1 ignore, 0..K-1 class, K background.
+Shapes: N images, R anchors over all levels, S of a block of them, K classes, M boxes of an image.
+Boxes: XYXY in input pixels. Labels: -1 ignore, 0..K-1 class, K background.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from detectron2.modeling.matcher import Matcher
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from retinanet_ext.errors import InputError
 
 LOW_QUALITY_MATCHES = ("all", "ignored_band", "none")
 
+# Pairs of a box and an anchor looked at together: what a core's cache holds, what fills a GPU.
+PAIRS_CPU, PAIRS_GPU = 2**18, 2**24
+MIN_BLOCK = 256  # anchors; in smaller blocks the calls cost more than the work
 
-class AnchorMatcher(Matcher):
-    """Detectron2's matcher with a policy for the boxes that no anchor reaches.
 
-    ``all`` and ``none`` are Detectron2's ``allow_low_quality_matches``; ``ignored_band`` is the
-    authors' code, in which a box's best anchor becomes foreground only where it would otherwise
-    be ignored. Unlike Detectron2's, a box that overlaps no anchor at all matches none, instead
-    of every anchor it does not overlap.
+class AnchorMatcher:
+    """Detectron2's ``Matcher`` block of anchors by block, so that no M x R matrix is held.
+
+    It has a policy for the boxes that no anchor reaches: ``all`` and ``none`` are Detectron2's
+    ``allow_low_quality_matches``; ``ignored_band`` is the authors' code, in which a box's best
+    anchor becomes foreground only where it would otherwise be ignored. Unlike Detectron2's, a
+    box that overlaps no anchor at all matches none, instead of every anchor it does not overlap.
     """
 
     def __init__(
@@ -45,15 +51,100 @@ class AnchorMatcher(Matcher):
                 "MODEL.RETINANET.IOU_THRESHOLDS must rise within (0, 1] and IOU_LABELS give a -1, "
                 f"0 or 1 to each interval between them, got {thresholds} and {labels}"
             )
-        super().__init__(list(thresholds), labels, low_quality_matches != "none")
+        self.thresholds = list(thresholds)
+        self.labels = list(labels)
         self.low_quality_matches = low_quality_matches
 
-    def set_low_quality_matches_(self, match_labels: Tensor, match_quality_matrix: Tensor) -> None:
-        background = match_labels == 0
-        reached = match_quality_matrix.amax(dim=1) > 0
-        super().set_low_quality_matches_(match_labels, match_quality_matrix[reached])
-        if self.low_quality_matches == "ignored_band":
-            match_labels[background] = 0
+    @classmethod
+    def from_detectron2(cls, matcher: Matcher) -> AnchorMatcher:
+        """Return the same rule as Detectron2's matcher, whose thresholds end in infinities."""
+        policy = "all" if matcher.allow_low_quality_matches else "none"
+        return cls(matcher.thresholds[1:-1], matcher.labels, policy)
+
+    def __call__(self, boxes: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+        """Match every anchor to the box it overlaps most, of equals the first.
+
+        Args:
+            boxes: (M, 4), one at least
+            anchors: (R, 4)
+
+        Returns:
+            indices of boxes, (R,) int64, and 0 background, -1 ignore or 1 foreground, (R,) int8
+        """
+        pairs = PAIRS_CPU if anchors.device.type == "cpu" else PAIRS_GPU
+        # Coordinates as rows, each contiguous.
+        blocks = anchors.T.contiguous().split(max(MIN_BLOCK, pairs // len(boxes)), dim=1)
+        near = [_boxes_near(boxes, block) for block in blocks]
+        ious, matches, box_ious = [], [], []
+        for block, index in zip(blocks, near, strict=True):
+            iou = _pairwise_iou(boxes[index], block)
+            best, match = iou.max(dim=0)
+            ious.append(best)
+            matches.append(index[match])
+            box_ious.append(iou.amax(dim=1))
+
+        best = torch.cat(ious)
+        labels = torch.full_like(best, self.labels[0], dtype=torch.int8)
+        for threshold, label in zip(self.thresholds, self.labels[1:], strict=True):
+            labels.masked_fill_(best >= threshold, label)
+        if self.low_quality_matches != "none":
+            best_of_a_box = _best_of_a_box(boxes, blocks, near, box_ious)
+            if self.low_quality_matches == "ignored_band":
+                best_of_a_box &= labels != 0
+            labels.masked_fill_(best_of_a_box, 1)
+        return torch.cat(matches), labels
+
+
+def _boxes_near(boxes: Tensor, block: Tensor) -> Tensor:
+    """Return the indices, rising, of the boxes that may overlap a block of anchors, (4, S).
+
+    The first is always among them: it is the match of anchors that overlap none.
+    """
+    if block.device.type != "cpu":  # how many are near, the host would have to wait to know
+        return torch.arange(len(boxes), device=boxes.device)
+    lower, upper = block[:2].amin(1), block[2:].amax(1)
+    near = (torch.minimum(boxes[:, 2:], upper) > torch.maximum(boxes[:, :2], lower)).all(1)
+    near[0] = True
+    return near.nonzero()[:, 0]
+
+
+def _best_of_a_box(
+    boxes: Tensor, blocks: Sequence[Tensor], near: list[Tensor], box_ious: list[Tensor]
+) -> Tensor:
+    """Return which anchors no other overlaps any one box more than, equals included, (R,).
+
+    Args:
+        boxes: (M, 4)
+        blocks: the anchors, (4, S) each
+        near: indices of the boxes looked at in each block
+        box_ious: the best IoU of each of these boxes within the block
+    """
+    best = box_ious[0].new_zeros(len(boxes))
+    for index, iou in zip(near, box_ious, strict=True):
+        best[index] = torch.maximum(best[index], iou)
+    best.masked_fill_(best == 0, torch.inf)  # which no anchor reaches
+    masks = []
+    for block, index, iou in zip(blocks, near, box_ious, strict=True):
+        if block.device.type == "cpu":
+            index = index[iou == best[index]]  # few boxes have their best anchor in this block
+        masks.append((_pairwise_iou(boxes[index], block) == best[index, None]).any(dim=0))
+    return torch.cat(masks)
+
+
+def _pairwise_iou(boxes: Tensor, block: Tensor) -> Tensor:
+    """Return the IoU of boxes, (M, 4), and anchors, (4, S): (M, S).
+
+    Equal to Detectron2's ``pairwise_iou`` in every bit, without its (M, S, 2) temporaries.
+    """
+    left, top, right, bottom = boxes.T.unsqueeze(2)
+    a_left, a_top, a_right, a_bottom = block
+    areas = (right - left) * (bottom - top)
+    a_areas = (a_right - a_left) * (a_bottom - a_top)
+    iou = torch.minimum(right, a_right).sub_(torch.maximum(left, a_left)).clamp_(min=0)
+    iou *= torch.minimum(bottom, a_bottom).sub_(torch.maximum(top, a_top)).clamp_(min=0)
+    # Boxes without area, which overlap nothing, must not make 0 / 0.
+    union = (areas + a_areas).sub_(iou).clamp_(min=torch.finfo(iou.dtype).tiny)
+    return iou.div_(union)
 
 
 def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
@@ -63,12 +154,15 @@ def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
 
 @torch.no_grad()
 def label_anchors(
-    matcher: AnchorMatcher, anchors: Boxes, gt_instances: list[Instances], num_classes: int
+    matcher: AnchorMatcher | Matcher,
+    anchors: Boxes,
+    gt_instances: list[Instances],
+    num_classes: int,
 ) -> tuple[Tensor, Tensor]:
     """Label every anchor of every image.
 
     Args:
-        matcher: IoU to label
+        matcher: IoU to label, this plugin's or Detectron2's
         anchors: the R anchors of all levels
         gt_instances: ``gt_boxes`` and ``gt_classes`` of each image; images without boxes are fine
         num_classes: K
@@ -77,15 +171,18 @@ def label_anchors(
         labels, (N, R) int64, and the box each anchor matches best as an index into the boxes of
         all images concatenated, (N, R) int64 (of no meaning where the anchor is background)
     """
+    if isinstance(matcher, Matcher):
+        matcher = AnchorMatcher.from_detectron2(matcher)
     labels, matches = [], []
     first = 0
     for instances in gt_instances:
-        match, match_labels = matcher(pairwise_iou(instances.gt_boxes, anchors))
-        if len(instances):
+        if len(instances) and len(anchors):
+            match, match_labels = matcher(instances.gt_boxes.tensor, anchors.tensor)
             label = instances.gt_classes[match]
-            label[match_labels == 0] = num_classes
-            label[match_labels == -1] = -1
+            label.masked_fill_(match_labels == 0, num_classes)
+            label.masked_fill_(match_labels == -1, -1)
         else:
+            match = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
             label = torch.full_like(match, num_classes)
         labels.append(label)
         matches.append(match + first)

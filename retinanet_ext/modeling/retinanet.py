@@ -13,13 +13,14 @@ from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator, build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.box_regression import Box2BoxTransform
-from detectron2.modeling.meta_arch.dense_detector import DenseDetector
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from retinanet_ext.losses import Interval
 from retinanet_ext.modeling.criterion import RetinaNetCriterion
 from retinanet_ext.modeling.head import RetinaNetExtHead
+from retinanet_ext.modeling.inference import decode_candidates
 from retinanet_ext.modeling.matching import AnchorMatcher, check_targets, label_anchors
 
 
@@ -123,7 +124,7 @@ class RetinaNetExt(DenseDetector):
         predictions: list[list[Tensor]],
         gt_instances: list[Instances],
     ) -> dict[str, Tensor]:
-        logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
+        logits, deltas = predictions
         anchors = Boxes.cat(self.anchor_generator(features))
         labels, matches = label_anchors(
             self.anchor_matcher, anchors, gt_instances, self.num_classes
@@ -131,8 +132,8 @@ class RetinaNetExt(DenseDetector):
         gt_boxes = Boxes.cat([instances.gt_boxes for instances in gt_instances])
         return self.criterion(
             anchors.tensor,
-            torch.cat(logits, dim=1),
-            torch.cat(deltas, dim=1),
+            logits,
+            torch.cat([permute_to_N_HWA_K(level, 4) for level in deltas], dim=1),
             labels,
             matches,
             gt_boxes.tensor,
@@ -141,32 +142,29 @@ class RetinaNetExt(DenseDetector):
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
     ) -> list[Instances]:
-        logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes, 4])
-        scores = [level.sigmoid() for level in logits]
-        anchors = self.anchor_generator(features)
-        return [
-            self._detect(anchors, [s[i] for s in scores], [d[i] for d in deltas], image_size)
-            for i, image_size in enumerate(images.image_sizes)
-        ]
-
-    def _detect(
-        self,
-        anchors: list[Boxes],
-        scores: list[Tensor],
-        deltas: list[Tensor],
-        image_size: tuple[int, int],
-    ) -> Instances:
-        """Return the detections of one image (section 4.1, inference)."""
-        candidates = self._decode_multi_level_predictions(
-            anchors, scores, deltas, self.test_score_thresh, self.test_topk_candidates, image_size
+        candidates = decode_candidates(
+            *predictions,
+            self.anchor_generator(features),
+            num_classes=self.num_classes,
+            score_thresh=self.test_score_thresh,
+            topk=self.test_topk_candidates,
+            box2box_transform=self.box2box_transform,
         )
-        keep = batched_nms(
-            candidates.pred_boxes.tensor,
-            candidates.scores,
-            candidates.pred_classes,
-            self.test_nms_thresh,
-        )
-        return candidates[keep[: self.max_detections_per_image]]
+        results = []
+        for image_size, (boxes, scores, classes) in zip(
+            images.image_sizes, candidates, strict=True
+        ):
+            keep = batched_nms(boxes, scores, classes, self.test_nms_thresh)
+            keep = keep[: self.max_detections_per_image]
+            results.append(
+                Instances(
+                    image_size,
+                    pred_boxes=Boxes(boxes[keep]),
+                    scores=scores[keep],
+                    pred_classes=classes[keep],
+                )
+            )
+        return results
 
 
 def to_detectron2_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

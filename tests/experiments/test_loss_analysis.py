@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.structures import Boxes, Instances
 
 from detectors import make_batch, make_model
@@ -47,7 +48,8 @@ class AnchorsSeen(RetinaNetCriterion):
     """The training loss without alpha, which keeps each anchor's."""
 
     def forward(self, anchors, logits, deltas, labels, matches, gt_boxes):
-        self.losses.append(self.anchor_losses(logits, labels)[labels >= 0])
+        rows = torch.cat([permute_to_N_HWA_K(level, self.num_classes) for level in logits], dim=1)
+        self.losses.append(self.anchor_losses(rows, labels)[labels >= 0])
         self.foreground.append(((labels >= 0) & (labels < self.num_classes))[labels >= 0])
 
 
@@ -202,7 +204,7 @@ def refuse(weights, tmp_path):
 
 
 def test_numbers_and_names(refuse):
-    assert "--positives must be a number in [1, inf)" in refuse(num_positives=0)
+    assert "--positives must be a number in [1, 1000000000]" in refuse(num_positives=0)
     assert "--negatives" in refuse(num_negatives=-1)
     assert "--num-images" in refuse(num_images=0)
     assert "--seed" in refuse(seed=-1)

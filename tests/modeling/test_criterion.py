@@ -29,6 +29,11 @@ def criterion(**arguments):
     return RetinaNetCriterion(**{**defaults, **arguments})
 
 
+def apply(module, anchors, logits, *rest):
+    """Call the criterion on logits (N, R, K) as one level of one anchor a cell."""
+    return module(anchors, [logits.permute(0, 2, 1).unsqueeze(-1)], *rest)
+
+
 def dense_targets(labels):
     return torch.nn.functional.one_hot(labels.clamp(min=0), K + 1)[..., :K].float()
 
@@ -66,10 +71,9 @@ def test_alpha_of_each_class_reaches_the_loss():
 
 def test_half_precision_logits_are_summed_in_float32():
     anchors, logits, deltas, labels, matches, boxes = predictions()
-    half = criterion()(anchors, logits.half(), deltas.half(), labels, matches, boxes)
-    full = criterion()(
-        anchors, logits.half().float(), deltas.half().float(), labels, matches, boxes
-    )
+    half = apply(criterion(), anchors, logits.half(), deltas.half(), labels, matches, boxes)
+    rounded = logits.half().float(), deltas.half().float()
+    full = apply(criterion(), anchors, *rounded, labels, matches, boxes)
     for name, value in full.items():
         assert half[name].dtype == torch.float32
         assert_close(half[name], value)
@@ -81,7 +85,7 @@ def test_normalisers_by_their_definition(normalizer):
     case = predictions()
     labels = case[3]
     module = criterion(normalizer=normalizer)
-    losses = module(*case)
+    losses = apply(module, *case)
     per_image = module.anchor_losses(case[1], labels).where(labels >= 0, 0).sum(1)
     foreground = ((labels >= 0) & (labels < K)).sum(1)
     total = {
@@ -98,7 +102,9 @@ def test_a_batch_without_a_single_anchor_that_counts_is_zero_with_a_gradient(nor
     anchors, logits, deltas, labels, matches, boxes = predictions()
     labels[:] = -1
     logits.requires_grad_(), deltas.requires_grad_()
-    losses = criterion(normalizer=normalizer)(anchors, logits, deltas, labels, matches, boxes)
+    losses = apply(
+        criterion(normalizer=normalizer), anchors, logits, deltas, labels, matches, boxes
+    )
     sum(losses.values()).backward()
     assert losses["loss_cls"] == 0 and losses["loss_box_reg"] == 0
     assert not logits.grad.any() and not deltas.grad.any()
@@ -109,7 +115,7 @@ def test_ohem_discards_the_rest_from_both_losses():
     logits.requires_grad_(), deltas.requires_grad_()
     ohem = OHEM(batch_size=20, nms_thresh=0.5)
     module = criterion(selection=ohem, normalizer="selected")
-    losses = module(anchors, logits, deltas, labels, matches, boxes)
+    losses = apply(module, anchors, logits, deltas, labels, matches, boxes)
     sum(losses.values()).backward()
     per_anchor = module.anchor_losses(logits, labels).detach()
     selected = ohem(per_anchor, labels, anchors, K)
@@ -126,19 +132,19 @@ def test_ohem_on_predictions_selects_other_anchors_than_on_anchors():
     for nms_boxes in ("anchors", "predictions"):
         logits = case[1].clone().requires_grad_()
         module = criterion(selection=OHEM(batch_size=20, nms_boxes=nms_boxes))
-        module(case[0], logits, *case[2:])["loss_cls"].backward()
+        apply(module, case[0], logits, *case[2:])["loss_cls"].backward()
         masks.append(logits.grad.abs().sum(2) > 0)
     assert not torch.equal(*masks)
 
 
 def test_moving_average_is_saved_loaded_and_not_missed():
     module, case = criterion(normalizer="foreground_ema"), predictions()
-    module(*case)
+    apply(module, *case)
     saved = copy.deepcopy(module.state_dict())
     assert saved.keys() == {"loss_normalizer"}
     resumed = criterion(normalizer="foreground_ema")
     resumed.load_state_dict(saved)
-    expected, found = module(*case), resumed(*case)
+    expected, found = apply(module, *case), apply(resumed, *case)
     assert torch.equal(expected["loss_cls"], found["loss_cls"])
     result = resumed.load_state_dict({}, strict=False)
     assert result.missing_keys == [] and resumed.loss_normalizer == module.loss_normalizer

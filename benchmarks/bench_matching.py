@@ -1,0 +1,85 @@
+"""Labelling anchors: time and memory beside Detectron2's matcher, by the number of boxes.
+
+    python benchmarks/bench_matching.py [--boxes 7 100 500] [--device cuda] [--save]
+
+Two images a call and the paper's anchors, 91,260 an image of 608 x 800. Detectron2's share is the
+matching alone, ``matcher(pairwise_iou(boxes, anchors))``; ours makes the labels as well.
+"""
+
+from __future__ import annotations
+
+import torch
+from common import argument_parser, hardware, measure, peak_memory, save
+from detectron2.modeling.matcher import Matcher
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from tabulate import tabulate
+
+from retinanet_ext.modeling import AnchorMatcher, OctaveAnchorGenerator
+from retinanet_ext.modeling.matching import label_anchors
+
+STRIDES = [8, 16, 32, 64, 128]
+NUM_CLASSES = 80
+RULE = ([0.4, 0.5], [0, -1, 1])
+
+
+def make_anchors(height: int, width: int, device: str) -> Boxes:
+    """Return the paper's anchors of all levels."""
+    generator = OctaveAnchorGenerator(aspect_ratios=[[0.5, 1.0, 2.0]], strides=STRIDES)
+    features = [torch.empty(1, 1, -(-height // s), -(-width // s)) for s in STRIDES]
+    return Boxes(Boxes.cat(generator(features)).tensor.to(device))
+
+
+def make_instances(count: int, height: int, width: int, device: str) -> Instances:
+    """Return boxes of 12 to 250 pixels a side, all over the image, of random classes."""
+    centre = torch.rand(count, 2) * torch.tensor([width, height])
+    side = torch.exp(2.5 + 3 * torch.rand(count, 2))
+    instances = Instances((height, width))
+    instances.gt_boxes = Boxes(torch.cat([centre - side / 2, centre + side / 2], 1))
+    instances.gt_boxes.clip(instances.image_size)
+    instances.gt_classes = torch.randint(0, NUM_CLASSES, (count,))
+    return instances.to(device)
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argument_parser(__doc__.splitlines()[0], repeat=9)
+    parser.add_argument("--height", type=int, default=608)
+    parser.add_argument("--width", type=int, default=800)
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--boxes", type=int, nargs="+", default=[7, 10, 100, 500, 1000])
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    anchors = make_anchors(args.height, args.width, args.device)
+    ours = AnchorMatcher(*RULE)
+    stock = Matcher(*RULE, allow_low_quality_matches=True)
+    rows, table = [], []
+    for count in args.boxes:
+        gt = [
+            make_instances(count, args.height, args.width, args.device) for _ in range(args.images)
+        ]
+        calls = {
+            "detectron2": lambda gt=gt: [stock(pairwise_iou(g.gt_boxes, anchors)) for g in gt],
+            "retinanet_ext": lambda gt=gt: label_anchors(ours, anchors, gt, NUM_CLASSES),
+        }
+        times = measure(calls, args.repeat)
+        memory = {name: peak_memory(call, args.device) for name, call in calls.items()}
+        ratio = times["retinanet_ext"].median / times["detectron2"].median
+        rows += [
+            {"boxes": count, "name": name, "time": times[name], "peak_bytes": memory[name]}
+            for name in calls
+        ]
+        table.append(
+            [count, *times.values(), f"{ratio:.3f}", *(m / 2**20 for m in memory.values())]
+        )
+    print(f"{args.images} images, {len(anchors)} anchors each, {hardware(args.device)}, "
+          f"{args.threads} threads; medians (quartiles) of {args.repeat}")  # fmt: skip
+    headers = ["boxes", "Detectron2, ms", "ours, ms", "ratio", "Detectron2, MiB", "ours, MiB"]
+    print(tabulate(table, headers, floatfmt=".1f", disable_numparse=[1, 2, 3]))
+    if args.save:
+        print(save("matching", rows, args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What the benchmarks share: interleaved timing, peak memory, the machine's name, saved results."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of every repetition of one call."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def quartiles(self) -> tuple[float, float]:
+        """The spread: a quarter of the repetitions took less, a quarter more."""
+        if len(self.seconds) == 1:
+            return self.median, self.median
+        low, _, high = statistics.quantiles(self.seconds, method="inclusive")
+        return low, high
+
+    def __str__(self) -> str:
+        low, high = self.quartiles
+        return f"{1e3 * self.median:.4g} ({1e3 * low:.4g} to {1e3 * high:.4g})"
+
+
+def argument_parser(description: str, repeat: int) -> argparse.ArgumentParser:
+    """Return a parser of the options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--repeat", type=int, default=repeat, help="repetitions of every call")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--save", action="store_true", help=f"write a file below {RESULTS.name}/")
+    return parser
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]], repeat: int, *, warmup: int = 1
+) -> dict[str, Timing]:
+    """Time calls in turn, round after round, so that a slow spell of the machine meets them all.
+
+    Args:
+        calls: name -> what to time, a CUDA device's work included
+        repeat: rounds that count
+        warmup: rounds before them that do not
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for repetition in range(warmup + repeat):
+        for name, call in calls.items():
+            _synchronize()
+            start = time.perf_counter()
+            call()
+            _synchronize()
+            if repetition >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: Timing(values) for name, values in seconds.items()}
+
+
+def peak_memory(call: Callable[[], object], device: str = "cpu") -> int:
+    """Return the most bytes that one call holds beyond what was held before it.
+
+    On CUDA as its allocator counts them. On the CPU the sum of what PyTorch's allocator hands out
+    and takes back, as the profiler records it: exact and repeatable where the process's resident
+    set is neither, but blind to memory that a library takes on its own (oneDNN's workspaces).
+    """
+    if device.startswith("cuda"):
+        _synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        call()
+        _synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    cpu = [ProfilerActivity.CPU]
+    with profile(activities=cpu, profile_memory=True, acc_events=True) as recorded:
+        result = call()
+    del result  # released after the recording: what a call returns is part of its peak
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
+
+
+def hardware(device: str = "cpu") -> str:
+    """Return the name of the processor that ``device`` is."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return re.sub(r"\((R|TM)\)", "", next(names, platform.machine()))
+
+
+def save(what: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> Path:
+    """Write ``results/<what>_<hardware>_<date>.json``; earlier files stay.
+
+    Args:
+        what: the benchmark's name
+        rows: one dict a line of its table; a :class:`Timing` is written as its median and
+            quartiles in seconds
+        args: the settings, of :func:`argument_parser`
+    """
+    name = hardware(args.device)
+    date = datetime.date.today().isoformat()
+    content = {
+        "what": what,
+        "hardware": name,
+        "date": date,
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "settings": {key: value for key, value in vars(args).items() if key != "save"},
+        "rows": rows,
+    }
+    stem = f"{what}_{re.sub('[^a-z0-9]+', '-', name.lower()).strip('-')}_{date}"
+    path, number = RESULTS / f"{stem}.json", 1
+    while path.exists():
+        number += 1
+        path = RESULTS / f"{stem}_{number}.json"
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(content, indent=2, default=_as_json) + "\n")
+    return path
+
+
+def _as_json(value: object) -> object:
+    if isinstance(value, Timing):
+        return {
+            "median_s": value.median,
+            "quartiles_s": value.quartiles,
+            "repetitions": len(value.seconds),
+        }
+    return str(value)
+
+
+def _commit() -> str:
+    """Return the commit that was measured, marked where files differ from it."""
+    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
