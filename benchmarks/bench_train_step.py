@@ -1,0 +1,141 @@
+"""One training step, forward to optimizer, beside Detectron2's and torchvision's RetinaNet.
+
+    python benchmarks/bench_train_step.py [--boxes 7 100] [--precision bfloat16] [--save]
+
+R-50-FPN, 80 classes, the same images and boxes for all, SGD with momentum; interleaved repetitions,
+medians and quartiles. torchvision's FPN takes P6 from P5 and its head differs in initial values
+alone. On the CPU ``--precision bfloat16`` needs units for it to pay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from common import argument_parser, hardware, measure, peak_memory, save
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
+from tabulate import tabulate
+from torch import nn
+from torchvision.models.detection import retinanet_resnet50_fpn
+
+from retinanet_ext.engine import load_config
+
+CONFIG = "configs/retinanet_R50_FPN.yaml"
+BASELINE = "Detectron2"
+K = 80
+
+
+def make_detectron2(architecture: str, device: str) -> nn.Module:
+    """Build Detectron2's RetinaNet or this one, with Detectron2's normaliser and labels."""
+    # Random weights need statistics of their own: with frozen ones their activations explode.
+    opts = [
+        *("MODEL.META_ARCHITECTURE", architecture, "MODEL.DEVICE", device, "MODEL.WEIGHTS", ""),
+        *("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"),
+        *("MODEL.RETINANET.LOSS_NORMALIZER", "foreground_ema"),
+        *("MODEL.RETINANET.LOW_QUALITY_MATCHES", "all"),
+    ]
+    cfg, _ = load_config(CONFIG, opts)
+    torch.manual_seed(0)
+    return build_model(cfg).train()
+
+
+def make_torchvision(args: object) -> nn.Module:
+    """Build torchvision's at the same image size, so that it does not resize."""
+    torch.manual_seed(0)
+    model = retinanet_resnet50_fpn(
+        weights=None,
+        weights_backbone=None,
+        num_classes=K,
+        trainable_backbone_layers=5,
+        min_size=args.height,
+        max_size=max(args.height, args.width),
+    )
+    return model.to(args.device).train()
+
+
+def make_batch(count: int, args: object) -> tuple[list[dict], list[torch.Tensor], list[dict]]:
+    """Return the same images and boxes in Detectron2's form and in torchvision's."""
+    height, width = args.height, args.width
+    rng = torch.Generator().manual_seed(0)
+    ours, images, targets = [], [], []
+    for _ in range(args.images):
+        image = torch.randint(0, 256, (3, height, width), generator=rng, dtype=torch.uint8)
+        centre = torch.rand(count, 2, generator=rng) * torch.tensor([width, height])
+        side = torch.exp(2.5 + 3 * torch.rand(count, 2, generator=rng))
+        boxes = Boxes(torch.cat([centre - side / 2, centre + side / 2], 1))
+        boxes.clip((height, width))
+        boxes.tensor[:, 2:] = torch.maximum(boxes.tensor[:, 2:], boxes.tensor[:, :2] + 1)
+        classes = torch.randint(0, K, (count,), generator=rng)
+        instances = Instances((height, width), gt_boxes=boxes, gt_classes=classes)
+        ours.append({"image": image, "height": height, "width": width, "instances": instances})
+        images.append((image.float() / 255).to(args.device))
+        targets.append({"boxes": boxes.tensor.to(args.device), "labels": classes.to(args.device)})
+    return ours, images, targets
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argument_parser(__doc__.splitlines()[0], repeat=5)
+    parser.add_argument("--height", type=int, default=608)
+    parser.add_argument("--width", type=int, default=800)
+    parser.add_argument("--images", type=int, default=2)
+    parser.add_argument("--boxes", type=int, nargs="+", default=[100])
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    models = {
+        BASELINE: make_detectron2("RetinaNet", args.device),
+        "torchvision": make_torchvision(args),
+        "ours": make_detectron2("RetinaNetExt", args.device),
+    }
+    optimizers = {
+        name: torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        for name, model in models.items()
+    }
+
+    def autocast() -> AbstractContextManager:
+        if args.precision == "float32":
+            return nullcontext()
+        return torch.autocast(args.device.partition(":")[0], torch.bfloat16)
+
+    def step(name: str, *inputs: object) -> None:
+        with autocast(), EventStorage():
+            losses = models[name](*inputs)
+        optimizers[name].zero_grad()
+        sum(losses.values()).backward()
+        optimizers[name].step()
+
+    rows, table = [], []
+    for count in args.boxes:
+        batch, images, targets = make_batch(count, args)
+        inputs = {BASELINE: (batch,), "torchvision": (images, targets), "ours": (batch,)}
+        calls: dict[str, Callable[[], None]] = {
+            name: (lambda name=name, given=inputs[name]: step(name, *given)) for name in models
+        }
+        times = measure(calls, args.repeat)
+        memory = {name: peak_memory(call, args.device) for name, call in calls.items()}
+        for name, time in times.items():
+            ratio = time.median / times[BASELINE].median
+            share = memory[name] / memory[BASELINE]
+            rows.append(
+                {"boxes": count, "name": name, "time": time, "ratio": ratio,
+                 "peak_bytes": memory[name]}
+            )  # fmt: skip
+            mib = f"{memory[name] / 2**20:.0f}"
+            table.append([count, name, time, f"{ratio:.3f}", mib, f"{share:.3f}"])
+    print(
+        f"{args.images} images of {args.height} x {args.width}, {hardware(args.device)}, "
+        f"{args.threads} threads, {args.precision}; medians (quartiles) of {args.repeat}"
+    )
+    headers = ["boxes", "", "ms", "ratio", "peak MiB", "ratio"]
+    print(tabulate(table, headers, disable_numparse=True))
+    if args.save:
+        print(f"Wrote {save('train_step', rows, args)}")
+
+
+if __name__ == "__main__":
+    main()
