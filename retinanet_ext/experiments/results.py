@@ -357,7 +357,8 @@ class Results:
     def best_sentence(self) -> str:
         """Which row is best, and which are not told apart from it."""
         if not self.ranking:
-            return "No row has an AP yet."
+            # Rows whose data differ are not ranked.
+            return "" if any(_with_ap(t.rows) for t in self.tables) else "No row has an AP yet."
         best = self.ranking[0]
         values = best.values("AP")
         ap = f"AP {with_spread(values)}".replace(" ", "\u00a0")  # in one line

@@ -551,7 +551,6 @@ def _imbalance() -> Table:
         for ratio, point in IMBALANCE_DIAL.items()
         for loss, overrides in losses.items()
     ]
-    ratios = list(IMBALANCE_DIAL)
     return Table(
         "imbalance",
         "Imbalance as a dial: four losses on drawn data",
@@ -559,7 +558,7 @@ def _imbalance() -> Table:
         tuple(rows),
         tuple(
             Claim(f"at {ratio} focal is ahead of {text}", f"focal-{ratio}", f"{loss}-{ratio}")
-            for ratio in (ratios[0], ratios[-1])
+            for ratio in IMBALANCE_DIAL
             for loss, text in (("ce", "CE"), ("alpha-ce", "α-CE"), ("ohem", "OHEM"))
         ),
         note="Not in the paper, whose reasoning makes one expect the focal loss to lead by more "
