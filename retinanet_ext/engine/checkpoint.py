@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from retinanet_ext.engine.failures import first_line
@@ -25,7 +27,8 @@ class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, except that weights which do not fit are an :class:`InputError`.
 
     Detectron2 skips tensors of another shape with a warning and goes on with random ones.
-    ``.pth`` files are read with ``weights_only=True``, torch's default.
+    No file runs code: ``.pth`` is read with ``weights_only=True``, torch's default, and ``.pkl``
+    for arrays alone.
     """
 
     def __init__(
@@ -73,7 +76,10 @@ class Checkpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         try:
-            content = super()._load_file(filename)
+            if filename.endswith(".pkl"):
+                content = _read_pickle(filename)
+            else:
+                content = super()._load_file(filename)
         except OSError:
             raise
         except Exception as error:  # pickle's documentation: a damaged file may raise anything
@@ -149,6 +155,44 @@ class Checkpointer(DetectionCheckpointer):
                 f"weights {self._path} hold {len(foreign)} tensors this model has no place for, "
                 f"such as {foreign[0]}: they are another architecture's"
             )
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Reads arrays, numbers, text and their containers; a pickle that names more is refused."""
+
+    ALLOWED = frozenset(
+        {
+            ("collections", "OrderedDict"),
+            ("_codecs", "encode"),  # how Python 2's bytes are written
+            ("numpy", "dtype"),
+            ("numpy", "ndarray"),
+            *(
+                (f"numpy.{core}.{module}", name)
+                for core in ("core", "_core")  # before and since numpy 2
+                for module, name in (
+                    ("multiarray", "_reconstruct"),
+                    ("multiarray", "scalar"),
+                    ("numeric", "_frombuffer"),
+                )
+            ),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name}")
+        return super().find_class(module, name)
+
+
+def _read_pickle(filename: str) -> dict[str, Any]:
+    """Read Detectron2's and Detectron's ``.pkl`` weights as Detectron2 does, but run no code."""
+    with PathManager.open(filename, "rb") as file:
+        data = _ArrayUnpickler(file, encoding="latin1").load()
+    if "model" in data and "__author__" in data:
+        return data
+    blobs = data.get("blobs", data)
+    weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
+    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
 
 def export_weights(checkpoint: str | Path, output: str | Path) -> None:

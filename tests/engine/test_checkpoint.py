@@ -111,6 +111,46 @@ def test_backbone_of_another_width_is_refused(weights, model, tmp_path):
         Checkpointer(model).load(path)
 
 
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_of_every_pickle_protocol_are_read(protocol, weights, model, tmp_path):
+    arrays = {name: (tensor + 1).numpy() for name, tensor in weights.items()}
+    content = {"model": arrays, "__author__": "test", "step": arrays[CLS_SCORE].sum()}
+    path = tmp_path / "weights.pkl"
+    path.write_bytes(pickle.dumps(content, protocol))
+    Checkpointer(model).load(str(path))
+    assert all(torch.equal(model.state_dict()[name], weights[name] + 1) for name in weights)
+
+
+class Command:
+    """What unpickles as a call, as any object may."""
+
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call[0], self.call[1:]
+
+
+@pytest.mark.parametrize("suffix", ["pkl", "pth"])
+@pytest.mark.parametrize("function", ["system", "eval", "getattr"])
+def test_no_weights_run_code(suffix, function, weights, model, tmp_path):
+    trace = tmp_path / "ran"
+    command = {
+        "system": Command(os.system, f"touch {trace}"),
+        "eval": Command(eval, f"open({str(trace)!r}, 'w')"),
+        "getattr": Command(getattr, trace, "touch"),
+    }[function]
+    content = {"model": {CLS_SCORE: command}, "__author__": "test"}
+    path = tmp_path / f"weights.{suffix}"
+    if suffix == "pkl":
+        path.write_bytes(pickle.dumps(content))
+    else:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=rf"weights\.{suffix} are damaged, or hold Python objects"):
+        Checkpointer(model).load(str(path))
+    assert not trace.exists()
+
+
 @pytest.mark.parametrize("channels", [3, 4])
 def test_caffe2_names(channels, model, tmp_path):
     path = tmp_path / "R-18.pkl"
