@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import signal
@@ -197,7 +198,7 @@ def _digest(cfg: CfgNode, file_digest: Callable[[str], str]) -> str:
     cfg.OUTPUT_DIR, cfg.SEED = "", 0
     for key, value in cfg.DATASETS.CUSTOM.items():
         cfg.DATASETS.CUSTOM[key] = file_digest(value) if key.endswith("_JSON") else ""
-    return hashlib.sha256(cfg.dump().encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _file_digest(path: str) -> str:
