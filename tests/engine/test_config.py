@@ -136,7 +136,7 @@ def test_whether_num_classes_is_set(tmp_path):
         (["SOLVER.CHECKPOINT_PERIOD", "0"], 1, "SOLVER.CHECKPOINT_PERIOD"),
         (["SOLVER.BASE_LR", "float('nan')"], 1, "SOLVER.BASE_LR"),
         (["SOLVER.BASE_LR", "1e999"], 1, "SOLVER.BASE_LR must be at least 0, got inf"),
-        (["SOLVER.AMP.ENABLED", "True"], 1, "SOLVER.AMP.ENABLED needs a CUDA device"),
+        (["SOLVER.AMP.ENABLED", "True"], 1, "SOLVER.AMP.ENABLED in float16 needs a CUDA device"),
         (["DATALOADER.NUM_WORKERS", "-1"], 1, "DATALOADER.NUM_WORKERS"),
         (["TEST.EVAL_PERIOD", "-1"], 1, "TEST.EVAL_PERIOD"),
         (["TEST.DETECTION_GRID.NUM_IMAGES", "-1"], 1, "NUM_IMAGES must be at least 0, got -1"),

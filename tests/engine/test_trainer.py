@@ -1,16 +1,20 @@
 """Training and evaluation in one process, through the trainer alone."""
 
+import copy
 import json
 import math
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from detectron2.data import MetadataCatalog
+from detectron2.utils.events import EventStorage
 from PIL import Image
 
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine import Trainer, load_config
+from retinanet_ext.engine.config import check_config
 from retinanet_ext.engine.failures import explain
 from retinanet_ext.engine.summary import summarize
 from retinanet_ext.errors import InputError
@@ -89,3 +93,32 @@ def test_summary_of_many_classes_has_each(tmp_path):
     words = summarize(cfg, {"bbox": metrics}).split()
     for i in range(10):
         assert words[words.index(f"class{i}") + 1] == f"{i}.0"
+
+
+def test_bfloat16_on_the_cpu_is_autocast_of_the_forward_pass(tmp_path):
+    """A step through the trainer ends in the same weights as one written out."""
+    amp = ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "bfloat16")
+    cfg = make_cfg(tmp_path, *amp, "SEED", "3")
+    check_config(cfg, num_processes=1, eval_only=False)
+    trainer = Trainer(cfg)
+    model = copy.deepcopy(trainer.model)
+    optimizer = Trainer.build_optimizer(cfg, model)
+    loader, batches = iter(trainer.data_loader), []
+    trainer._trainer._data_loader_iter_obj = (batches.append(b) or b for b in loader)
+    with EventStorage():
+        trainer.iter = 0
+        trainer.run_step()
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = model(batches[0])
+    assert all(loss.dtype == torch.float32 for loss in losses.values())
+    optimizer.zero_grad()
+    sum(losses.values()).backward()
+    optimizer.step()
+    plain = dict(model.named_parameters())
+    assert all(torch.equal(p, plain[name]) for name, p in trainer.model.named_parameters())
+
+
+def test_an_unknown_precision_is_refused(tmp_path):
+    cfg = make_cfg(tmp_path, "SOLVER.AMP.PRECISION", "int8")
+    with pytest.raises(InputError, match="PRECISION must be float16 or bfloat16, got 'int8'"):
+        check_config(cfg, num_processes=1, eval_only=False)
