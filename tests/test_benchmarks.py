@@ -1,0 +1,16 @@
+"""The benchmarks' page says what the saved results say."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+def test_the_page_is_made_from_the_results():
+    program = "import summarize; print(summarize.summarize(), end='')"
+    made = subprocess.run(
+        [sys.executable, "-c", program], cwd=FOLDER, capture_output=True, text=True
+    )
+    assert made.stdout == (FOLDER / "README.md").read_text(encoding="utf-8"), made.stderr
+    assert all(path.stem.split("_")[0] in made.stdout for path in FOLDER.glob("results/*.json"))
