@@ -5,10 +5,8 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +15,8 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from retinanet_ext.experiments.record import commit, cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -106,12 +106,7 @@ def hardware(device: str = "cpu") -> str:
     """Return the name of the processor that ``device`` is."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return re.sub(r"\((R|TM)\)", "", next(names, platform.machine()))
+    return re.sub(r"\((R|TM)\)", "", cpu_name())
 
 
 def save(what: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> Path:
@@ -130,7 +125,7 @@ def save(what: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> Pat
         "hardware": name,
         "date": date,
         "torch": torch.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "settings": {key: value for key, value in vars(args).items() if key != "save"},
         "rows": rows,
     }
@@ -152,15 +147,6 @@ def _as_json(value: object) -> object:
             "repetitions": len(value.seconds),
         }
     return str(value)
-
-
-def _commit() -> str:
-    """Return the commit that was measured, marked where files differ from it."""
-    command = ["git", "-C", str(RESULTS.parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def _synchronize() -> None:

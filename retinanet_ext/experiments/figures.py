@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import Normalize
@@ -23,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
 
+from retinanet_ext.analysis.curves import loss_curve
 from retinanet_ext.experiments.record import DIVERGED, read_metrics
 from retinanet_ext.experiments.results import Results, RowResult, TableResult, spread
 
@@ -242,10 +244,10 @@ def draw_focal_star(table: TableResult) -> Figure:
     colours = mpl.colormaps["viridis_r"]
     low, high = (min(aps.values()), max(aps.values())) if aps else (0.0, 1.0)
     scale = Normalize(low, high if high > low else low + 1)
-    x = np.linspace(-5, 5, 101)
+    x = torch.linspace(-5, 5, 101, dtype=torch.float64)
     for row in sorted(table.rows, key=lambda row: "above" in row.row.outcome):
         gamma, beta = _gamma_beta(row)
-        loss = np.logaddexp(0, -(gamma * x + beta)) / gamma  # FL* without α, appendix A
+        loss = loss_curve(f"focal_star:gamma={gamma:g},beta={beta:g}", x).value
         above = "above" in row.row.outcome
         paper.plot(x, loss, color=BLUE if above else "#b5b5b5", lw=1.1, zorder=2 + above)
         text, colour = ("div.", RED) if row.has_diverged else ("–", GREY)

@@ -242,7 +242,9 @@ def run(
             waiting.append(one)
     log(f"{len(runs) - len(waiting)} of {len(runs)} runs are done; results in {campaign.folder}")
     progress = _Progress(len(runs), len(runs) - len(waiting), jobs, log)
-    progress.seconds += [one.wall_seconds for one in records.values() if one.status == "finished"]
+    progress.seconds += [
+        one.wall_seconds for one in records.values() if one.status == record.FINISHED
+    ]
     active: dict[int, _Active] = {}  # by slot
     with _interrupt_on_sigterm():
         try:
@@ -283,7 +285,7 @@ def _check(runs: Sequence[Run], num_gpus: int) -> str:
         )
     first, is_set = load_config(str(runs[0].config_file), runs[0].arguments)
     use_cpu_without_cuda(first, num_threads=torch.get_num_threads())
-    for one in runs:
+    for one in {one.key: one for one in runs}.values():  # seeds aside
         cfg, _ = load_config(str(one.config_file), one.arguments)
         cfg.MODEL.DEVICE = first.MODEL.DEVICE
         check_config(cfg, num_processes=num_gpus, eval_only=False)
@@ -405,7 +407,7 @@ def _start(
                 stdin=subprocess.DEVNULL,
                 env=environment,
                 pass_fds=(lock.fileno(),),  # locked until both have ended
-                preexec_fn=end_with_parent if sys.platform == "linux" else None,
+                preexec_fn=end_with_parent,
             )
     except (InputError, OSError) as error:
         lock.close()
