@@ -6,6 +6,7 @@ Detectron2's own keys keep their defaults and meaning. Focal loss reads Detectro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -33,6 +34,15 @@ def read_key(cfg: CfgNode, key: str) -> Any:
     for part in key.split("."):
         cfg = cfg[part]
     return cfg
+
+
+def all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of all values."""
+    for name, value in node.items():
+        if isinstance(value, CfgNode):
+            yield from all_keys(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
 
 
 def add_retinanet_ext_config(cfg: CfgNode) -> None:
@@ -89,6 +99,11 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     #   "none"          no
     retinanet.LOW_QUALITY_MATCHES = "all"
 
+    # Regions to ignore (crowd, or `ignore: 1` in the annotations): a background anchor with this
+    # share of its area in one is not trained on. 0.0: the region is background, as in Detectron2
+    # and in the paper.
+    retinanet.IGNORE_OVERLAP = 0.5
+
     # Start the classifier at PRIOR_PROB (pi in section 3.3); False: at probability one half.
     retinanet.PRIOR_INIT = True
 
@@ -110,6 +125,10 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # With SOLVER.AMP.ENABLED: "float16" (Detectron2's, CUDA alone) or "bfloat16", which needs no
     # scaling of the loss and runs on the CPU too. Training alone; evaluation is in float32.
     cfg.SOLVER.AMP.PRECISION = "float16"
+
+    # Images in the batch that the learning rate and all lengths in iterations were written for;
+    # for another IMS_PER_BATCH they are scaled linearly. 0: off.
+    cfg.SOLVER.REFERENCE_BATCH = 0
 
     # What the built-in sample set holds where DATASETS.TRAIN or DATASETS.TEST names it: the fields
     # of data.sample_set.SampleSet. Lengths in pixels, ranges as [least, most].

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+import torch
 from detectron2.data import DatasetMapper
+from detectron2.data.detection_utils import transform_instance_annotations
+from fvcore.transforms.transform import TransformList
 
 from retinanet_ext.data.coco_json import find_image_fault
 from retinanet_ext.errors import InputError
 
 
 class CheckedDatasetMapper(DatasetMapper):
-    """Detectron2's mapper; an image that cannot be used ends in an :class:`InputError`.
+    """Detectron2's mapper, except for the following.
 
-    Needed although data are checked before training: of large sets only the headers are, and a
-    file can become unreadable while training runs.
+    - Crowd regions, which Detectron2 leaves out, become ``ignore_boxes``, (M, 4).
+    - An image that cannot be used ends in an :class:`InputError`.
+
+    The latter is needed although data are checked before training: of large sets only the headers
+    are, and a file can become unreadable while training runs.
     """
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
@@ -28,3 +35,14 @@ class CheckedDatasetMapper(DatasetMapper):
                 f"image {dataset_dict['file_name']} (image id {dataset_dict.get('image_id')}) "
                 f"cannot be used: {fault}"
             ) from error
+
+    def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]
+    ) -> None:
+        crowd = (a for a in dataset_dict["annotations"] if a.get("iscrowd", 0))
+        boxes = ({"bbox": a["bbox"], "bbox_mode": a["bbox_mode"]} for a in crowd)
+        regions = [
+            transform_instance_annotations(b, transforms, image_shape)["bbox"] for b in boxes
+        ]
+        dataset_dict["ignore_boxes"] = torch.tensor(np.array(regions)).float().reshape(-1, 4)
+        super()._transform_annotations(dataset_dict, transforms, image_shape)

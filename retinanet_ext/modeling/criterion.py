@@ -32,13 +32,15 @@ from retinanet_ext.selection import OHEM, SELECTIONS, SelectAll
 NORMALIZERS = ("foreground_ema", "foreground", "foreground_batch", "selected")
 BOX_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 CLASS_ALPHA = "MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA"
+LOG_PERIOD = 20  # iterations; Detectron2's writers' own
 
 
 class RetinaNetCriterion(nn.Module):
     """The training loss: classification of the selected anchors, regression of the foreground.
 
     Its one state is the moving average of ``foreground_ema``, a buffer, so that a resumed run
-    goes on with it. Weights that come without it (Detectron2's) leave it as it is.
+    goes on with it. Weights that come without it (Detectron2's) leave it as it is. Batches count
+    whole, over all processes and micro-batches: how they are divided changes nothing.
     """
 
     loss_normalizer: Tensor
@@ -91,6 +93,8 @@ class RetinaNetCriterion(nn.Module):
         self.smooth_l1_beta = smooth_l1_beta
         # Detectron2's initial value; double, so that a count is averaged as by Python's floats.
         self.register_buffer("loss_normalizer", torch.tensor(100.0, dtype=torch.float64))
+        self._num_micro_batches = 1
+        self._micro_counts: list[Tensor] = []
 
     @classmethod
     def from_config(cls, cfg: CfgNode, box2box_transform: Box2BoxTransform) -> RetinaNetCriterion:
@@ -156,12 +160,9 @@ class RetinaNetCriterion(nn.Module):
             per_image = torch.where(selected, cls_losses, 0).sum(1)
             loss_cls = (per_image * weights.to(per_image.dtype)).sum()
 
-        image, anchor = (foreground & selected).nonzero(as_tuple=True)
-        box_losses = self._box_losses(
-            anchors[anchor], deltas[image, anchor], gt_boxes[matches[image, anchor]]
+        loss_box_reg = self._box_loss(
+            anchors, deltas, foreground & selected, matches, gt_boxes, weights
         )
-        loss_box_reg = box_losses.new_zeros(len(labels)).index_add(0, image, box_losses)
-        loss_box_reg = (loss_box_reg * weights.to(loss_box_reg.dtype)).sum()
         return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
 
     def anchor_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -184,9 +185,37 @@ class RetinaNetCriterion(nn.Module):
         correction = positive - negative[image, anchor, label]
         return negative.sum(2).index_put((image, anchor), correction, accumulate=True)
 
+    def _box_loss(
+        self,
+        anchors: Tensor,
+        deltas: Tensor,
+        counts: Tensor,
+        matches: Tensor,
+        gt_boxes: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        """Return the weighted regression loss of the anchors that ``counts``, (N, R), marks."""
+        deltas = at_least_float32(deltas)
+        weights = weights.to(deltas.dtype)
+        if deltas.device.type == "cpu" or not len(gt_boxes):
+            image, anchor = counts.nonzero(as_tuple=True)
+            losses = self._box_losses(
+                anchors[anchor], deltas[image, anchor], gt_boxes[matches[image, anchor]]
+            )
+            per_image = losses.new_zeros(len(deltas)).index_add(0, image, losses)
+            return (per_image * weights).sum()
+        # How many there are, the host would have to wait to know: the others get a target of
+        # their own prediction's place, and no gradient.
+        losses = self._box_losses(
+            anchors.expand(len(deltas), -1, -1).flatten(0, 1),
+            deltas.masked_fill(~counts.unsqueeze(2), 0).flatten(0, 1),
+            torch.where(counts.unsqueeze(2), gt_boxes[matches], anchors).flatten(0, 1),
+        )
+        per_image = torch.where(counts, losses.view_as(counts), 0).sum(1)
+        return (per_image * weights).sum()
+
     def _box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor) -> Tensor:
         """Return the regression loss of each of F anchors, summed over coordinates, (F,)."""
-        deltas = at_least_float32(deltas)
         if self.box_reg_loss_type == "smooth_l1":
             targets = self.box2box_transform.get_deltas(anchors, gt_boxes)
             return smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta).sum(1)
@@ -198,31 +227,74 @@ class RetinaNetCriterion(nn.Module):
         boxes = [self.box2box_transform.apply_deltas(delta, anchors) for delta in deltas]
         return torch.stack(boxes)
 
+    def begin_batch(self, num_micro_batches: int) -> None:
+        """Take the next ``num_micro_batches`` forward passes as one batch, until :meth:`end_batch`.
+
+        Meanwhile the losses are divided by the last normaliser: the batch's own is not known.
+        """
+        self._num_micro_batches = num_micro_batches
+        self._micro_counts = []
+
+    @torch.no_grad()
+    def end_batch(self) -> Tensor:
+        """Return what to multiply the micro-batches' losses and summed gradients by, a scalar.
+
+        They are then those of one forward pass over all images, to rounding.
+        """
+        counts, self._micro_counts = self._micro_counts, []
+        self._num_micro_batches = 1
+        if self.normalizer == "foreground":  # an image's normaliser is its own
+            return torch.ones_like(self.loss_normalizer)
+        provisional = self.loss_normalizer.clone()
+        return provisional * self._batch_weight(torch.stack(counts).sum())
+
     @torch.no_grad()
     def _image_weights(self, num_foreground: Tensor, num_selected: Tensor) -> Tensor:
         """Return what each image's summed loss is multiplied by, (N,), from counts of anchors."""
-        if has_event_storage():
-            get_event_storage().put_scalar("num_pos_anchors", num_foreground.double().mean().item())
+        log_counts("num_pos_anchors", num_foreground)
         num_images = len(num_foreground)
         if self.normalizer == "foreground":
+            num_images *= self._num_micro_batches
             return 1 / (num_images * num_foreground.double().clamp(min=1))
-        count = num_selected if self.normalizer == "selected" else num_foreground
-        count = _mean_over_processes(count.sum().double()).clamp(min=1)
+        count = (num_selected if self.normalizer == "selected" else num_foreground).sum()
+        if self._num_micro_batches == 1:
+            weight = self._batch_weight(count)
+        else:
+            self._micro_counts.append(count)
+            weight = 1 / self.loss_normalizer
+        return weight.expand(num_images)
+
+    def _batch_weight(self, count: Tensor) -> Tensor:
+        """Return what this process's loss is multiplied by, from its count of anchors.
+
+        Gradients are averaged over processes, so that the mean of the processes' losses is the
+        loss of one process that has all images.
+        """
+        count, num_processes = _sum_over_processes(count.double())
+        count = count.clamp(min=1)
         if self.normalizer == "foreground_ema":
             self.loss_normalizer.mul_(0.9).add_(0.1 * count)
             count = self.loss_normalizer
-        return (1 / count).expand(num_images)
+        return num_processes / count
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         state_dict.setdefault(prefix + "loss_normalizer", self.loss_normalizer)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _mean_over_processes(count: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return count
+def _sum_over_processes(count: Tensor) -> tuple[Tensor, int]:
+    if not (dist.is_available() and dist.is_initialized()):
+        return count, 1
+    dist.all_reduce(count)
+    return count, dist.get_world_size()
+
+
+def log_counts(name: str, counts: Tensor) -> None:
+    """Log the mean of counts an image, at the iterations that are written where reading waits."""
+    if has_event_storage():
+        storage = get_event_storage()
+        if counts.device.type == "cpu" or (storage.iter + 1) % LOG_PERIOD == 0:
+            storage.put_scalar(name, counts.double().mean().item())
 
 
 def build_cls_loss(cfg: CfgNode) -> tuple[BoundLoss, Alpha]:

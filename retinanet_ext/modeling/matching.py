@@ -190,6 +190,35 @@ def label_anchors(
     return torch.stack(labels), torch.stack(matches)
 
 
+@torch.no_grad()
+def ignore_anchors(
+    labels: Tensor,
+    anchors: Tensor,
+    regions: Sequence[Tensor | None],
+    num_classes: int,
+    overlap: float,
+) -> Tensor:
+    """Return labels with -1 for background anchors that lie in a region to ignore.
+
+    As COCO's evaluation forgives a detection there: by the share of the anchor's area that one
+    region covers.
+
+    Args:
+        labels: (N, R)
+        anchors: (R, 4)
+        regions: boxes of each image's regions, (M, 4) on any device, or None
+        num_classes: K
+        overlap: share in (0, 1] from which on an anchor is ignored
+    """
+    areas = (anchors[:, 2:] - anchors[:, :2]).prod(1)
+    inside = torch.zeros_like(labels, dtype=torch.bool)
+    for image, boxes in enumerate(regions):
+        for box in () if boxes is None else boxes.to(anchors):
+            shared = torch.minimum(anchors[:, 2:], box[2:]) - torch.maximum(anchors[:, :2], box[:2])
+            inside[image] |= shared.clamp(min=0).prod(1) >= overlap * areas
+    return labels.masked_fill(inside & (labels == num_classes), -1)
+
+
 def check_targets(batched_inputs: list[dict], num_classes: int) -> None:
     """Refuse boxes and classes that would make the loss infinite, NaN or silently wrong.
 

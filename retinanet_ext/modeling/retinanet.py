@@ -5,6 +5,7 @@ Shapes: N images, R anchors over all levels, K classes. Boxes: XYXY in input pix
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,10 +19,15 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from retinanet_ext.losses import Interval
-from retinanet_ext.modeling.criterion import RetinaNetCriterion
+from retinanet_ext.modeling.criterion import RetinaNetCriterion, log_counts
 from retinanet_ext.modeling.head import RetinaNetExtHead
 from retinanet_ext.modeling.inference import decode_candidates
-from retinanet_ext.modeling.matching import AnchorMatcher, check_targets, label_anchors
+from retinanet_ext.modeling.matching import (
+    AnchorMatcher,
+    check_targets,
+    ignore_anchors,
+    label_anchors,
+)
 
 
 @META_ARCH_REGISTRY.register()
@@ -49,6 +55,7 @@ class RetinaNetExt(DenseDetector):
         max_detections_per_image: int = 100,
         pixel_mean: list[float],
         pixel_std: list[float],
+        ignore_overlap: float = 0.0,
     ) -> None:
         """
         Args:
@@ -64,6 +71,8 @@ class RetinaNetExt(DenseDetector):
             test_nms_thresh: IoU above which the lower score of the same class is suppressed
             max_detections_per_image: best detections kept
             pixel_mean, pixel_std: of each channel in the order of ``INPUT.FORMAT``, 0 to 255
+            ignore_overlap: share of an anchor's area in a region to ignore from which on it is no
+                background; 0: such regions are background
         """
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -77,11 +86,12 @@ class RetinaNetExt(DenseDetector):
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
         self.max_detections_per_image = max_detections_per_image
+        self.ignore_overlap = ignore_overlap
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.RETINANET
-        for key in ("SCORE_THRESH_TEST", "NMS_THRESH_TEST"):
+        for key in ("SCORE_THRESH_TEST", "NMS_THRESH_TEST", "IGNORE_OVERLAP"):
             Interval("[0, 1]").check(f"MODEL.RETINANET.{key}", node[key])
         for key in ("NUM_CLASSES", "TOPK_CANDIDATES_TEST"):
             Interval("[1, inf)").check(f"MODEL.RETINANET.{key}", node[key])
@@ -105,17 +115,26 @@ class RetinaNetExt(DenseDetector):
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
+            "ignore_overlap": node.IGNORE_OVERLAP,
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Return losses in training and detections otherwise, as Detectron2's models do.
 
+        In training an image's ``ignore_boxes``, (M, 4), are regions of which nothing is learnt.
+
         Raises:
             InputError: in training, a box or class that the loss is not defined on
         """
-        if self.training:
-            check_targets(batched_inputs, self.num_classes)
-        return super().forward(batched_inputs)
+        if not self.training:
+            return super().forward(batched_inputs)
+        check_targets(batched_inputs, self.num_classes)
+        images = self.preprocess_image(batched_inputs)
+        features = self.backbone(images.tensor)
+        features = [features[name] for name in self.head_in_features]
+        gt_instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
+        regions = [inputs.get("ignore_boxes") for inputs in batched_inputs]
+        return self.forward_training(images, features, self.head(features), gt_instances, regions)
 
     def forward_training(
         self,
@@ -123,12 +142,19 @@ class RetinaNetExt(DenseDetector):
         features: list[Tensor],
         predictions: list[list[Tensor]],
         gt_instances: list[Instances],
+        ignore_boxes: Sequence[Tensor | None] = (),
     ) -> dict[str, Tensor]:
         logits, deltas = predictions
         anchors = Boxes.cat(self.anchor_generator(features))
         labels, matches = label_anchors(
             self.anchor_matcher, anchors, gt_instances, self.num_classes
         )
+        if self.ignore_overlap and any(boxes is not None and len(boxes) for boxes in ignore_boxes):
+            before = labels
+            labels = ignore_anchors(
+                labels, anchors.tensor, ignore_boxes, self.num_classes, self.ignore_overlap
+            )
+            log_counts("num_anchors_in_ignored_regions", (labels != before).sum(1))
         gt_boxes = Boxes.cat([instances.gt_boxes for instances in gt_instances])
         return self.criterion(
             anchors.tensor,
