@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from retinanet_ext.losses.functional import Alpha, elementwise_loss
+from retinanet_ext.losses.functional import Alpha, elementwise_loss, log_sigmoid
 from retinanet_ext.losses.registry import LOSSES, UNBALANCED, register_loss
 
 
 def cross_entropy_derivative(x_t: Tensor) -> tuple[Tensor, Tensor]:
     """Return CE and dCE/dx_t = p_t - 1 (equation 9)."""
-    return -logsigmoid(x_t), -(-x_t).sigmoid()
+    return log_sigmoid(x_t).neg_(), x_t.neg().sigmoid_().neg_()
 
 
 @register_loss(

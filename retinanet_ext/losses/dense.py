@@ -20,8 +20,8 @@ from torch.autograd.function import once_differentiable
 from retinanet_ext.losses.functional import at_least_float32
 from retinanet_ext.losses.registry import BoundLoss
 
-BLOCK = {"cpu": 2**16, "cuda": 2**24}
-"""Logits at a time: on the CPU what its cache holds."""
+BLOCK_OF_A_THREAD, BLOCK_GPU = 2**16, 2**24
+"""Logits at a time: what a core's cache holds, what fills a GPU."""
 
 
 def dense_loss(
@@ -97,11 +97,10 @@ class _DenseLoss(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("dense_loss: backward runs once; forward stored one gradient")
         gradients, ctx.gradients = ctx.gradients, None
-        scaled = [
-            gradient.mul_(grad_output).to(dtype)
-            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
-        ]
-        return (None,) * 6 + tuple(scaled)
+        if grad_output.device.type != "cpu" or grad_output != 1:  # a pass over them is saved
+            gradients = [gradient.mul_(grad_output) for gradient in gradients]
+        typed = [g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        return (None,) * 6 + tuple(typed)
 
 
 def _gradient_dtype(logits: Tensor) -> torch.dtype:
@@ -123,12 +122,13 @@ def _level_in_blocks(
     ignored = labels < 0
     weights = image_weights.to(dtype).view(-1, 1, 1, 1).expand(labels.shape)
     weights = weights.masked_fill(ignored, 0)
-    alpha, one_minus_alpha = alpha_weights.to(dtype).unbind()
+    one_minus_alpha = alpha_weights[1].to(dtype)
     by_class = one_minus_alpha.expand(logits.shape[2]).view(-1, 1, 1)
 
     total = weights.new_zeros((), dtype=torch.float64)
+    size = BLOCK_GPU if logits.is_cuda else BLOCK_OF_A_THREAD * torch.get_num_threads()
     for image in range(len(logits)):
-        for anchors, classes, rows in _blocks(logits[image], BLOCK[logits.device.type]):
+        for anchors, classes, rows in _blocks(logits[image], size):
             block = at_least_float32(logits[image, anchors, classes, rows])
             weight = weights[image, anchors, None, rows]
             value, derivative = loss.value_and_derivative(-block)
@@ -142,19 +142,37 @@ def _level_in_blocks(
             summed.masked_fill_(ignored[image, anchors, None, rows], 0)
             total += summed.sum(dtype=torch.float64)
             torch.mul(derivative, -weight, out=gradient[image, anchors, classes, rows])
+    return total + _correct_own_class(
+        loss, logits, labels, weights, alpha_weights.to(dtype), gradient
+    ), gradient
 
-    positive = ((labels >= 0) & (labels < logits.shape[2])).nonzero(as_tuple=True)
-    label = labels[positive]
-    own = *positive[:2], label, *positive[2:]
-    weight = weights[positive]
-    x_t = at_least_float32(logits[own])
+
+def _correct_own_class(
+    loss: BoundLoss,
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    alpha_weights: Tensor,
+    gradient: Tensor,
+) -> Tensor:
+    """Make positives of the entries that are, and return the change of the loss.
+
+    Over one entry an anchor, whether it is a positive or not: how many are, a host would have to
+    wait for a GPU to know.
+    """
+    num_classes = logits.shape[2]
+    positive = (labels >= 0) & (labels < num_classes)
+    label = labels.clamp(0, num_classes - 1)
+    own = label.unsqueeze(2)
+    x_t = at_least_float32(logits.gather(2, own).squeeze(2))
     value, derivative = loss.value_and_derivative(x_t)
     as_negative, _ = loss.value_and_derivative(-x_t)
-    alpha = alpha.expand(logits.shape[2])[label]
-    as_negative = as_negative * one_minus_alpha.expand(logits.shape[2])[label]
-    total += (weight * (alpha * value - as_negative)).sum(dtype=torch.float64)
-    gradient[own] = (weight * alpha * derivative).to(gradient.dtype)
-    return total, gradient
+    alpha, one_minus_alpha = alpha_weights.view(2, -1).expand(2, num_classes)[:, label]
+    change = weights * (alpha * value - one_minus_alpha * as_negative)
+    corrected = (weights * alpha * derivative).to(gradient.dtype)
+    corrected = torch.where(positive, corrected, gradient.gather(2, own).squeeze(2))
+    gradient.scatter_(2, own, corrected.unsqueeze(2))
+    return torch.where(positive, change, 0).sum(dtype=torch.float64)
 
 
 def _blocks(logits: Tensor, size: int) -> Iterator[tuple[slice, slice, slice]]:

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from typing import Annotated
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from retinanet_ext.losses.functional import Alpha, elementwise_loss
+from retinanet_ext.losses.functional import Alpha, elementwise_loss, log_sigmoid
 from retinanet_ext.losses.registry import LOSSES, Interval, register_loss
 
 
 def focal_derivative(x_t: Tensor, *, gamma: float = 2.0) -> tuple[Tensor, Tensor]:
     """Return FL and dFL/dx_t = (1 - p_t)^gamma (gamma p_t log(p_t) + p_t - 1) (equation 10)."""
-    q_t = (-x_t).sigmoid()  # 1 - p_t
-    log_p = logsigmoid(x_t)
+    q_t = x_t.exp().add_(1).reciprocal_()  # 1 - p_t
+    log_p = log_sigmoid(x_t)
     # log(1 - p_t) = log(p_t) - x_t
-    power = q_t * q_t if gamma == 2 else (gamma * (log_p - x_t)).exp()
-    return -power * log_p, power * (gamma * (1 - q_t) * log_p - q_t)
+    power = q_t * q_t if gamma == 2 else (log_p - x_t).mul_(gamma).exp_()
+    power.neg_()
+    slope = torch.addcmul(q_t, 1 - q_t, log_p, value=-gamma)
+    return log_p.mul_(power), slope.mul_(power)
 
 
 @register_loss(

@@ -7,7 +7,7 @@ from typing import Annotated
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from retinanet_ext.losses.functional import Alpha, elementwise_loss
+from retinanet_ext.losses.functional import Alpha, elementwise_loss, log_sigmoid
 from retinanet_ext.losses.registry import LOSSES, Interval, register_loss
 
 
@@ -16,7 +16,7 @@ def focal_star_derivative(
 ) -> tuple[Tensor, Tensor]:
     """Return FL* and dFL*/dx_t = p_t* - 1 (equation 11)."""
     shifted = gamma * x_t + beta
-    return -logsigmoid(shifted) / gamma, -(-shifted).sigmoid()
+    return log_sigmoid(shifted).div_(-gamma), shifted.neg_().sigmoid_().neg_()
 
 
 @register_loss("focal_star", reference="appendix A", alpha=0.25, derivative=focal_star_derivative)

@@ -18,6 +18,11 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def log_sigmoid(x: Tensor) -> Tensor:
+    """Return log(sigmoid(x)) outside of autograd, in half the time of torch's on the CPU."""
+    return x.clamp(max=0).sub_(x.abs().neg_().exp_().log1p_())
+
+
 def elementwise_loss(
     formula: Callable[[Tensor], Tensor],
     inputs: Tensor,

@@ -74,7 +74,7 @@ def test_equals_autograd_in_float64(name, num_classes, alpha):
 )
 def test_focal_at_any_gamma_logit_and_size_of_block(gamma, spread, seed, block):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(dense.BLOCK, "cpu", block)
+        patch.setattr(dense, "BLOCK_OF_A_THREAD", block)
         case = make_case(3, seed=seed, spread=spread)
         check(LOSSES["focal"].bind(gamma=gamma), *case, 0.25, 3, rtol=1e-5, atol=1e-6)
 
