@@ -160,9 +160,16 @@ class RetinaNetCriterion(nn.Module):
             per_image = torch.where(selected, cls_losses, 0).sum(1)
             loss_cls = (per_image * weights.to(per_image.dtype)).sum()
 
-        loss_box_reg = self._box_loss(
-            anchors, deltas, foreground & selected, matches, gt_boxes, weights
+        on_cpu = deltas.device.type == "cpu"
+        box_loss = (
+            self._box_loss_per_image
+            if on_cpu or not len(gt_boxes)
+            else self._box_loss_per_image_of_fixed_shape
         )
+        per_image = box_loss(
+            anchors, at_least_float32(deltas), foreground & selected, matches, gt_boxes
+        )
+        loss_box_reg = (per_image * weights.to(per_image.dtype)).sum()
         return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
 
     def anchor_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -185,34 +192,30 @@ class RetinaNetCriterion(nn.Module):
         correction = positive - negative[image, anchor, label]
         return negative.sum(2).index_put((image, anchor), correction, accumulate=True)
 
-    def _box_loss(
-        self,
-        anchors: Tensor,
-        deltas: Tensor,
-        counts: Tensor,
-        matches: Tensor,
-        gt_boxes: Tensor,
-        weights: Tensor,
+    def _box_loss_per_image(
+        self, anchors: Tensor, deltas: Tensor, counts: Tensor, matches: Tensor, gt_boxes: Tensor
     ) -> Tensor:
-        """Return the weighted regression loss of the anchors that ``counts``, (N, R), marks."""
-        deltas = at_least_float32(deltas)
-        weights = weights.to(deltas.dtype)
-        if deltas.device.type == "cpu" or not len(gt_boxes):
-            image, anchor = counts.nonzero(as_tuple=True)
-            losses = self._box_losses(
-                anchors[anchor], deltas[image, anchor], gt_boxes[matches[image, anchor]]
-            )
-            per_image = losses.new_zeros(len(deltas)).index_add(0, image, losses)
-            return (per_image * weights).sum()
-        # How many there are, the host would have to wait to know: the others get a target of
-        # their own prediction's place, and no gradient.
+        """Return the regression loss of each image, (N,), over anchors that ``counts`` marks."""
+        image, anchor = counts.nonzero(as_tuple=True)
+        losses = self._box_losses(
+            anchors[anchor], deltas[image, anchor], gt_boxes[matches[image, anchor]]
+        )
+        return losses.new_zeros(len(deltas)).index_add(0, image, losses)
+
+    def _box_loss_per_image_of_fixed_shape(
+        self, anchors: Tensor, deltas: Tensor, counts: Tensor, matches: Tensor, gt_boxes: Tensor
+    ) -> Tensor:
+        """Return the same over all anchors, for a GPU: the host need not know how many count.
+
+        The others are given their anchor as prediction and as target.
+        """
+        marked = counts.unsqueeze(2)
         losses = self._box_losses(
             anchors.expand(len(deltas), -1, -1).flatten(0, 1),
-            deltas.masked_fill(~counts.unsqueeze(2), 0).flatten(0, 1),
-            torch.where(counts.unsqueeze(2), gt_boxes[matches], anchors).flatten(0, 1),
+            deltas.masked_fill(~marked, 0).flatten(0, 1),
+            torch.where(marked, gt_boxes[matches], anchors).flatten(0, 1),
         )
-        per_image = torch.where(counts, losses.view_as(counts), 0).sum(1)
-        return (per_image * weights).sum()
+        return torch.where(counts, losses.view_as(counts), 0).sum(1)
 
     def _box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor) -> Tensor:
         """Return the regression loss of each of F anchors, summed over coordinates, (F,)."""

@@ -195,27 +195,35 @@ def ignore_anchors(
     labels: Tensor,
     anchors: Tensor,
     regions: Sequence[Tensor | None],
+    image_sizes: Sequence[tuple[int, int]],
     num_classes: int,
     overlap: float,
 ) -> Tensor:
     """Return labels with -1 for background anchors that lie in a region to ignore.
 
-    As COCO's evaluation forgives a detection there: by the share of the anchor's area that one
-    region covers.
+    As COCO's evaluation forgives a detection there: by the share of its area that one region
+    covers, of an anchor the area inside the image.
 
     Args:
         labels: (N, R)
         anchors: (R, 4)
         regions: boxes of each image's regions, (M, 4) on any device, or None
+        image_sizes: (height, width) of each image, unpadded
         num_classes: K
         overlap: share in (0, 1] from which on an anchor is ignored
     """
-    areas = (anchors[:, 2:] - anchors[:, :2]).prod(1)
     inside = torch.zeros_like(labels, dtype=torch.bool)
-    for image, boxes in enumerate(regions):
-        for box in () if boxes is None else boxes.to(anchors):
-            shared = torch.minimum(anchors[:, 2:], box[2:]) - torch.maximum(anchors[:, :2], box[:2])
-            inside[image] |= shared.clamp(min=0).prod(1) >= overlap * areas
+    for image, (boxes, size) in enumerate(zip(regions, image_sizes, strict=True)):
+        if boxes is None or not len(boxes):
+            continue
+        clipped = Boxes(anchors.clone())
+        clipped.clip(size)
+        areas = clipped.area()
+        for box in boxes.to(anchors):
+            left_top = torch.maximum(clipped.tensor[:, :2], box[:2])
+            right_bottom = torch.minimum(clipped.tensor[:, 2:], box[2:])
+            shared = (right_bottom - left_top).clamp(min=0).prod(1)
+            inside[image] |= (shared >= overlap * areas) & (shared > 0)
     return labels.masked_fill(inside & (labels == num_classes), -1)
 
 

@@ -17,6 +17,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from retinanet_ext.losses import Interval
 from retinanet_ext.modeling.criterion import RetinaNetCriterion, log_counts
@@ -56,6 +57,9 @@ class RetinaNetExt(DenseDetector):
         pixel_mean: list[float],
         pixel_std: list[float],
         ignore_overlap: float = 0.0,
+        channels_last: bool = False,
+        pad_multiple: int = 0,
+        compile_network: bool = False,
     ) -> None:
         """
         Args:
@@ -73,6 +77,9 @@ class RetinaNetExt(DenseDetector):
             pixel_mean, pixel_std: of each channel in the order of ``INPUT.FORMAT``, 0 to 255
             ignore_overlap: share of an anchor's area in a region to ignore from which on it is no
                 background; 0: such regions are background
+            channels_last: memory format of images, features and weights
+            pad_multiple: in training, images of a batch are padded to sides that this divides
+            compile_network: generate code for backbone and head, by ``torch.compile``
         """
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -87,6 +94,14 @@ class RetinaNetExt(DenseDetector):
         self.test_nms_thresh = test_nms_thresh
         self.max_detections_per_image = max_detections_per_image
         self.ignore_overlap = ignore_overlap
+        self.pad_multiple = pad_multiple
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.memory_format)
+        if compile_network:
+            # One code for each padded size while these are few, else one for all.
+            dynamic = None if pad_multiple == 0 else False
+            self.backbone.compile(fullgraph=True, dynamic=dynamic)
+            self.head.compile(fullgraph=True, dynamic=dynamic)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -116,6 +131,9 @@ class RetinaNetExt(DenseDetector):
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "ignore_overlap": node.IGNORE_OVERLAP,
+            "channels_last": cfg.MODEL.CHANNELS_LAST,
+            "pad_multiple": cfg.INPUT.PAD_MULTIPLE,
+            "compile_network": cfg.MODEL.COMPILE,
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -136,6 +154,15 @@ class RetinaNetExt(DenseDetector):
         regions = [inputs.get("ignore_boxes") for inputs in batched_inputs]
         return self.forward_training(images, features, self.head(features), gt_instances, regions)
 
+    def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
+        """Normalise, pad and batch the images, as Detectron2 does."""
+        images = super().preprocess_image(batched_inputs)
+        tensor = images.tensor
+        if self.training and self.pad_multiple:
+            height, width = (-side % self.pad_multiple for side in tensor.shape[-2:])
+            tensor = pad(tensor, (0, width, 0, height))
+        return ImageList(tensor.contiguous(memory_format=self.memory_format), images.image_sizes)
+
     def forward_training(
         self,
         images: ImageList,
@@ -152,7 +179,12 @@ class RetinaNetExt(DenseDetector):
         if self.ignore_overlap and any(boxes is not None and len(boxes) for boxes in ignore_boxes):
             before = labels
             labels = ignore_anchors(
-                labels, anchors.tensor, ignore_boxes, self.num_classes, self.ignore_overlap
+                labels,
+                anchors.tensor,
+                ignore_boxes,
+                images.image_sizes,
+                self.num_classes,
+                self.ignore_overlap,
             )
             log_counts("num_anchors_in_ignored_regions", (labels != before).sum(1))
         gt_boxes = Boxes.cat([instances.gt_boxes for instances in gt_instances])

@@ -20,7 +20,7 @@ class Mapped:
 
     def __init__(self, bccd: Bccd, cfg: CfgNode) -> None:
         bccd.write()
-        self.records = coco_json.load_dataset_dicts(str(bccd.train_json), str(bccd.images))
+        self.records = coco_json.to_dataset_dicts(bccd.train, str(bccd.images))
         self.mapper = CheckedDatasetMapper(cfg, is_train=True)
 
     def __len__(self) -> int:
@@ -70,3 +70,27 @@ def test_other_errors_are_not_blamed_on_the_image(bccd: Bccd, cfg: CfgNode) -> N
     del data.records[0]["annotations"][0]["bbox_mode"]
     with pytest.raises(KeyError, match="bbox_mode"):
         data[0]
+
+
+def test_crowd_regions_become_boxes_to_ignore(bccd: Bccd, cfg: CfgNode) -> None:
+    """Resized and flipped with the image; they are no objects."""
+    cfg.INPUT.MIN_SIZE_TRAIN = (240,)
+    data = Mapped(bccd, cfg)
+    data.records = data.records[:1]
+    (record,) = data.records
+    plain = data[0]["instances"]
+    index = record["annotations"].index(record["annotations"][2])
+    x, y, w, h = record["annotations"][index]["bbox"]
+    record["annotations"][index]["iscrowd"] = 1
+    np.random.seed(1)
+    mapped = data[0]
+    assert len(mapped["instances"]) == len(plain) - 1
+    scale = 240 / record["height"]
+    left, top, right, bottom = (mapped["ignore_boxes"][0] / scale).tolist()
+    assert [top, bottom] == pytest.approx([y, y + h], abs=1e-3)
+    assert [left, right] in (
+        pytest.approx([x, x + w], abs=1e-3),
+        pytest.approx([record["width"] - x - w, record["width"] - x], abs=1e-3),
+    )
+    record["annotations"].clear()
+    assert data[0]["ignore_boxes"].shape == (0, 4)

@@ -116,3 +116,27 @@ def test_a_bad_target_is_refused_with_its_image(change, words):
         model(batch)
     for word in ["image 1.png", *words]:
         assert word in str(error.value)
+
+
+def test_nothing_is_learnt_from_a_region_to_ignore():
+    """Logits inside it have no gradient, unless the region counts as background."""
+
+    def gradients(model, region):
+        (inputs,) = make_batch([0])
+        inputs["ignore_boxes"] = region
+        seen = []
+        hook = model.head.register_forward_hook(lambda _, __, outputs: seen.append(outputs[0][0]))
+        losses = model.train()([inputs])
+        hook.remove()
+        (gradient,) = torch.autograd.grad(losses["loss_cls"], seen[0])
+        return gradient.abs().sum((0, 1))  # (H, W) of P3
+
+    region = torch.tensor([[0.0, 0.0, 96.0, 200.0]])
+    model = make_model()
+    assert model.ignore_overlap == 0.5
+    inside = gradients(model, region)
+    # P3's anchors are up to 71 pixels wide and 8 apart: half of each of the first 11 is inside,
+    # none of the last ones.
+    assert (inside[:, :11] == 0).all() and (inside[:, 17:] > 0).all()
+    model = make_model("MODEL.RETINANET.IGNORE_OVERLAP", 0.0)
+    assert (gradients(model, region) > 0).all()

@@ -13,6 +13,7 @@ from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES, sigmoid_focal_loss
 from retinanet_ext.losses.functional import elementwise_loss
 from retinanet_ext.modeling import RetinaNetCriterion
+from retinanet_ext.modeling.criterion import NORMALIZERS
 from retinanet_ext.selection import OHEM
 
 K = 4
@@ -243,3 +244,44 @@ def test_a_bad_value_is_refused_with_its_key(opts, words):
         build_without_memory(make_cfg(*opts))
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", "giou", "diou", "ciou"])
+def test_box_loss_of_fixed_shape_equals_that_of_the_listed_anchors(kind):
+    """What runs on a GPU, run here; predictions that do not count may be anything."""
+    anchors, _, deltas, labels, matches, boxes = predictions()
+    module = criterion(box_reg_loss_type=kind)
+    counts = (labels >= 0) & (labels < K)
+    deltas = (0.3 * deltas).masked_fill(~counts.unsqueeze(2), torch.nan)
+    results = []
+    for method in (module._box_loss_per_image, module._box_loss_per_image_of_fixed_shape):
+        leaf = deltas.clone().requires_grad_()
+        losses = method(anchors, leaf, counts, matches, boxes)
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+        results.append((losses.detach(), gradient))
+    assert results[0][0][1] > 0 and results[0][0][0] == 0
+    assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_micro_batches_are_one_batch(normalizer):
+    """Losses and gradients of images one by one, an image without objects among them."""
+    anchors, logits, deltas, labels, matches, boxes = predictions(num_images=4)
+    whole, parts = criterion(normalizer=normalizer), criterion(normalizer=normalizer)
+
+    def losses_and_gradients(module, images):
+        leaves = [t[images].clone().requires_grad_() for t in (logits, deltas)]
+        losses = apply(module, anchors, *leaves, labels[images], matches[images], boxes)
+        return losses, torch.autograd.grad(sum(losses.values()), leaves)
+
+    for _ in range(2):  # the second goes on with the first's normaliser
+        wanted, wanted_gradients = losses_and_gradients(whole, slice(None))
+        parts.begin_batch(4)
+        steps = [losses_and_gradients(parts, slice(i, i + 1)) for i in range(4)]
+        scale = parts.end_batch()
+        for name, value in wanted.items():
+            assert_close(sum(losses[name] for losses, _ in steps) * scale.float(), value)
+        for index, gradient in enumerate(wanted_gradients):
+            found = torch.cat([gradients[index] for _, gradients in steps]) * scale.float()
+            assert_close(found, gradient)
+    assert_close(parts.loss_normalizer, whole.loss_normalizer, rtol=1e-12, atol=0)

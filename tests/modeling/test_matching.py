@@ -5,14 +5,19 @@ import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import build_anchor_generator
 from detectron2.modeling.matcher import Matcher
-from detectron2.structures import Boxes, Instances, pairwise_iou
+from detectron2.structures import Boxes, Instances, pairwise_ioa, pairwise_iou
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.common import peak_memory
 from detectors import make_cfg
 from retinanet_ext.modeling import matching
-from retinanet_ext.modeling.matching import LOW_QUALITY_MATCHES, AnchorMatcher, label_anchors
+from retinanet_ext.modeling.matching import (
+    LOW_QUALITY_MATCHES,
+    AnchorMatcher,
+    ignore_anchors,
+    label_anchors,
+)
 
 K = 5
 PAPER = ([0.4, 0.5], [0, -1, 1])
@@ -161,3 +166,19 @@ def test_memory_does_not_grow_with_boxes(anchors):
         peaks[count] = peak_memory(lambda boxes=boxes: matcher(boxes, anchors.tensor))
     assert peaks[1000] < 1.5 * max(peaks[10], peaks[100])
     assert peaks[1000] < 4 * 1000 * len(anchors) / 10  # a tenth of the whole matrix
+
+
+@pytest.mark.parametrize("overlap", [0.1, 0.5, 1.0])
+def test_background_in_a_region_is_ignored_by_the_share_of_the_anchor(anchors, overlap):
+    rng = torch.Generator().manual_seed(0)
+    gt_instances = [make_gt(random_boxes(6, rng)), make_gt(random_boxes(6, rng))]
+    labels, _ = label_anchors(AnchorMatcher(*PAPER), anchors, gt_instances, K)
+    regions = random_boxes(7, rng, low=60.0)
+    sizes = [(256, 320), (200, 280)]
+    found = ignore_anchors(labels, anchors.tensor, [None, regions], sizes, K, overlap)
+    visible = anchors.clone()
+    visible.clip(sizes[1])
+    inside = (pairwise_ioa(Boxes(regions), visible) >= overlap).any(0)
+    assert torch.equal(found[0], labels[0])
+    assert torch.equal(found[1], torch.where(inside & (labels[1] == K), -1, labels[1]))
+    assert (found[1] != labels[1]).sum() > 100 and (inside & (labels[1] < K)).any()
