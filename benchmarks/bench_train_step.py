@@ -1,10 +1,12 @@
 """One training step, forward to optimizer, beside Detectron2's and torchvision's RetinaNet.
 
-    python benchmarks/bench_train_step.py [--boxes 7 100] [--precision bfloat16] [--save]
+    python benchmarks/bench_train_step.py [--precision bfloat16] [--ways "ours, all" ...] [--save]
 
 R-50-FPN, 80 classes, the same images and boxes for all, SGD with momentum; interleaved repetitions,
-medians and quartiles. torchvision's FPN takes P6 from P5 and its head differs in initial values
-alone. On the CPU ``--precision bfloat16`` needs units for it to pay.
+medians and quartiles. "network alone" is this detector's backbone and head forward and backward:
+what no loss, matching or optimizer can save. torchvision's FPN takes P6 from P5 and its head
+differs in initial values alone. Precisions are by autocast, for all alike; on CUDA float16 goes
+without a scaler, which costs all the same. Memory is measured in a step of its own.
 """
 
 from __future__ import annotations
@@ -21,28 +23,62 @@ from tabulate import tabulate
 from torch import nn
 from torchvision.models.detection import retinanet_resnet50_fpn
 
-from retinanet_ext.engine import load_config
+from retinanet_ext.engine import Trainer, load_config
 
 CONFIG = "configs/retinanet_R50_FPN.yaml"
 BASELINE = "Detectron2"
+LIMIT = "network alone"
 K = 80
+OURS = {
+    "ours": (),
+    "ours, channels last": ("MODEL.CHANNELS_LAST", "True"),
+    "ours, fused SGD": ("SOLVER.FUSED", "True"),
+    "ours, compiled loss": ("MODEL.RETINANET.CLS_LOSS.COMPILE", "True"),
+    "ours, compiled network": ("MODEL.COMPILE", "True"),
+    "ours, all": (
+        *("MODEL.CHANNELS_LAST", "True", "SOLVER.FUSED", "True", "MODEL.COMPILE", "True"),
+        *("MODEL.RETINANET.CLS_LOSS.COMPILE", "True"),
+    ),
+}
+"""The config values of each way to run this detector."""
 
 
-def make_detectron2(architecture: str, device: str) -> nn.Module:
+class Network(nn.Module):
+    """Backbone and head of a detector, ending in scalars that reach every output."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, batch: list[dict]) -> dict[str, torch.Tensor]:
+        detector = self.detector
+        images = detector.preprocess_image(batch)
+        features = detector.backbone(images.tensor)
+        logits, deltas = detector.head([features[name] for name in detector.head_in_features])
+        return {"sum": 1e-9 * sum(level.float().sum() for level in (*logits, *deltas))}
+
+
+def make_detectron2(
+    architecture: str, device: str, opts: tuple[str, ...] = ()
+) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Build Detectron2's RetinaNet or this one, with Detectron2's normaliser and labels."""
     # Random weights need statistics of their own: with frozen ones their activations explode.
-    opts = [
-        *("MODEL.META_ARCHITECTURE", architecture, "MODEL.DEVICE", device, "MODEL.WEIGHTS", ""),
-        *("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"),
-        *("MODEL.RETINANET.LOSS_NORMALIZER", "foreground_ema"),
-        *("MODEL.RETINANET.LOW_QUALITY_MATCHES", "all"),
-    ]
-    cfg, _ = load_config(CONFIG, opts)
+    cfg, _ = load_config(
+        CONFIG,
+        [
+            *("MODEL.META_ARCHITECTURE", architecture, "MODEL.DEVICE", device, "MODEL.WEIGHTS", ""),
+            *("MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"),
+            *("MODEL.RETINANET.LOSS_NORMALIZER", "foreground_ema"),
+            *("MODEL.RETINANET.LOW_QUALITY_MATCHES", "all", "SOLVER.BASE_LR", "1e-4"),
+            *opts,
+        ],
+    )
     torch.manual_seed(0)
-    return build_model(cfg).train()
+    model = build_model(cfg).train()
+    return model, Trainer.build_optimizer(cfg, model)
 
 
-def make_torchvision(args: object) -> nn.Module:
+def make_torchvision(args: object) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Build torchvision's at the same image size, so that it does not resize."""
     torch.manual_seed(0)
     model = retinanet_resnet50_fpn(
@@ -53,7 +89,8 @@ def make_torchvision(args: object) -> nn.Module:
         min_size=args.height,
         max_size=max(args.height, args.width),
     )
-    return model.to(args.device).train()
+    model = model.to(args.device).train()
+    return model, torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
 
 
 def make_batch(count: int, args: object) -> tuple[list[dict], list[torch.Tensor], list[dict]]:
@@ -83,50 +120,57 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=800)
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--boxes", type=int, nargs="+", default=[100])
-    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--precision", choices=("float32", "bfloat16", "float16"), default="float32"
+    )
+    parser.add_argument("--ways", nargs="+", choices=OURS, default=["ours"], metavar="WAY")
+    parser.add_argument("--no-memory", action="store_true", help="slow on the CPU")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    models = {
+    ways = {
         BASELINE: make_detectron2("RetinaNet", args.device),
         "torchvision": make_torchvision(args),
-        "ours": make_detectron2("RetinaNetExt", args.device),
+        **{name: make_detectron2("RetinaNetExt", args.device, OURS[name]) for name in args.ways},
     }
-    optimizers = {
-        name: torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
-        for name, model in models.items()
-    }
+    detector, optimizer = make_detectron2("RetinaNetExt", args.device)
+    ways[LIMIT] = Network(detector), optimizer
 
     def autocast() -> AbstractContextManager:
         if args.precision == "float32":
             return nullcontext()
-        return torch.autocast(args.device.partition(":")[0], torch.bfloat16)
+        return torch.autocast(args.device.partition(":")[0], getattr(torch, args.precision))
 
     def step(name: str, *inputs: object) -> None:
+        model, optimizer = ways[name]
         with autocast(), EventStorage():
-            losses = models[name](*inputs)
-        optimizers[name].zero_grad()
+            losses = model(*inputs)
+        optimizer.zero_grad()
         sum(losses.values()).backward()
-        optimizers[name].step()
+        if name != LIMIT:
+            optimizer.step()
 
     rows, table = [], []
     for count in args.boxes:
         batch, images, targets = make_batch(count, args)
-        inputs = {BASELINE: (batch,), "torchvision": (images, targets), "ours": (batch,)}
+        inputs = {name: (batch,) for name in ways} | {"torchvision": (images, targets)}
         calls: dict[str, Callable[[], None]] = {
-            name: (lambda name=name, given=inputs[name]: step(name, *given)) for name in models
+            name: (lambda name=name, given=inputs[name]: step(name, *given)) for name in ways
         }
-        times = measure(calls, args.repeat)
-        memory = {name: peak_memory(call, args.device) for name, call in calls.items()}
+        times = measure(calls, args.repeat, warmup=2)
+        memory = dict.fromkeys(calls)
+        if not args.no_memory:
+            memory = {name: peak_memory(call, args.device) for name, call in calls.items()}
         for name, time in times.items():
             ratio = time.median / times[BASELINE].median
-            share = memory[name] / memory[BASELINE]
-            rows.append(
-                {"boxes": count, "name": name, "time": time, "ratio": ratio,
-                 "peak_bytes": memory[name]}
-            )  # fmt: skip
-            mib = f"{memory[name] / 2**20:.0f}"
-            table.append([count, name, time, f"{ratio:.3f}", mib, f"{share:.3f}"])
+            row = {"boxes": count, "name": name, "time": time, "ratio": ratio}
+            cells = [count, name, time, f"{ratio:.3f}"]
+            if memory[name] is not None:
+                row["peak_bytes"] = memory[name]
+                row["memory_ratio"] = memory[name] / memory[BASELINE]
+                cells += [f"{memory[name] / 2**20:.0f}", f"{row['memory_ratio']:.3f}"]
+            rows.append(row)
+            table.append(cells)
     print(
         f"{args.images} images of {args.height} x {args.width}, {hardware(args.device)}, "
         f"{args.threads} threads, {args.precision}; medians (quartiles) of {args.repeat}"

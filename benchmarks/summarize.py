@@ -19,6 +19,19 @@ Made by `python benchmarks/summarize.py` from the files in [results](results/), 
 writes; every ratio is of one run, beside the baseline in the same process. Times in milliseconds,
 median (quartiles). What each measures is said at its top: {files}.
 """
+NO_CUDA = """## CUDA
+
+Not measured: no result of a CUDA device has been saved. On one:
+
+```bash
+SIZE="--height 800 --width 1344"
+python benchmarks/bench_loss.py $SIZE --images 16 --dtype bfloat16 --compiled --save
+python benchmarks/bench_matching.py $SIZE --images 16 --save
+python benchmarks/bench_inference.py $SIZE --images 1 16 --save
+python benchmarks/bench_train_step.py $SIZE --images 16 --precision bfloat16 \\
+    --ways ours "ours, all" --save
+```
+"""
 
 
 def main() -> None:
@@ -36,7 +49,10 @@ def summarize() -> str:
         newest[content["what"], content["hardware"], precision] = content
     scripts = sorted(path.name for path in README.parent.glob("bench_*.py"))
     head = HEAD.format(files=", ".join(f"[{name}]({name})" for name in scripts))
-    return "\n".join([head, *(_section(content) for _, content in sorted(newest.items()))])
+    sections = [_section(content) for _, content in sorted(newest.items())]
+    if all(content["settings"]["device"] == "cpu" for content in newest.values()):
+        sections.append(NO_CUDA)
+    return "\n".join([head, *sections])
 
 
 def _age(path: Path) -> tuple[str, int]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from retinanet_ext.errors import InputError
 from retinanet_ext.losses.functional import at_least_float32
 from retinanet_ext.losses.registry import BoundLoss
 
@@ -49,13 +50,45 @@ def dense_loss(
 
     Returns:
         a scalar, float32 or wider
+
+    Raises:
+        InputError: logits, labels and K do not fit together, or a label is out of range (on a GPU
+            labels are not looked at: the host would wait)
     """
+    _check(levels, labels, num_classes)
     if alpha_weights is None:
         alpha_weights = image_weights.new_ones(2)
     compute = _level_compiled if compiled else _level_in_blocks
     return _DenseLoss.apply(
         compute, loss, labels, image_weights, alpha_weights, num_classes, *levels
     )
+
+
+def _check(levels: Sequence[Tensor], labels: Tensor, num_classes: int) -> None:
+    num_anchors = 0
+    for index, logits in enumerate(levels):
+        if logits.dim() != 4 or not logits.is_floating_point() or logits.shape[1] % num_classes:
+            raise InputError(
+                f"logits of level {index} are {tuple(logits.shape)} of {logits.dtype}; floats of "
+                f"(N, A x {num_classes}, H, W) are needed"
+            )
+        num_anchors += logits.shape[1] // num_classes * logits.shape[2:].numel()
+    expected = (len(levels[0]), num_anchors)
+    if labels.shape != expected or any(len(logits) != len(labels) for logits in levels):
+        raise InputError(
+            f"labels are {tuple(labels.shape)}, but the logits are those of {expected[0]} images "
+            f"with {num_anchors} anchors"
+        )
+    devices = {str(tensor.device) for tensor in (*levels, labels)}
+    if len(devices) > 1:
+        raise InputError(f"logits and labels are on {' and '.join(sorted(devices))}")
+    if labels.device.type == "cpu" and labels.numel():
+        least, most = labels.aminmax()
+        if least < -1 or most > num_classes:
+            raise InputError(
+                f"labels go from {least} to {most}; -1 (ignore) to {num_classes} (background) "
+                "are allowed"
+            )
 
 
 class _DenseLoss(torch.autograd.Function):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES, dense
 from retinanet_ext.losses.functional import class_weights, elementwise_loss
 
@@ -199,3 +200,33 @@ def test_compiled_equals_autograd():
                 for level in levels
             ]
         check(loss, levels, labels, weights, 0.25, 4, compiled=True, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda levels, labels: (levels, labels.fill_(4)), "labels go from 4 to 4; -1 .* to 3"),
+        (lambda levels, labels: (levels, labels.fill_(-2)), "labels go from -2 to -2"),
+        (lambda levels, labels: (levels, labels[:, 1:]), r"labels are \(2, 121\), but .* 122 an"),
+        (lambda levels, labels: (levels, labels[:1]), r"labels are \(1, 122\), but .* 2 images"),
+        (lambda levels, labels: ([x[:, 1:] for x in levels], labels), r"level 0 are \(2, 8, 6, 5"),
+        (lambda levels, labels: ([x.long() for x in levels], labels), "int64; floats of"),
+        (lambda levels, labels: ([x.to("meta") for x in levels], labels), "on cpu and meta"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change, said):
+    levels, labels, weights = make_case(3)
+    levels, labels = change(levels, labels)
+    with pytest.raises(InputError, match=said):
+        dense.dense_loss(LOSSES["focal"].bind(), levels, labels, weights, num_classes=3)
+
+
+def test_float16_logits_beyond_its_range_are_not_hidden():
+    levels, labels, weights = make_case(3)
+    labels[:] = 3
+    with torch.no_grad():
+        levels[0][0, 0, 0, 0] = 1e5
+    half = [level.detach().half().requires_grad_() for level in levels]
+    assert half[0].isinf().any()
+    total = dense.dense_loss(LOSSES["focal"].bind(), half, labels, weights, num_classes=3)
+    assert total == torch.inf
