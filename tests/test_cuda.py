@@ -58,6 +58,19 @@ def test_mixed_precision_keeps_the_loss_in_float32(dtype):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
+def test_a_training_step_never_waits_for_the_device():
+    model = make_model("MODEL.DEVICE", "cuda").train()
+    batch = make_batch([7, 0])
+    with EventStorage():
+        sum(model(batch).values()).backward()  # what is set up once may wait
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            sum(model(batch).values()).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_train_net_with_mixed_precision(tmp_path):
     command = "train_net.py --config-file tests/engine/tiny.yaml SOLVER.AMP.ENABLED True"
     run = subprocess.run(
