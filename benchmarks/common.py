@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from retinanet_ext.experiments.record import commit, cpu_name
+from retinanet_ext.provenance import commit, cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
+from retinanet_ext.data import check
 from retinanet_ext.data.sample_set import SampleSet
 from retinanet_ext.losses import LOSSES
 from retinanet_ext.losses.registry import Loss
@@ -111,6 +112,15 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # False: such weights are refused.
     retinanet.REINIT_MISMATCHED = False
 
+    # Generate code for backbone and head, by torch.compile, at the first iteration (minutes).
+    cfg.MODEL.COMPILE = False
+    # Images, features and weights with the channel as the last dimension in memory.
+    cfg.MODEL.CHANNELS_LAST = False
+    # In training, pad the images of a batch to sides that this many pixels divide, so that few
+    # sizes occur, as generated code and cuDNN's search for algorithms like it. 0: no more than
+    # the backbone needs, 32.
+    cfg.INPUT.PAD_MULTIPLE = 0
+
     # For NAME: OctaveAnchorGenerator. Anchor sides are BASE_SCALE x stride x 2^(k/n) pixels,
     # k = 0..n-1, n = SCALES_PER_OCTAVE ("#sc" in table 1c). Aspect ratios are Detectron2's key.
     cfg.MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE = 3
@@ -122,9 +132,31 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
         {"TRAIN_JSON": "", "TRAIN_IMAGES": "", "TEST_JSON": "", "TEST_IMAGES": ""}
     )
 
+    # What is done about each kind of fault in DATASETS.CUSTOM's data and the sample set: "refuse"
+    # them, "drop" what is faulty, with a warning that counts it, or "keep" it. data/check.py says
+    # what the kinds are and what each allows.
+    cfg.DATASETS.CHECK = CfgNode(check.config_defaults())
+
+    # Equal runs on equal hardware give equal bits: algorithms of torch that are not deterministic
+    # are replaced or refused, at some cost in time. For a SEED below 0 one is drawn.
+    cfg.DETERMINISTIC = False
+
+    # One kernel for all weights in a step of the optimizer.
+    cfg.SOLVER.FUSED = False
+
     # With SOLVER.AMP.ENABLED: "float16" (Detectron2's, CUDA alone) or "bfloat16", which needs no
     # scaling of the loss and runs on the CPU too. Training alone; evaluation is in float32.
     cfg.SOLVER.AMP.PRECISION = "float16"
+
+    # Batches whose gradients make one step. IMS_PER_BATCH is the images of all of them, and a step
+    # is that of one batch of as many images, the normaliser of the loss included; not so what a
+    # batch has of its own: padding to its largest image, BatchNorm, OHEM.SCOPE process.
+    cfg.SOLVER.ACCUMULATE = 1
+
+    # A step whose loss or gradient is not finite on any process: "raise" an error, or "skip" it,
+    # which leaves weights, optimizer and normaliser as they were, at most MAX_SKIPPED times (0: no
+    # limit). Either way its likely cause is told.
+    cfg.SOLVER.NON_FINITE = CfgNode({"POLICY": "raise", "MAX_SKIPPED": 0})
 
     # Images in the batch that the learning rate and all lengths in iterations were written for;
     # for another IMS_PER_BATCH they are scaled linearly. 0: off.

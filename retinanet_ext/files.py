@@ -4,9 +4,38 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from retinanet_ext.errors import InputError
+
+
+@contextmanager
+def replacing(path: Path, *, part: Path | None = None) -> Iterator[IO[bytes]]:
+    """Open a file that takes the place of an earlier one once it is whole and on the disk.
+
+    Args:
+        path: the file
+        part: where it grows, in the same folder; a fresh name by default. What a killed process
+            leaves there stays, or is overwritten by the next one to use the name.
+
+    Raises:
+        InputError: a full disk, a folder that cannot be written; an earlier file is intact
+    """
+    part = part or path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        try:
+            with open(part, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -15,12 +44,5 @@ def write_file(path: Path, content: str | bytes) -> None:
     Raises:
         InputError: a full disk, a folder that cannot be written; an earlier file is intact
     """
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        try:
-            part.write_bytes(content.encode() if isinstance(content, str) else content)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 
 import pytest
 from hypothesis import settings
+
+LOGGERS = ("detectron2", "fvcore", "retinanet_ext", "detectron2.engine.train_loop")
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 
@@ -55,3 +58,16 @@ def fail_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
         _, _, reason = report.longrepr
         report.outcome = "failed"
         report.longrepr = f"{reason} (in CI only tests marked cuda may be skipped)"
+
+
+@pytest.fixture
+def restore_logging() -> Iterator[None]:
+    """Undo what a command line does to loggers, for the tests that come after it."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(log.level, log.propagate, log.handlers[:], log.filters[:]) for log in loggers]
+    yield
+    for log, (level, propagate, handlers, filters) in zip(loggers, before, strict=True):
+        log.setLevel(level)
+        log.propagate = propagate
+        log.handlers[:] = handlers
+        log.filters[:] = filters

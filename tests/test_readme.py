@@ -62,7 +62,7 @@ def test_every_command_is_known_here():
     known = [*BY_CI, "source .venv/bin/activate", "python train_net.py", "python tools/"]
     for text in COMMANDS:
         assert any(text.startswith(start) for start in known), text
-    assert len([c for c in COMMANDS if c.startswith("python")]) == 11
+    assert len([c for c in COMMANDS if c.startswith("python")]) == 12
     ci = (ROOT / ".ci/run").read_text()
     assert all(re.search(rf"^{text}\b", ci, re.M) for text in BY_CI)
 
@@ -88,6 +88,12 @@ def test_own_data_then_evaluation_then_export_and_analysis(folder):
     assert analyzed.returncode == 0, analyzed.stderr
     assert "hardest 20 %" in analyzed.stdout
     assert (folder / "output/mine/loss_cdf-test/loss_cdf.svg").is_file()
+
+
+def test_own_data_are_checked(folder):
+    checked = run(command("python tools/check_data.py"), folder)
+    assert checked.returncode == 0, checked.stderr
+    assert "Training takes these data" in checked.stdout
 
 
 def test_curves(folder):

@@ -13,7 +13,8 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_anchor_generator, build_backbone
 from detectron2.structures import Boxes, BoxMode, ImageList, Instances
 
-from retinanet_ext.data.coco_json import load_dataset_dicts
+from retinanet_ext.data.check import check_coco, read_policy
+from retinanet_ext.data.coco_json import read_coco_json, to_dataset_dicts
 from retinanet_ext.modeling.matching import AnchorMatcher, is_foreground, label_anchors
 
 
@@ -70,7 +71,10 @@ def measure_imbalance(cfg: CfgNode, json_file: str, *, is_train: bool = True) ->
         features = backbone(images.tensor)
         return Boxes.cat(anchor_generator([features[name] for name in node.IN_FEATURES]))
 
-    records = load_dataset_dicts(json_file, image_root="")
+    policy = read_policy(cfg.DATASETS.CHECK)
+    checked = check_coco(json_file, read_coco_json(json_file), policy)
+    checked.raise_refused()
+    records = to_dataset_dicts(checked.content, image_root="")
     if is_train and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS:
         records = filter_images_with_only_crowd_annotations(records)
     short_sides = cfg.INPUT.MIN_SIZE_TRAIN if is_train else [cfg.INPUT.MIN_SIZE_TEST]

@@ -36,6 +36,11 @@ MAX_OVERLAP = 0.2
 MIN_OBJECT_SIZE = 8
 """Pixels below which classes can hardly be told apart."""
 
+# A set beyond these would fill a disk, or be drawn for days.
+MAX_IMAGES = 100_000
+MAX_IMAGE_SIZE = 4096
+MAX_OBJECTS = 1000
+
 _Array = np.ndarray
 _Outline = Callable[[_Array, _Array], _Array]
 
@@ -87,12 +92,12 @@ class SampleSet:
             InputError: a value that cannot be drawn, or a set without any object.
         """
         for key, (low, high) in {
-            "NUM_TRAIN": (1, math.inf),
-            "NUM_VAL": (1, math.inf),
-            "IMAGE_SIZE": (MIN_OBJECT_SIZE, math.inf),
-            "NUM_OBJECTS": (0, math.inf),
+            "NUM_TRAIN": (1, MAX_IMAGES),
+            "NUM_VAL": (1, MAX_IMAGES),
+            "IMAGE_SIZE": (MIN_OBJECT_SIZE, MAX_IMAGE_SIZE),
+            "NUM_OBJECTS": (0, MAX_OBJECTS),
             "OBJECT_SIZE": (MIN_OBJECT_SIZE, node["IMAGE_SIZE"]),
-            "NUM_CLUTTER": (0, math.inf),
+            "NUM_CLUTTER": (0, MAX_OBJECTS),
             "SEED": (0, 2**32 - 1),
         }.items():
             value, is_range = node[key], isinstance(node[key], list)
@@ -100,8 +105,7 @@ class SampleSet:
             whole = all(type(number) is int and low <= number <= high for number in numbers)
             if not whole or (is_range and (len(value) != 2 or value[0] > value[1])):
                 what = "two whole numbers [least, most]" if is_range else "a whole number"
-                limits = f"of at least {low}" if high == math.inf else f"from {low} to {high}"
-                limits += " (IMAGE_SIZE)" if key == "OBJECT_SIZE" else ""
+                limits = f"from {low} to {high}" + (" (IMAGE_SIZE)" if key == "OBJECT_SIZE" else "")
                 raise InputError(f"DATASETS.SAMPLE.{key} must be {what} {limits}, got {value!r}")
         if node["NUM_OBJECTS"][1] == 0:
             raise InputError("DATASETS.SAMPLE.NUM_OBJECTS is [0, 0], so there is nothing to learn")
@@ -217,11 +221,12 @@ def make_sample_set(parameters: SampleSet, root: str | os.PathLike[str]) -> Path
     same time: the first to finish wins and the others use its result.
 
     Raises:
-        InputError: the folder cannot be written.
+        InputError: the folder cannot be written, or the disk is too small.
     """
     folder = Path(root) / parameters.folder_name
     if folder.is_dir():
         return folder
+    _check_space(parameters, folder)
     unfinished = folder.with_name(f"{folder.name}.unfinished-{uuid.uuid4().hex}")
     try:
         try:
@@ -236,6 +241,18 @@ def make_sample_set(parameters: SampleSet, root: str | os.PathLike[str]) -> Path
                 "environment variable DETECTRON2_DATASETS to a folder that can be"
             ) from error
     return folder
+
+
+def _check_space(parameters: SampleSet, folder: Path) -> None:
+    num_pixels = (parameters.num_train + parameters.num_val) * parameters.image_size**2
+    needed = 3 * num_pixels / 1e9  # textures hardly compress
+    free = shutil.disk_usage(next(path for path in folder.parents if path.is_dir())).free / 1e9
+    if needed > free:
+        raise InputError(
+            f"{folder}: the sample set may need {needed:.3g} GB, and {free:.3g} GB are free; lower "
+            "DATASETS.SAMPLE.NUM_TRAIN, NUM_VAL or IMAGE_SIZE, or set the environment variable "
+            "DETECTRON2_DATASETS to a folder with more space"
+        )
 
 
 def _write(parameters: SampleSet, folder: Path) -> None:

@@ -1,21 +1,31 @@
-"""Loading weights: what does not fit is refused instead of skipped."""
+"""Checkpoints: written whole or not at all, and loaded whole or not at all."""
 
 from __future__ import annotations
 
 import logging
+import math
 import pickle
+import re
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
+from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from retinanet_ext.engine.failures import first_line
 from retinanet_ext.errors import InputError
+from retinanet_ext.files import replacing, write_file
 from retinanet_ext.modeling import to_detectron2_state_dict
+
+TAG = "last_checkpoint"
+"""The file of a run that names its newest checkpoint."""
+
+CHECKPOINT = re.compile(r"model_(\d+|final)\.pth$")
 
 # Name, shape in the checkpoint, shape in the model.
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
@@ -24,11 +34,14 @@ logger = logging.getLogger(__name__)
 
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, except that weights which do not fit are an :class:`InputError`.
+    """Detectron2's checkpointer, except for the following.
 
-    Detectron2 skips tensors of another shape with a warning and goes on with random ones.
-    No file runs code: ``.pth`` is read with ``weights_only=True``, torch's default, and ``.pkl``
-    for arrays alone.
+    - Weights that do not fit are an :class:`InputError`. Detectron2 skips tensors of another shape
+      with a warning and goes on with random ones.
+    - No file runs code: ``.pth`` is read with ``weights_only=True``, torch's default, and ``.pkl``
+      for arrays alone.
+    - A checkpoint takes its name once it is whole, so none is lost to a kill or a full disk, and
+      one that was damaged later is passed over for the one before.
     """
 
     def __init__(
@@ -53,6 +66,38 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(model, save_dir, **checkpointables)
         self.reinit_mismatched = reinit_mismatched
         self.complete = complete
+
+    def save(self, name: str, **kwargs: Any) -> None:
+        """Write ``<name>.pth`` whole or not at all, and then its name into ``last_checkpoint``.
+
+        Raises:
+            InputError: a full disk, a folder that cannot be written; earlier checkpoints are intact
+        """
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: saved.state_dict() for key, saved in self.checkpointables.items()}
+        content = {"model": self.model.state_dict(), **states, **kwargs}
+        file = Path(self.save_dir, f"{name}.pth")
+        self.logger.info("Saving checkpoint to %s", file)
+        # One name for all: what a killed process left there does not fill the disk.
+        with replacing(file, part=file.with_name(".unfinished_checkpoint")) as part:
+            try:
+                torch.save(content, part)
+            except RuntimeError as error:
+                if isinstance(error.__context__, OSError):
+                    raise error.__context__ from None  # such as a full disk
+                raise
+        self.tag_last_checkpoint(file.name)
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        write_file(Path(self.save_dir, TAG), last_filename_basename)
+
+    def has_checkpoint(self) -> bool:
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """Return what :func:`last_checkpoint` finds in the run's folder, empty if there is none."""
+        return last_checkpoint(self.save_dir)[0]
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load the weights and the named ``checkpointables``, all of them by default.
@@ -79,6 +124,8 @@ class Checkpointer(DetectionCheckpointer):
             if filename.endswith(".pkl"):
                 content = _read_pickle(filename)
             else:
+                if zipfile.is_zipfile(filename) and (damage := _find_damage(filename)):
+                    raise ValueError(damage)
                 content = super()._load_file(filename)
         except OSError:
             raise
@@ -87,8 +134,13 @@ class Checkpointer(DetectionCheckpointer):
                 f"weights {self._path} are damaged, or hold Python objects other than tensors, "
                 f"which are refused ({type(error).__name__})"
             ) from error
-        if not isinstance(content.get("model"), dict):
+        if not isinstance(content.get("model"), dict) or not content["model"]:
             raise InputError(f"weights {self._path} are not a dict of tensors by name")
+        if self._resuming and not self.checkpointables.keys() <= content.keys():
+            raise InputError(
+                f"weights {self._path} hold no state of a training to resume; name them in "
+                "MODEL.WEIGHTS, without --resume, to start from them"
+            )
         return content
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
@@ -193,6 +245,90 @@ def _read_pickle(filename: str) -> dict[str, Any]:
     blobs = data.get("blobs", data)
     weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
+
+
+def find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> str:
+    """Return what will be loaded: the last checkpoint with ``resume``, else MODEL.WEIGHTS.
+
+    Raises:
+        InputError: there are no weights to evaluate, no such file, or no checkpoint that is whole
+    """
+    weights, passed_over = last_checkpoint(cfg.OUTPUT_DIR) if resume else ("", [])
+    if weights:
+        if passed_over:
+            logger.warning("%s; %s is used", "; ".join(passed_over), weights)
+        return weights
+    if resume and eval_only:
+        raise InputError(
+            f"--eval-only --resume evaluates the last checkpoint of OUTPUT_DIR {cfg.OUTPUT_DIR}, "
+            "which holds none; leave --resume out to evaluate MODEL.WEIGHTS"
+        )
+    if resume:
+        logger.warning(
+            "Nothing to resume: %s holds no checkpoint. Training starts at iteration 0.",
+            cfg.OUTPUT_DIR,
+        )
+    weights = cfg.MODEL.WEIGHTS
+    if eval_only and not weights:
+        raise InputError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last")
+    # URLs are Detectron2's to resolve; "?matching_heuristics=True" may follow a name.
+    if weights and "://" not in weights and not Path(weights.partition("?")[0]).is_file():
+        raise InputError(f"MODEL.WEIGHTS is {weights}, which is not a file")
+    return weights
+
+
+def last_checkpoint(folder: str | Path) -> tuple[str, list[str]]:
+    """Return the newest whole checkpoint of a run, empty if it has none at all.
+
+    ``last_checkpoint`` names it. Where that one is damaged, it is the newest of those before.
+
+    Returns:
+        the file, and what was passed over and why
+
+    Raises:
+        InputError: there are checkpoints, and all of them are damaged
+    """
+    tag = Path(folder, TAG)
+    files = [path for path in Path(folder).glob("model_*.pth") if CHECKPOINT.match(path.name)]
+    files.sort(key=_iteration)
+    passed_over = []
+    named = None
+    if tag.is_file():
+        named = Path(folder, tag.read_text(errors="replace").strip())
+        files = [path for path in files if _iteration(path) < _iteration(named)] + [named]
+    elif files:
+        passed_over.append(f"{tag} is missing")
+    for path in reversed(files):
+        damage = _find_damage(path)
+        if not damage:
+            return str(path), passed_over
+        prefix = f"{tag} names {path}, which" if path == named else path
+        passed_over.append(f"{prefix} is {damage}")
+    if passed_over:
+        raise InputError(
+            f"{'; '.join(passed_over)}: no checkpoint is left to go on from; start anew in another "
+            "OUTPUT_DIR"
+        )
+    return "", []
+
+
+def _iteration(checkpoint: Path) -> float:
+    """Return the iteration in a checkpoint's name; ``model_final.pth`` comes after all."""
+    name = CHECKPOINT.match(checkpoint.name)
+    return int(name[1]) if name and name[1] != "final" else math.inf
+
+
+def _find_damage(path: str | Path) -> str:
+    """Return what is wrong with a file in torch's format, a zip archive; empty if it is whole."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            spoilt = archive.testzip()  # which torch does not look for
+        torch.load(path, map_location="cpu", mmap=True)  # all but the tensors
+    except (FileNotFoundError, IsADirectoryError):
+        return "missing"
+    except Exception as error:  # a damaged file may raise anything
+        return f"damaged ({first_line(error)})"
+    return f"damaged (the checksum of {spoilt})" if spoilt else ""
 
 
 def export_weights(checkpoint: str | Path, output: str | Path) -> None:

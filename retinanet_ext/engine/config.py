@@ -5,20 +5,28 @@ from __future__ import annotations
 import difflib
 import logging
 import math
+import os
 import re
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
+from PIL import Image
 
-from retinanet_ext.config import add_retinanet_ext_config
+from retinanet_ext.config import add_retinanet_ext_config, all_keys, read_key
 from retinanet_ext.engine.failures import first_line
 from retinanet_ext.errors import InputError
+from retinanet_ext.losses import Interval
 
 NUM_CLASSES_KEY = "MODEL.RETINANET.NUM_CLASSES"
+
+MAX_SIDE = 16384
+"""Pixels of an image's side: a batch of more fits no machine."""
 
 logger = logging.getLogger(__name__)
 
@@ -57,49 +65,218 @@ def load_config(
     return cfg, NUM_CLASSES_KEY in given
 
 
+RANGES = {
+    "DATALOADER.NUM_WORKERS": Interval("[0, 1024]"),
+    "INPUT.MIN_SIZE_TEST": Interval(f"[0, {MAX_SIDE}]"),
+    "INPUT.MAX_SIZE_TEST": Interval(f"[1, {MAX_SIDE}]"),
+    "MODEL.FPN.OUT_CHANNELS": Interval("[1, 4096]"),
+    "MODEL.PIXEL_MEAN": Interval("(-inf, inf)"),
+    "MODEL.PIXEL_STD": Interval("(0, inf)"),
+    "MODEL.RESNETS.NUM_GROUPS": Interval("[1, 4096]"),
+    "MODEL.RESNETS.RES2_OUT_CHANNELS": Interval("[1, 4096]"),
+    "MODEL.RESNETS.STEM_OUT_CHANNELS": Interval("[1, 4096]"),
+    "MODEL.RESNETS.WIDTH_PER_GROUP": Interval("[1, 4096]"),
+    "MODEL.RETINANET.NUM_CLASSES": Interval("[1, 100000]"),
+    "MODEL.RETINANET.NUM_CONVS": Interval("[0, 64]"),
+    "SEED": Interval("(-inf, 2147483647]"),
+    "TEST.DETECTION_GRID.NUM_IMAGES": Interval("[0, 10000]"),
+    "TEST.DETECTION_GRID.SCORE_THRESH": Interval("[0, inf)"),
+    "TEST.DETECTIONS_PER_IMAGE": Interval("[1, inf)"),
+}
+"""What each number of a key may be, or each of its numbers where it holds several."""
+
+TRAINING_RANGES = {
+    "DATALOADER.REPEAT_THRESHOLD": Interval("[0, inf)"),
+    "INPUT.CROP.SIZE": Interval("(0, inf)"),
+    "INPUT.PAD_MULTIPLE": Interval(f"[0, {MAX_SIDE}]"),
+    "INPUT.MAX_SIZE_TRAIN": Interval(f"[1, {MAX_SIDE}]"),
+    "INPUT.MIN_SIZE_TRAIN": Interval(f"[1, {MAX_SIDE}]"),
+    "SOLVER.ACCUMULATE": Interval("[1, 65536]"),
+    "SOLVER.BASE_LR": Interval("[0, inf)"),
+    "SOLVER.BASE_LR_END": Interval("[0, inf)"),
+    "SOLVER.BIAS_LR_FACTOR": Interval("[0, inf)"),
+    "SOLVER.CHECKPOINT_PERIOD": Interval("[1, inf)"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": Interval("(0, inf)"),
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": Interval("(0, inf)"),
+    "SOLVER.GAMMA": Interval("[0, inf)"),
+    "SOLVER.IMS_PER_BATCH": Interval("[1, 65536]"),
+    "SOLVER.MAX_ITER": Interval("[1, 1000000000]"),
+    "SOLVER.MOMENTUM": Interval("[0, 1)"),
+    "SOLVER.NON_FINITE.MAX_SKIPPED": Interval("[0, inf)"),
+    "SOLVER.NUM_DECAYS": Interval("[1, 1000]"),
+    "SOLVER.REFERENCE_BATCH": Interval("[0, 65536]"),
+    "SOLVER.REFERENCE_WORLD_SIZE": Interval("[0, 65536]"),
+    "SOLVER.STEPS": Interval("[1, inf)"),
+    "SOLVER.WARMUP_FACTOR": Interval("[0, 1]"),
+    "SOLVER.WARMUP_ITERS": Interval("[0, inf)"),
+    "SOLVER.WEIGHT_DECAY": Interval("[0, inf)"),
+    "SOLVER.WEIGHT_DECAY_NORM": Interval("[0, inf)"),
+    "TEST.EVAL_PERIOD": Interval("[0, inf)"),
+    "TEST.PRECISE_BN.NUM_ITER": Interval("[1, inf)"),
+    "VIS_PERIOD": Interval("[0, inf)"),
+}
+
+CHOICES = {
+    "FLOAT32_PRECISION": ("", "highest", "high", "medium"),
+}
+TRAINING_CHOICES = {
+    "DATALOADER.SAMPLER_TRAIN": (
+        "TrainingSampler",
+        "RepeatFactorTrainingSampler",
+        "RandomSubsetTrainingSampler",
+        "WeightedTrainingSampler",
+        "WeightedCategoryTrainingSampler",
+    ),
+    "INPUT.CROP.TYPE": ("relative_range", "relative", "absolute", "absolute_range"),
+    "INPUT.MIN_SIZE_TRAIN_SAMPLING": ("choice", "range"),
+    "INPUT.RANDOM_FLIP": ("horizontal", "vertical", "none"),
+    "SOLVER.AMP.PRECISION": ("float16", "bfloat16"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm"),
+    "SOLVER.LR_SCHEDULER_NAME": (
+        "WarmupMultiStepLR",
+        "WarmupCosineLR",
+        "WarmupStepWithFixedGammaLR",
+    ),
+    "SOLVER.NON_FINITE.POLICY": ("raise", "skip"),
+    "SOLVER.WARMUP_METHOD": ("linear", "constant"),
+}
+
+
 def check_config(cfg: CfgNode, *, num_processes: int, eval_only: bool) -> None:
     """Refuse values that training or evaluation would trip over later.
 
-    The values of the model are checked by the model, the data by ``prepare_datasets``.
+    The values of the model's own keys are checked by the model, the data by ``prepare_datasets``.
 
     Args:
         cfg: the whole config
         num_processes: processes on all machines
         eval_only: leave out what concerns training alone
+
+    Raises:
+        InputError: names the key, its value and what is allowed
     """
+    for key in all_keys(cfg):
+        if any(
+            isinstance(value, float) and not math.isfinite(value) for value in _leaves(cfg, key)
+        ):
+            raise InputError(f"{key} must be finite, got {read_key(cfg, key)}")
+    _check_ranges(cfg, RANGES, CHOICES)
+    _check_output_dir(cfg.OUTPUT_DIR)
     _check_device(cfg.MODEL.DEVICE, num_processes)
     if cfg.MODEL.META_ARCHITECTURE not in META_ARCH_REGISTRY:
         known = ", ".join(sorted(name for name, _ in META_ARCH_REGISTRY))
         raise InputError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE!r} is unknown; known: {known}"
         )
-    if 0 in cfg.MODEL.PIXEL_STD:
-        raise InputError(f"MODEL.PIXEL_STD must not hold 0, got {cfg.MODEL.PIXEL_STD}")
-    _check("DATALOADER.NUM_WORKERS", cfg.DATALOADER.NUM_WORKERS, minimum=0)
-    _check("TEST.DETECTION_GRID.NUM_IMAGES", cfg.TEST.DETECTION_GRID.NUM_IMAGES, minimum=0)
-    _check("TEST.DETECTION_GRID.SCORE_THRESH", cfg.TEST.DETECTION_GRID.SCORE_THRESH, minimum=0)
-    if eval_only:
-        return
-    if not cfg.INPUT.MIN_SIZE_TRAIN:
-        raise InputError("INPUT.MIN_SIZE_TRAIN is empty; give the short side in pixels, [600]")
-    solver = cfg.SOLVER
-    _check("SOLVER.MAX_ITER", solver.MAX_ITER, minimum=1)
-    _check("SOLVER.CHECKPOINT_PERIOD", solver.CHECKPOINT_PERIOD, minimum=1)
-    _check("SOLVER.IMS_PER_BATCH", solver.IMS_PER_BATCH, minimum=1)
-    _check("SOLVER.REFERENCE_WORLD_SIZE", solver.REFERENCE_WORLD_SIZE, minimum=0)
-    _check("SOLVER.BASE_LR", solver.BASE_LR, minimum=0)
-    _check("SOLVER.WARMUP_ITERS", solver.WARMUP_ITERS, minimum=0)
-    _check("TEST.EVAL_PERIOD", cfg.TEST.EVAL_PERIOD, minimum=0)
-    # With a reference, Detectron2 scales the batch to the number of processes.
-    shares = solver.REFERENCE_WORLD_SIZE or num_processes
-    if solver.IMS_PER_BATCH % shares:
-        what = "REFERENCE_WORLD_SIZE" if solver.REFERENCE_WORLD_SIZE else "the number of processes"
+    if cfg.MODEL.LOAD_PROPOSALS:
         raise InputError(
-            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of {what}, {shares}"
+            "MODEL.LOAD_PROPOSALS must be False: this detector has no use for proposals, and "
+            "Detectron2 unpickles DATASETS.PROPOSAL_FILES_*, which may run any code"
         )
-    if solver.AMP.PRECISION not in ("float16", "bfloat16"):
+    _check_pixels(cfg)
+    if not eval_only:
+        _check_ranges(cfg, TRAINING_RANGES, TRAINING_CHOICES)
+        _check_augmentation(cfg.INPUT)
+        _check_solver(cfg, num_processes)
+
+
+def _leaves(cfg: CfgNode, key: str) -> Iterator[Any]:
+    """Yield the values that a key holds in lists of any depth."""
+    values = [read_key(cfg, key)]
+    while values:
+        value = values.pop()
+        if isinstance(value, list | tuple):
+            values.extend(value)
+        else:
+            yield value
+
+
+def _check_ranges(
+    cfg: CfgNode, ranges: Mapping[str, Interval], choices: Mapping[str, Sequence[str]]
+) -> None:
+    for key, allowed in ranges.items():
+        for value in _leaves(cfg, key):
+            allowed.check(key, value)
+    for key, names in choices.items():
+        value = read_key(cfg, key)
+        if value not in names:
+            raise InputError(f"{key} {value!r} is unknown; known: {', '.join(map(repr, names))}")
+
+
+def _check_output_dir(name: str) -> None:
+    if not name:
+        raise InputError("OUTPUT_DIR is empty; name a folder for the results")
+    try:
+        os.stat(name)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # such as a name that is too long, or has a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"OUTPUT_DIR {reprlib.repr(name)}: {reason}") from error
+
+
+def _check_pixels(cfg: CfgNode) -> None:
+    """Refuse a mean and standard deviation of another number of channels than the images have."""
+    image_format = cfg.INPUT.FORMAT
+    try:
+        # Not Pillow's: Detectron2 makes these of RGB.
+        channels = 3 if image_format in ("BGR", "YUV-BT.601") else Image.getmodebands(image_format)
+    except KeyError:
         raise InputError(
-            f"SOLVER.AMP.PRECISION must be float16 or bfloat16, got {solver.AMP.PRECISION!r}"
+            f"INPUT.FORMAT {image_format!r} is unknown; known: BGR, RGB, L, YUV-BT.601 and "
+            "Pillow's other modes"
+        ) from None
+    for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
+        value = read_key(cfg, key)
+        if len(value) != channels:
+            raise InputError(
+                f"{key} needs {channels} numbers, one for each channel of INPUT.FORMAT "
+                f"{image_format}; got {value}"
+            )
+
+
+def _check_augmentation(node: CfgNode) -> None:
+    key = "INPUT.MIN_SIZE_TRAIN"
+    if not node.MIN_SIZE_TRAIN:
+        raise InputError(f"{key} is empty; give the short side in pixels, [600]")
+    sizes = list(node.MIN_SIZE_TRAIN)
+    if node.MIN_SIZE_TRAIN_SAMPLING == "range" and (len(sizes) != 2 or sizes != sorted(sizes)):
+        raise InputError(
+            f"{key} must be two lengths, the least and the most, for "
+            f"INPUT.MIN_SIZE_TRAIN_SAMPLING range; got {sizes}"
+        )
+    if node.CROP.ENABLED:
+        size, kind = node.CROP.SIZE, node.CROP.TYPE
+        share = kind.startswith("relative")
+        if len(size) != 2 or (share and max(size) > 1) or (not share and min(size) < 1):
+            allowed = "shares of the image in (0, 1]" if share else "lengths in pixels"
+            raise InputError(
+                f"INPUT.CROP.SIZE must be [height, width], two {allowed} for INPUT.CROP.TYPE "
+                f"{kind}; got {size}"
+            )
+
+
+def _check_solver(cfg: CfgNode, num_processes: int) -> None:
+    solver = cfg.SOLVER
+    steps = list(solver.STEPS)
+    if any(first >= second for first, second in pairwise(steps)):
+        raise InputError(f"SOLVER.STEPS must rise strictly, got {steps}")
+    if solver.LR_SCHEDULER_NAME == "WarmupCosineLR" and solver.BASE_LR_END > solver.BASE_LR:
+        raise InputError(
+            f"SOLVER.BASE_LR_END {solver.BASE_LR_END} must be at most SOLVER.BASE_LR "
+            f"{solver.BASE_LR} for WarmupCosineLR"
+        )
+    # With a reference, Detectron2 scales the batch to the number of processes.
+    shares = {
+        "SOLVER.REFERENCE_WORLD_SIZE"
+        if solver.REFERENCE_WORLD_SIZE
+        else "the number of processes": (solver.REFERENCE_WORLD_SIZE or num_processes),
+        "SOLVER.ACCUMULATE": solver.ACCUMULATE,
+    }
+    if solver.IMS_PER_BATCH % math.prod(shares.values()):
+        what = " times ".join(f"{name}, {n}" for name, n in shares.items() if n > 1)
+        raise InputError(
+            f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of {what}"
         )
     on_cpu = torch.device(cfg.MODEL.DEVICE).type != "cuda"
     if solver.AMP.ENABLED and solver.AMP.PRECISION == "float16" and on_cpu:
@@ -107,11 +284,6 @@ def check_config(cfg: CfgNode, *, num_processes: int, eval_only: bool) -> None:
             "SOLVER.AMP.ENABLED in float16 needs a CUDA device; on the CPU set "
             "SOLVER.AMP.PRECISION bfloat16, or SOLVER.AMP.ENABLED False"
         )
-
-
-def _check(key: str, value: float, *, minimum: float) -> None:
-    if not minimum <= value < math.inf:
-        raise InputError(f"{key} must be at least {minimum}, got {value}")
 
 
 def _check_device(name: str, num_processes: int) -> None:
@@ -197,7 +369,8 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
     node: Any = cfg
     for part in key.split("."):
         if not isinstance(node, CfgNode) or part not in node:
-            raise InputError(f"{source}: unknown key {key}{_suggestion(key, cfg)}")
+            name = key if key.isprintable() else repr(key)
+            raise InputError(f"{source}: unknown key {name}{_suggestion(key, cfg)}")
         node = node[part]
     default = node
     if isinstance(default, CfgNode):
@@ -228,16 +401,8 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
 def _suggestion(key: str, cfg: CfgNode) -> str:
     if "=" in key:
         return "; write KEY VALUE, with a space"
-    known = list(_all_keys(cfg))
+    known = list(all_keys(cfg))
     last = key.rpartition(".")[2]
     alike = [name for name in known if last in name.rpartition(".")[2]]
     matches = difflib.get_close_matches(key.upper(), alike or known, n=2, cutoff=0.5)
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
-
-
-def _all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
-    for name, value in node.items():
-        if isinstance(value, CfgNode):
-            yield from _all_keys(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"

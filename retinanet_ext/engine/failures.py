@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import re
-
-from retinanet_ext.errors import InputError
+from retinanet_ext.errors import InputError, StoppedError
 
 INPUT_ERROR = 2
 DIVERGED = 3
+STOPPED = 143  # as a shell says of a process that SIGTERM has ended
+
+
+class NonFiniteError(FloatingPointError):
+    """A loss or gradient that is not finite, raised on all processes before the weights change.
+
+    The message is one line: the iteration and the rank that saw it, the losses, the likely cause
+    and the file that says more.
+    """
 
 
 def explain(error: BaseException) -> tuple[int, str] | None:
@@ -16,21 +23,10 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         # Raised in a worker of a data loader, the message comes as the last line of a traceback.
         return INPUT_ERROR, first_line(str(error).rpartition("InputError: ")[2])
     if isinstance(error, FloatingPointError):
-        return DIVERGED, _divergence(str(error))
+        return DIVERGED, first_line(error)
+    if isinstance(error, StoppedError):
+        return STOPPED, first_line(error)
     return None
-
-
-def _divergence(message: str) -> str:
-    """Put Detectron2's message (iteration, then a dict of losses) in one line."""
-    iteration = re.search(r"iteration=(\d+)", message)
-    losses = re.findall(r"'(\w+)': (?:np\.float64\()?(-?(?:inf|nan|[\d.e+-]+))", message)
-    if not iteration or not losses:
-        return first_line(message)
-    values = ", ".join(f"{name} {float(value):.4g}" for name, value in losses)
-    return (
-        f"diverged at iteration {iteration[1]}: {values}; "
-        "a lower SOLVER.BASE_LR or a longer warm-up is the usual remedy"
-    )
 
 
 def first_line(error: object) -> str:

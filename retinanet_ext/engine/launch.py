@@ -3,33 +3,50 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
+import atexit
 import logging
-import multiprocessing
 import os
-import signal
+import pickle
+import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import datetime
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import default_argument_parser, default_setup, launch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
+from retinanet_ext.config import all_keys, read_key
 from retinanet_ext.data import prepare_datasets
-from retinanet_ext.engine.checkpoint import Checkpointer
+from retinanet_ext.data.coverage import warn_of_unreached_boxes
+from retinanet_ext.data.register import Source, find_sources
+from retinanet_ext.engine.advice import advise
+from retinanet_ext.engine.checkpoint import Checkpointer, find_weights
 from retinanet_ext.engine.config import check_config, load_config, use_cpu_without_cuda
+from retinanet_ext.engine.distributed import (
+    Group,
+    GroupError,
+    agree,
+    find_group,
+    is_restarted,
+    job_ids,
+    lost_peer,
+    run,
+    stop_at_interrupt,
+)
 from retinanet_ext.engine.failures import explain, first_line
+from retinanet_ext.engine.manifest import read_manifest, write_manifest
+from retinanet_ext.engine.scaling import scale_schedule
 from retinanet_ext.engine.summary import summarize
 from retinanet_ext.engine.trainer import Trainer
 from retinanet_ext.errors import InputError
@@ -37,7 +54,33 @@ from retinanet_ext.errors import InputError
 RESULTS = ("last_checkpoint", "model_*.pth", "metrics.json", "inference")
 """What an earlier training or evaluation leaves in its OUTPUT_DIR, once it has come that far."""
 
+OF_ONE_MACHINE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.CUSTOM.")
+"""How the keys begin that may differ from machine to machine: paths."""
+
 logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Job:
+    """What every process needs, as one process a machine has checked it.
+
+    Attributes:
+        cfg: not frozen yet.
+        command: the command line.
+        args: the flags; ``resume`` also where the job was started again.
+        weights: the file that is loaded; empty for none.
+        names: of the job in the manifest.
+        num_threads: of each process.
+        data: a file of what was registered in Detectron2's catalogs.
+    """
+
+    cfg: CfgNode
+    command: list[str]
+    args: argparse.Namespace
+    weights: str
+    names: list[str]
+    num_threads: int
+    data: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,22 +88,34 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0, or with one line on stderr: 2 for an :class:`InputError`, 3 for a loss that is no
-        longer finite
+        longer finite, 143 for a training that was stopped and can go on, 130 for an interrupt,
+        1 for a lost process
     """
     parser = argument_parser()
     args = parser.parse_args(argv)
-    setup_logger(name="retinanet_ext")
+    is_main = True
     try:
-        _check_and_launch(args)
-    except (InputError, FloatingPointError) as error:
-        code, line = explain(error)
-        print(f"{parser.prog}: error: {line}", file=sys.stderr)
+        group = find_group(args)
+        is_main = group.is_main
+        setup_logger(name="retinanet_ext", distributed_rank=group.local_rank or 0)
+        _run([sys.argv[0], *(sys.argv[1:] if argv is None else argv)], args, group)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        end = (error.code, str(error)) if isinstance(error, GroupError) else explain(error)
+        if end is None:
+            raise
+        code, line = end
+        # All processes stop and diverge alike; the others tell of what they alone have met.
+        if line and (is_main or isinstance(error, InputError | GroupError)):
+            print(f"{parser.prog}: error: {line}", file=sys.stderr)
         return code
     return 0
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Return Detectron2's parser with ``--allow-unsafe-config``, and a free port by default."""
+    """Return Detectron2's parser with the plugin's flags, and a free port by default."""
     parser = default_argument_parser()
     parser.description = "Train a detector, or evaluate its weights with --eval-only."
     parser.add_argument(
@@ -68,70 +123,103 @@ def argument_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="let python tags in the config file run code; for files you trust",
     )
-    parser.set_defaults(dist_url="auto")
+    parser.add_argument(
+        "--rendezvous-timeout",
+        type=float,
+        default=300,
+        metavar="SECONDS",
+        help="how long the processes may take to meet, 300 by default",
+    )
+    # None: not given. torchrun and srun say by themselves how many processes there are.
+    parser.set_defaults(dist_url="auto", num_gpus=None, num_machines=None, machine_rank=None)
     return parser
 
 
-def _check_and_launch(args: argparse.Namespace) -> None:
-    """Check all that can be known before the first process starts; write nothing until then."""
-    _check_arguments(args)
-    num_processes = args.num_gpus * args.num_machines
+def _run(command: list[str], args: argparse.Namespace, group: Group) -> None:
+    """Train or evaluate on all processes; whatever can be checked is checked before it begins."""
+    if not args.config_file:
+        raise InputError("--config-file is needed, such as configs/quickstart.yaml")
+    if not 0 < args.rendezvous_timeout < 1e6:
+        raise InputError(
+            f"--rendezvous-timeout takes seconds above 0, got {args.rendezvous_timeout:g}"
+        )
+    if group.local_rank is None:
+        main, what = _work, (_prepare(command, args, group, job_ids()),)
+    else:
+        main, what = _work_as_member, (command, args, group)
+    run(group, main, what, timeout=args.rendezvous_timeout)
+
+
+def _work_as_member(command: list[str], args: argparse.Namespace, group: Group) -> None:
+    """Do the part of a process that torchrun or srun has started."""
+    names = sorted({name for names in comm.all_gather(job_ids()) for name in names})
+    _work(agree(lambda: _prepare(command, args, group, names)))
+
+
+def _prepare(command: list[str], args: argparse.Namespace, group: Group, names: list[str]) -> Job:
+    """Check all that one process can know, for this machine; write nothing until then."""
     cfg, num_classes_is_set = load_config(
         args.config_file, args.opts, allow_unsafe=args.allow_unsafe_config
     )
-    num_threads = _threads_per_process(args.num_gpus)
+    num_threads = _threads_per_process(group.num_local)
     use_cpu_without_cuda(cfg, num_threads=num_threads)
-    check_config(cfg, num_processes=num_processes, eval_only=args.eval_only)
-    if not (args.resume or args.eval_only) and args.machine_rank == 0:
+    check_config(cfg, num_processes=group.size, eval_only=args.eval_only)
+    for change in [] if args.eval_only else scale_schedule(cfg):
+        logger.info("%s", change)
+    args.resume = args.resume or _is_own_earlier_run(cfg.OUTPUT_DIR, names, args.eval_only)
+    if not (args.resume or args.eval_only) and group.machine_rank == 0:
         _refuse_earlier_run(cfg.OUTPUT_DIR)
     weights = find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=args.eval_only)
     check_model(cfg, weights, resume=args.resume, eval_only=args.eval_only)
+    unreached = [] if args.eval_only else warn_of_unreached_boxes(cfg)
+    for line in [*advise(cfg, weights, eval_only=args.eval_only), *unreached]:
+        logger.warning("%s", line)
     if args.eval_only:
         cfg.MODEL.WEIGHTS = weights
-    if args.machine_rank == 0:
+    if group.machine_rank == 0:
         _make_output_dir(cfg, eval_only=args.eval_only)
-
-    if num_processes == 1:
-        _train_or_evaluate(cfg, args)
-        return
-    failures = multiprocessing.get_context("spawn").SimpleQueue()
-    try:
-        launch(
-            _child,
-            args.num_gpus,
-            num_machines=args.num_machines,
-            machine_rank=args.machine_rank,
-            dist_url=args.dist_url,
-            args=(cfg, args, num_classes_is_set, num_threads, failures),
-        )
-    except (ProcessRaisedException, ProcessExitedException):
-        # The first cause, not what it then did to the other processes.
-        if failures.empty():
-            raise
-        raise failures.get() from None
+    data = _save_registered(find_sources(cfg, ["TEST"] if args.eval_only else ["TRAIN", "TEST"]))
+    return Job(cfg, command, args, weights, names, num_threads, data)
 
 
-def _check_arguments(args: argparse.Namespace) -> None:
-    if not args.config_file:
-        raise InputError("--config-file is needed, such as configs/quickstart.yaml")
-    for name in ("num_gpus", "num_machines"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 <= args.machine_rank < args.num_machines:
-        raise InputError(
-            f"--machine-rank {args.machine_rank} must be from 0 to {args.num_machines - 1}, "
-            "one less than --num-machines"
-        )
-    if args.num_machines > 1 and args.dist_url == "auto":
-        raise InputError(
-            "--num-machines above 1 needs --dist-url tcp://HOST:PORT, "
-            "an address of machine 0 that all machines reach"
-        )
-    if torch.cuda.is_available() and args.num_gpus > torch.cuda.device_count():
-        raise InputError(
-            f"--num-gpus {args.num_gpus}: this machine has {torch.cuda.device_count()} CUDA devices"
-        )
+def _is_own_earlier_run(output_dir: str, names: list[str], eval_only: bool) -> bool:
+    """Tell whether torchrun or Slurm has started this job again, which goes on with its own run.
+
+    An earlier run of another job is refused in every start, not just in the first.
+    """
+    starts = read_manifest(output_dir)["starts"]
+    return (
+        is_restarted()
+        and not eval_only
+        and bool(starts and set(starts[-1]["jobs"]) & set(names))
+        and bool(_earlier_run(output_dir))
+    )
+
+
+def _save_registered(sources: list[Source]) -> str:
+    """Write what the plugin has registered for the machine's other processes, and name the file.
+
+    A file, since a large data set would hold up the start of process after process in a pipe.
+    """
+    folder = tempfile.mkdtemp(prefix="retinanet_ext_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    registered = {
+        source.name: (DatasetCatalog[source.name], MetadataCatalog.get(source.name).as_dict())
+        for source in sources
+        if source.is_ours
+    }
+    file = Path(folder, "registered.pkl")
+    file.write_bytes(pickle.dumps(registered))
+    return str(file)
+
+
+def _register(file: str) -> None:
+    for name, (load, metadata) in pickle.loads(Path(file).read_bytes()).items():
+        for catalog in (DatasetCatalog, MetadataCatalog):
+            catalog.pop(name, None)
+        DatasetCatalog.register(name, load)
+        MetadataCatalog.get(name).set(**metadata)
 
 
 def _threads_per_process(num_processes: int) -> int:
@@ -152,36 +240,6 @@ def _earlier_run(output_dir: str) -> str:
     """Return the name of a result that a run left in the folder, empty if there is none."""
     found = (path for pattern in RESULTS for path in Path(output_dir).glob(pattern))
     return next((path.name for path in found if path.is_dir() or path.stat().st_size), "")
-
-
-def find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> str:
-    """Return what will be loaded: the last checkpoint with ``resume``, else MODEL.WEIGHTS."""
-    tag = Path(cfg.OUTPUT_DIR, "last_checkpoint")
-    if resume and tag.is_file():
-        weights, source = str(Path(cfg.OUTPUT_DIR, tag.read_text().strip())), f"{tag} names"
-    elif resume and eval_only:
-        raise InputError(
-            f"--eval-only --resume evaluates the last checkpoint of OUTPUT_DIR {cfg.OUTPUT_DIR}, "
-            "which holds none; leave --resume out to evaluate MODEL.WEIGHTS"
-        )
-    else:
-        if resume:
-            if checkpoints := sorted(Path(cfg.OUTPUT_DIR).glob("model_*.pth")):
-                raise InputError(
-                    f"{tag} is missing, which names the checkpoint to resume from; write "
-                    f"{checkpoints[-1].name} or another into it"
-                )
-            logger.warning(
-                "Nothing to resume: %s holds no last_checkpoint. Training starts at iteration 0.",
-                cfg.OUTPUT_DIR,
-            )
-        weights, source = cfg.MODEL.WEIGHTS, "MODEL.WEIGHTS is"
-    if eval_only and not weights:
-        raise InputError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last")
-    # URLs are Detectron2's to resolve; "?matching_heuristics=True" may follow a name.
-    if weights and "://" not in weights and not Path(weights.partition("?")[0]).is_file():
-        raise InputError(f"{source} {weights}, which is not a file")
-    return weights
 
 
 def check_model(cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool) -> None:
@@ -237,54 +295,45 @@ def _make_output_dir(cfg: CfgNode, *, eval_only: bool) -> None:
         raise InputError(f"OUTPUT_DIR {cfg.OUTPUT_DIR}: {error.strerror}") from error
 
 
-def end_with_parent() -> None:
-    """Have Linux end this process when its parent is killed, so that no orphan goes on."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _child(
-    cfg: CfgNode,
-    args: argparse.Namespace,
-    num_classes_is_set: bool,
-    num_threads: int,
-    failures: SimpleQueue,
-) -> None:
-    """Do one process's part; data sets are registered process by process."""
-    end_with_parent()
-    torch.set_num_threads(num_threads)
-    # The parent has shown what the preparation of the data has to say.
-    logging.getLogger("retinanet_ext").addHandler(logging.NullHandler())
-    try:
-        prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=args.eval_only)
-        _train_or_evaluate(cfg, args)
-    except (InputError, FloatingPointError) as error:
-        failures.put(error)
-        raise
-    dist.destroy_process_group()
-
-
-def _train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
+def _work(job: Job) -> None:
+    """Train or evaluate on one process of several, or on the only one."""
+    cfg, args = job.cfg, job.args
+    torch.set_num_threads(job.num_threads)
+    _register(job.data)
+    _check_same_everywhere(cfg, Path(job.weights).name if args.resume else "")
+    if args.eval_only:
+        cfg.OUTPUT_DIR = comm.all_gather(cfg.OUTPUT_DIR)[0]
+    seed_is_drawn = cfg.DETERMINISTIC and cfg.SEED < 0
+    if seed_is_drawn:
+        cfg.SEED = comm.shared_random_seed()
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(
         cfg.OUTPUT_DIR,
         distributed_rank=comm.get_rank(),
         name="retinanet_ext",
-        configure_stdout=comm.get_world_size() > 1,  # a single process has it since main()
+        # A process that was not started by this one has it since main().
+        configure_stdout=not logging.getLogger("retinanet_ext").handlers,
     )
     logging.getLogger("detectron2.engine.train_loop").addFilter(_is_unexpected)
+    if cfg.DETERMINISTIC:
+        _make_deterministic()
+    if seed_is_drawn:
+        logger.info("DETERMINISTIC without a SEED: SEED %d is drawn", cfg.SEED)
+    if comm.is_main_process():
+        write_manifest(
+            cfg,
+            command=job.command,
+            weights=job.weights,
+            resumed=args.resume,
+            jobs=job.names,
+            eval_only=args.eval_only,
+        )
     try:
-        if args.eval_only:
-            model = Trainer.build_model(cfg)
-            Checkpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
-            results = Trainer.test(cfg, model)
-        else:
-            trainer = Trainer(cfg)
-            trainer.resume_or_load(resume=args.resume)
-            results = trainer.train()
-    except (InputError, FloatingPointError) as error:
-        logger.error(explain(error)[1])
+        results = _train_or_evaluate(cfg, args)
+    except Exception as error:
+        if end := explain(error):
+            logger.error(end[1])
         raise
     if comm.is_main_process():
         logger.info(summarize(cfg, results))
@@ -292,7 +341,40 @@ def _train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> None:
             verify_results(cfg, results)
 
 
+def _train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> Any:
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        Checkpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
+        return Trainer.test(cfg, model)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    with stop_at_interrupt():
+        return trainer.train()
+
+
+def _check_same_everywhere(cfg: CfgNode, checkpoint: str) -> None:
+    """Refuse processes that would train different models, or go on from different iterations."""
+    own = {key: read_key(cfg, key) for key in all_keys(cfg) if not key.startswith(OF_ONE_MACHINE)}
+    all_values = comm.all_gather({**own, "the checkpoint to resume from": checkpoint or "none"})
+    for rank, values in enumerate(all_values):
+        for key, expected in all_values[0].items():
+            if values[key] != expected:
+                raise InputError(
+                    f"{key} is {expected} in process 0 and {values[key]} in process {rank}; start "
+                    "all machines with the same config and command, and OUTPUT_DIR in a folder "
+                    "that they share"
+                )
+
+
+def _make_deterministic() -> None:
+    """Have equal runs on equal hardware give equal bits, or end where an operation cannot."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
 def _is_unexpected(record: logging.LogRecord) -> bool:
     """Filter out tracebacks of errors that end in one line, here or in another process."""
     error = record.exc_info[1] if record.exc_info else None
-    return error is None or (explain(error) is None and "closed by peer" not in str(error))
+    return error is None or (explain(error) is None and not lost_peer(error))

@@ -10,45 +10,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import (
     DatasetCatalog,
     MetadataCatalog,
     build_detection_test_loader,
-    build_detection_train_loader,
 )
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
 from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
 from detectron2.utils import comm
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from retinanet_ext.data.loader import TrainLoader, build_train_loader
 from retinanet_ext.data.mapper import CheckedDatasetMapper
 from retinanet_ext.engine.checkpoint import Checkpointer
+from retinanet_ext.engine.resume import ResumableTrainer
+from retinanet_ext.engine.step import TrainingStep
 from retinanet_ext.evaluation import InferenceTime, draw_detection_grid
 
 logger = logging.getLogger(__name__)
 
 
-class BFloat16Trainer(SimpleTrainer):
-    """Mixed precision in bfloat16, on the CPU or CUDA: float32's range, so nothing is scaled."""
-
-    def run_step(self) -> None:
-        # Backward runs in the types that forward chose, inside or outside of autocast.
-        device = next(self.model.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16):
-            super().run_step()
-
-
-TRAINERS = {"float16": AMPTrainer, "bfloat16": BFloat16Trainer}
-"""One training step in mixed precision, by ``SOLVER.AMP.PRECISION``."""
-
-
-class Trainer(DefaultTrainer):
+class Trainer(ResumableTrainer):
     """Detectron2's ``DefaultTrainer``, except for the following.
 
     - Several processes work without CUDA too.
     - Weights that do not fit are refused, see :class:`Checkpointer`.
+    - Resuming is exact, see :class:`ResumableTrainer`.
     - An image that cannot be read is named.
     - Evaluation is COCO's, with the time an image takes; then a picture of detections is drawn.
     - A training that failed is not evaluated.
@@ -63,8 +54,7 @@ class Trainer(DefaultTrainer):
         # Detectron2 gives device_ids, which DDP refuses for a model on the CPU.
         devices = {} if torch.device(cfg.MODEL.DEVICE).type == "cuda" else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
-        step = TRAINERS[cfg.SOLVER.AMP.PRECISION] if cfg.SOLVER.AMP.ENABLED else SimpleTrainer
-        self._trainer = step(model, data_loader, optimizer)
+        self._trainer = TrainingStep(model, data_loader, optimizer, cfg)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(
             model,
@@ -78,8 +68,16 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     @classmethod
-    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
-        return build_detection_train_loader(cfg, mapper=CheckedDatasetMapper(cfg, is_train=True))
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        optimizer = super().build_optimizer(cfg, model)
+        if cfg.SOLVER.FUSED:
+            for group in optimizer.param_groups:
+                group.update(fused=True, foreach=False)
+        return optimizer
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        return build_train_loader(cfg, CheckedDatasetMapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
@@ -93,6 +91,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Mapping[str, Any]:
+        if isinstance(model, DistributedDataParallel):
+            # Statistics of BatchNorm are each process's own; the first's are in the checkpoint.
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
         if evaluators is None:
             evaluators = [
                 DatasetEvaluators([cls.build_evaluator(cfg, name), InferenceTime(model)])

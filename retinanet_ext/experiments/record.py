@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import retinanet_ext
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.tables import METRICS
 from retinanet_ext.files import write_file
@@ -146,37 +141,3 @@ def final_metrics(run: Path) -> tuple[dict[str, float | None], float | None]:
 def _no_detections(run: Path) -> bool:
     file = run / "inference" / "coco_instances_results.json"
     return file.is_file() and file.read_text().strip() == "[]"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions a result depends on."""
-    return {
-        "retinanet_ext": retinanet_ext.__version__,
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "torchvision", "detectron2")},
-    }
-
-
-def commit() -> str:
-    """Return the project's commit, marked if files differ from it; empty outside of git."""
-    root = Path(retinanet_ext.__file__).parents[1]
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", root, *args], capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        head = git("rev-parse", "--short=10", "HEAD")
-        changed = head and git("status", "--porcelain", "--untracked-files=no")
-    except OSError:  # no git
-        return ""
-    return f"{head} with changes" if changed else head
-
-
-def cpu_name() -> str:
-    """Return the processor's name as the system gives it."""
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

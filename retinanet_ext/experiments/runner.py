@@ -24,11 +24,13 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 
 import retinanet_ext
+from retinanet_ext import provenance
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.sample_set import GENERATOR_VERSION
+from retinanet_ext.engine.checkpoint import find_weights
 from retinanet_ext.engine.config import check_config, load_config, use_cpu_without_cuda
 from retinanet_ext.engine.failures import DIVERGED as DIVERGED_EXIT
-from retinanet_ext.engine.launch import check_model, end_with_parent, find_weights
+from retinanet_ext.engine.launch import check_model, end_with_parent
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments import record
 from retinanet_ext.experiments.presets import (
@@ -344,7 +346,7 @@ class _Active:
             started=self.started.isoformat(timespec="seconds"),
             ended=datetime.now().astimezone().isoformat(timespec="seconds"),
             commit=", ".join(dict.fromkeys(self.earlier.commits)),
-            versions=record.versions(),
+            versions=provenance.versions(),
             hardware=self.hardware,
             folder=self.folder,
         )
@@ -390,7 +392,7 @@ def _start(
             (folder / record.RECORD).unlink()
         earlier = _earlier_parts(folder)
         started = datetime.now().astimezone()
-        earlier.commits.append(record.commit())
+        earlier.commits.append(provenance.commit())
         content = {"started": started.timestamp(), **asdict(earlier)}
         record.write_json(folder / STARTS, content)
         record.write_json(folder / "run.json", {"key": one.key, "rows": one.rows})
@@ -467,7 +469,7 @@ class _Machine:
         """Return a job's environment, and what it runs on."""
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         hardware: dict[str, Any] = {
-            "cpu": record.cpu_name(),
+            "cpu": provenance.cpu_name(),
             "gpus": [],
             "num_processes": self.num_gpus,
             "jobs": self.jobs,

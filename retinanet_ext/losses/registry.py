@@ -8,7 +8,8 @@ alpha-balancing, the sum and the normaliser are other people's business.
 from __future__ import annotations
 
 import inspect
-import math
+import reprlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
@@ -41,12 +42,12 @@ class Interval:
     def __contains__(self, value: float) -> bool:
         above = value >= self.low if self.text[0] == "[" else value > self.low
         below = value <= self.high if self.text[-1] == "]" else value < self.high
-        return math.isfinite(value) and above and below
+        return abs(value) <= sys.float_info.max and above and below
 
     def check(self, name: str, value: float) -> float:
         """Return ``value``, or raise :class:`InputError` naming ``name`` and the allowed range."""
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in self:
-            raise InputError(f"{name} must be a number in {self.text}, got {value!r}")
+            raise InputError(f"{name} must be a number in {self.text}, got {reprlib.repr(value)}")
         return value
 
 

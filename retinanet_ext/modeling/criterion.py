@@ -197,7 +197,7 @@ class RetinaNetCriterion(nn.Module):
     ) -> Tensor:
         """Return the regression loss of each image, (N,), over anchors that ``counts`` marks."""
         image, anchor = counts.nonzero(as_tuple=True)
-        losses = self._box_losses(
+        losses = self.box_losses(
             anchors[anchor], deltas[image, anchor], gt_boxes[matches[image, anchor]]
         )
         return losses.new_zeros(len(deltas)).index_add(0, image, losses)
@@ -210,14 +210,14 @@ class RetinaNetCriterion(nn.Module):
         The others are given their anchor as prediction and as target.
         """
         marked = counts.unsqueeze(2)
-        losses = self._box_losses(
+        losses = self.box_losses(
             anchors.expand(len(deltas), -1, -1).flatten(0, 1),
             deltas.masked_fill(~marked, 0).flatten(0, 1),
             torch.where(marked, gt_boxes[matches], anchors).flatten(0, 1),
         )
         return torch.where(counts, losses.view_as(counts), 0).sum(1)
 
-    def _box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor) -> Tensor:
+    def box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor) -> Tensor:
         """Return the regression loss of each of F anchors, summed over coordinates, (F,)."""
         if self.box_reg_loss_type == "smooth_l1":
             targets = self.box2box_transform.get_deltas(anchors, gt_boxes)

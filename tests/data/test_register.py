@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
@@ -15,7 +16,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from retinanet_ext.data import SampleSet, prepare_datasets
+from retinanet_ext.data import SampleSet, coco_json, prepare_datasets
 from retinanet_ext.errors import InputError
 
 from .conftest import BCCD_MINI, Bccd
@@ -39,13 +40,13 @@ def test_custom_data_are_registered_and_counted(
     assert metadata.json_file == str(bccd.train_json)  # complete, so no copy
     assert len(get_detection_dataset_dicts(["custom_train", "custom_test"])) == 5
     train = (
-        "custom_train: 3 images, 35 boxes, 0 crowd regions, 3 classes "
+        "custom_train: 3 images, 35 boxes, 0 regions to ignore, 3 classes "
         f"(RBC 27, WBC 3, Platelets 5) from {bccd.train_json}"
     )
     assert train in log.messages
     assert (
-        f"{bccd.train_json}: 1 boxes without area inside their image are left out of training: "
-        "annotation 2288 (image 171)"
+        f"{bccd.train_json}: boxes without area, left out: 1: annotation 2288 of image 171 "
+        "(BloodImage_00343.jpg): bbox [181.0, 329.0, 0.0, 0.0] has no area"
     ) in log.messages
 
 
@@ -84,8 +85,8 @@ def test_images_without_objects_are_counted(
     cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS = filter_empty
     bccd.train["annotations"] = [a for a in bccd.train["annotations"] if a["image_id"] != 80]
     prepare(bccd.use(cfg))
-    message = next(m for m in log.messages if "without objects" in m)
-    assert message.startswith("custom_train: 1 images")
+    message = next(m for m in log.messages if "images without boxes" in m)
+    assert message.endswith(": 1: image 80 (BloodImage_00164.jpg) has no box")
     assert what in message
     used = get_detection_dataset_dicts(["custom_train"], filter_empty=filter_empty)
     assert len(used) == 3 - filter_empty
@@ -96,9 +97,49 @@ def test_boxes_reaching_outside_are_counted(
 ) -> None:
     bccd.train["annotations"][0]["bbox"] = [600, 400, 100, 100]
     prepare(bccd.use(cfg))
-    assert f"{bccd.train_json}: 1 boxes reach outside their image and are clipped in training" in (
-        log.messages
+    assert any(
+        "boxes that reach outside their image, and are clipped: 1: annotation 1181 of" in message
+        for message in log.messages
     )
+
+
+@pytest.mark.parametrize("split", ["TRAIN", "TEST"])
+def test_what_the_policy_drops_is_in_neither_records_nor_evaluation(
+    split: str, bccd: Bccd, cfg: CfgNode, log: pytest.LogCaptureFixture
+) -> None:
+    content = bccd.train if split == "TRAIN" else bccd.val
+    image, annotation = content["images"][0], content["annotations"][-1]
+    (bccd.images / image["file_name"]).unlink()
+    annotation["bbox"][0] = float("nan")
+    cfg.DATASETS.CHECK.MISSING_IMAGE = "drop"
+    cfg.DATASETS.CHECK.MALFORMED_BOX = "drop"
+    prepare(bccd.use(cfg))
+    name = f"custom_{split.lower()}"
+    records = DatasetCatalog.get(name)
+    assert {record["image_id"] for record in records} == {i["id"] for i in content["images"][1:]}
+    boxes = [a["bbox"] for record in records for a in record["annotations"]]
+    assert boxes and np.isfinite(boxes).all()
+    warned = [r.getMessage() for r in log.records if r.levelname == "WARNING"]
+    assert any("missing image files, left out: 1: " in message for message in warned)
+    assert any("not four finite numbers, left out: 1: " in message for message in warned)
+    metadata = MetadataCatalog.get(name)
+    if split == "TEST":
+        evaluated = json.loads(Path(metadata.json_file).read_text())
+        assert [a["bbox"] for a in evaluated["annotations"]] == boxes
+        assert len(evaluated["images"]) == len(records)
+    else:  # nothing reads it
+        assert metadata.json_file == str(bccd.train_json)
+
+
+def test_json_is_parsed_once(bccd: Bccd, cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed = []
+    read = coco_json.read_coco_json
+    monkeypatch.setattr(coco_json, "read_coco_json", lambda path: parsed.append(path) or read(path))
+    prepare(bccd.use(cfg))
+    first, second = DatasetCatalog.get("custom_train"), DatasetCatalog.get("custom_train")
+    assert parsed == [str(bccd.train_json), str(bccd.val_json)]
+    first[0]["annotations"].clear()
+    assert second[0]["annotations"] and DatasetCatalog.get("custom_train") == second
 
 
 @pytest.mark.parametrize("split", ["TRAIN", "TEST"])

@@ -179,19 +179,19 @@ def test_config_keys_are_what_is_drawn(
 @pytest.mark.parametrize(
     ("key", "value", "allowed"),
     [
-        ("NUM_TRAIN", 0, "a whole number of at least 1"),
-        ("NUM_VAL", -4, "a whole number of at least 1"),
-        ("IMAGE_SIZE", 7, "a whole number of at least 8"),
+        ("NUM_TRAIN", 0, "a whole number from 1 to 100000"),
+        ("NUM_VAL", -4, "a whole number from 1 to 100000"),
+        ("IMAGE_SIZE", 7, "a whole number from 8 to 4096"),
         ("SEED", -1, "a whole number from 0 to 4294967295"),
         ("SEED", 2**32, "a whole number from 0 to 4294967295"),
-        ("NUM_OBJECTS", [5, 1], "[least, most] of at least 0"),
+        ("NUM_OBJECTS", [5, 1], "[least, most] from 0 to 1000"),
         ("NUM_OBJECTS", [0, 0], "nothing to learn"),
         ("NUM_OBJECTS", [3], "two whole numbers"),
         ("NUM_OBJECTS", [1, 2, 3], "two whole numbers"),
         ("NUM_OBJECTS", [1, 2.5], "two whole numbers"),
         ("NUM_OBJECTS", ["a", "b"], "two whole numbers"),
         ("NUM_OBJECTS", [False, True], "two whole numbers"),
-        ("NUM_CLUTTER", [-1, 4], "[least, most] of at least 0"),
+        ("NUM_CLUTTER", [-1, 4], "[least, most] from 0 to 1000"),
         ("OBJECT_SIZE", [4, 44], "from 8 to 256 (IMAGE_SIZE)"),
         ("OBJECT_SIZE", [16, 257], "from 8 to 256 (IMAGE_SIZE)"),
         ("EMPTY_FRACTION", -0.1, "a number in [0, 1)"),
@@ -234,3 +234,9 @@ def test_sizes_at_the_limits_can_be_drawn(
 def use_sample_set(cfg: CfgNode) -> None:
     cfg.DATASETS.TRAIN = ("retinanet_ext_sample_train",)
     cfg.DATASETS.TEST = ("retinanet_ext_sample_val",)
+
+
+def test_a_set_larger_than_the_disk_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"may need 1.01e[+]04 GB, and .* GB are free; lower DATA"):
+        make_sample_set(SampleSet(100_000, 100_000, 4096), tmp_path / "sample")
+    assert not list(tmp_path.iterdir())

@@ -1,14 +1,20 @@
-"""Weights that do not fit are refused, and what does fit is loaded."""
+"""Weights that do not fit are refused, what does fit is loaded, and what is saved is whole."""
 
+import logging
 import os
 import pickle
+import re
+import resource
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
-from detectors import make_model
+from detectors import make_cfg, make_model
 from retinanet_ext.engine import Checkpointer, export_weights
+from retinanet_ext.engine.checkpoint import find_weights, last_checkpoint
 from retinanet_ext.errors import InputError
 
 CLS_SCORE = "head.cls_score.weight"
@@ -236,3 +242,136 @@ def test_exported_weights_are_detectron2s(weights, tmp_path):
     with pytest.raises(InputError, match="exists"):
         export_weights(checkpoint, output)
     assert output.read_bytes() == before
+
+
+FIRST, SECOND = "model_0000004.pth", "model_0000009.pth"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Two checkpoints, small ones, as a run writes them."""
+    model = nn.Linear(4, 3)
+    checkpointer = Checkpointer(model, str(tmp_path))
+    for iteration in (4, 9):
+        nn.init.constant_(model.bias, iteration)
+        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+    return tmp_path
+
+
+def test_the_last_checkpoint_is_the_newest(run):
+    assert (run / "last_checkpoint").read_text() == SECOND
+    assert last_checkpoint(run) == (str(run / SECOND), [])
+    assert {path.name for path in run.iterdir()} == {FIRST, SECOND, "last_checkpoint"}
+    content = torch.load(run / SECOND)
+    assert content["iteration"] == 9 and content["model"]["bias"].eq(9).all()
+
+
+def test_a_full_disk_costs_no_checkpoint(run):
+    """The limit stands in for the disk: both end a write in the middle."""
+    before = {path: path.read_bytes() for path in run.iterdir()}
+    checkpointer = Checkpointer(nn.Linear(100, 100), str(run))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(InputError) as raised:
+            checkpointer.save("model_0000014")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    message = f"{run / 'model_0000014.pth'} cannot be written: File too large"
+    assert str(raised.value) == message
+    assert {path: path.read_bytes() for path in run.iterdir()} == before
+
+
+def test_what_a_kill_left_is_passed_over_and_written_over(run):
+    (run / ".unfinished_checkpoint").write_bytes((run / SECOND).read_bytes()[:700])
+    assert last_checkpoint(run) == (str(run / SECOND), [])
+    Checkpointer(nn.Linear(4, 3), str(run)).save("model_0000014")
+    assert not (run / ".unfinished_checkpoint").exists()
+    assert last_checkpoint(run)[0] == str(run / "model_0000014.pth")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_flipped_bit_is_found_or_changes_nothing(run, data):
+    whole = (run / SECOND).read_bytes()
+    content = bytearray(whole)
+    position = data.draw(st.integers(0, len(whole) * 8 - 1))
+    content[position // 8] ^= 1 << position % 8
+    (run / SECOND).write_bytes(content)
+    try:
+        found, passed_over = last_checkpoint(run)
+        if found == str(run / FIRST):
+            assert len(passed_over) == 1 and f"{SECOND}, which is damaged" in passed_over[0]
+        else:  # such as the date of an entry
+            loaded = torch.load(found)
+            assert loaded["iteration"] == 9 and loaded["model"]["bias"].eq(9).all()
+    finally:
+        (run / SECOND).write_bytes(whole)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.floats(0, 1, exclude_max=True))
+def test_a_truncated_checkpoint_is_found(run, share):
+    whole = (run / SECOND).read_bytes()
+    (run / SECOND).write_bytes(whole[: int(share * len(whole))])
+    try:
+        assert last_checkpoint(run)[0] == str(run / FIRST)
+    finally:
+        (run / SECOND).write_bytes(whole)
+
+
+def test_a_flipped_bit_in_a_tensor_is_found_in_any_weights(weights, model, tmp_path):
+    """torch itself loads such a file."""
+    path = save({"model": weights}, tmp_path / "model.pth")
+    content = bytearray((tmp_path / "model.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "model.pth").write_bytes(content)
+    torch.load(path)
+    with pytest.raises(InputError, match=r"model\.pth are damaged"):
+        Checkpointer(model).load(path)
+
+
+@pytest.mark.parametrize(
+    ("lost", "expected"),
+    [
+        ([SECOND], f"names .*{SECOND}, which is missing; .*{FIRST} is used"),
+        (["last_checkpoint"], f"last_checkpoint is missing; .*{SECOND} is used"),
+        (["last_checkpoint", SECOND], f"last_checkpoint is missing; .*{FIRST} is used"),
+    ],
+)
+def test_the_checkpoint_before_is_used_and_said_so(lost, expected, run, caplog):
+    for name in lost:
+        (run / name).unlink()
+    cfg = make_cfg("OUTPUT_DIR", str(run))
+    logger = logging.getLogger("retinanet_ext.engine.checkpoint")
+    logger.addHandler(caplog.handler)
+    try:
+        found = find_weights(cfg, resume=True, eval_only=False)
+    finally:
+        logger.removeHandler(caplog.handler)
+    (record,) = {record.getMessage() for record in caplog.records}
+    assert re.search(expected, record) and record.endswith(f"{found} is used")
+
+
+def test_a_checkpoint_after_the_named_one_is_left_alone(run):
+    """A person who names an earlier one has a reason to."""
+    (run / "model_final.pth").write_bytes((run / SECOND).read_bytes())
+    (run / "last_checkpoint").write_text(FIRST)
+    assert last_checkpoint(run)[0] == str(run / FIRST)
+    (run / FIRST).write_bytes(b"")
+    with pytest.raises(InputError, match=f"{FIRST}, which is damaged"):
+        last_checkpoint(run)
+
+
+def test_all_damaged_checkpoints_are_named(run):
+    for name in (FIRST, SECOND):
+        (run / name).write_bytes(b"PK")
+    with pytest.raises(InputError) as raised:
+        find_weights(make_cfg("OUTPUT_DIR", str(run)), resume=True, eval_only=False)
+    message = str(raised.value)
+    assert "\n" not in message and "another OUTPUT_DIR" in message
+    assert f"{SECOND}, which is damaged" in message and f"{FIRST} is damaged" in message
+
+
+def test_no_run_at_all(tmp_path):
+    assert last_checkpoint(tmp_path) == ("", [])

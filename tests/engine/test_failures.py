@@ -1,21 +1,20 @@
 """The line that ends a run."""
 
+import pickle
+
 import pytest
-import torch
-from detectron2.engine import SimpleTrainer
-from detectron2.utils.events import EventStorage
 
-from retinanet_ext.engine.failures import DIVERGED, explain
+from retinanet_ext.engine.failures import DIVERGED, INPUT_ERROR, STOPPED, NonFiniteError, explain
+from retinanet_ext.errors import InputError, StoppedError
 
 
-@pytest.mark.parametrize("value", ["inf", "nan"])
-def test_divergence_names_iteration_and_losses(value):
-    losses = {"loss_cls": torch.tensor(float(value)), "loss_box_reg": torch.tensor(0.123456)}
-    with EventStorage(), pytest.raises(FloatingPointError) as raised:
-        SimpleTrainer.write_metrics(losses, 0.0, 41)
-    code, line = explain(raised.value)
-    assert code == DIVERGED
-    assert line.startswith(f"diverged at iteration 41: loss_cls {value}, loss_box_reg 0.1235;")
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(InputError, INPUT_ERROR), (NonFiniteError, DIVERGED), (StoppedError, STOPPED)],
+)
+def test_expected_ends_are_their_message_from_another_process_too(error, code):
+    received = pickle.loads(pickle.dumps(error("at iteration 41: loss_cls nan")))
+    assert explain(received) == (code, "at iteration 41: loss_cls nan")
 
 
 def test_other_errors_are_not_explained():

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from PIL import Image
+from torch.testing import assert_close
 
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine import Trainer, load_config
@@ -120,5 +122,22 @@ def test_bfloat16_on_the_cpu_is_autocast_of_the_forward_pass(tmp_path):
 
 def test_an_unknown_precision_is_refused(tmp_path):
     cfg = make_cfg(tmp_path, "SOLVER.AMP.PRECISION", "int8")
-    with pytest.raises(InputError, match="PRECISION must be float16 or bfloat16, got 'int8'"):
+    with pytest.raises(InputError, match="SOLVER.AMP.PRECISION 'int8' is unknown; known: 'float16', 'bfloat16'"):
         check_config(cfg, num_processes=1, eval_only=False)
+
+
+def test_fused_optimizer_takes_the_same_steps(tmp_path):
+    weights = []
+    for name in ("False", "True"):
+        cfg = make_cfg(
+            tmp_path / name, "SOLVER.FUSED", name, "SEED", "1", "TEST.EVAL_PERIOD", "0",
+            "SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.MAX_ITER", "3",
+        )  # fmt: skip
+        seed_all_rng(1)
+        trainer = Trainer(cfg)
+        assert all(bool(g["fused"]) == cfg.SOLVER.FUSED for g in trainer.optimizer.param_groups)
+        with EventStorage():
+            for trainer.iter in range(3):
+                trainer.run_step()
+        weights.append(trainer.model.state_dict())
+    assert_close(weights[1], weights[0])

@@ -1,0 +1,205 @@
+"""Training batches as a function of the seed and of the place in the stream of samples alone.
+
+So a resumed run sees what the uninterrupted one would have seen, and one process with any number
+of workers what several processes, or several micro-batches, see together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetFromList, get_detection_dataset_dicts
+from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
+from detectron2.utils import comm
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from retinanet_ext.errors import InputError
+
+Mapper = Callable[[dict[str, Any]], dict[str, Any]]
+
+Sample = tuple[int, int]
+"""A place in the stream of samples, and the index of the image that stands there."""
+
+
+def build_train_loader(cfg: CfgNode, mapper: Mapper) -> TrainLoader:
+    """Return the batches that ``DATASETS.TRAIN`` and the keys of ``DATALOADER`` describe.
+
+    Detectron2 reads and filters the data and gives the order of samples. A batch of
+    ``SOLVER.IMS_PER_BATCH`` images is shared out to the processes, and each share to
+    ``SOLVER.ACCUMULATE`` micro-batches; with ``ASPECT_RATIO_GROUPING`` all its images are wide, or
+    none is. With a ``SEED`` below 0 the processes agree on a random one.
+
+    Raises:
+        InputError: the sampler is unknown, or the data have no order to go on in
+    """
+    return TrainLoader(cfg, mapper)
+
+
+class TrainLoader(Iterable[list[dict[str, Any]]]):
+    """Micro-batches of this process without end, see :func:`build_train_loader`.
+
+    Attributes:
+        seed: of the order of samples and of the mapper's randomness
+        num_images: images, of all processes, that lie before the first batch
+    """
+
+    def __init__(self, cfg: CfgNode, mapper: Mapper) -> None:
+        self.cfg = cfg
+        self.mapper = mapper
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self.num_images = 0
+        records = get_detection_dataset_dicts(
+            cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+        )
+        if isinstance(records, IterableDataset):
+            raise InputError(
+                f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} is an IterableDataset, in which a "
+                "resumed run cannot find its place; register a function that returns a list"
+            )
+        self.groups = bytes(len(records))
+        if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
+            self.groups = bytes(record["width"] > record["height"] for record in records)
+        if isinstance(records, list):
+            records = DatasetFromList(records, copy=False)  # one tensor, which workers share
+        self.records = records
+
+    def state_dict(self, num_batches: int) -> dict[str, int]:
+        """Return the state after that many batches of all processes since the run's start."""
+        return {"seed": self.seed, "num_images": num_batches * self.cfg.SOLVER.IMS_PER_BATCH}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go on there, with the same seed unless the config names one."""
+        if self.cfg.SEED < 0:
+            self.seed = state["seed"]
+        self.num_images = state["num_images"]
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:
+        batch_size = self.cfg.SOLVER.IMS_PER_BATCH
+        batches = group_batches(self._sampler()._infinite_indices(), self.groups, batch_size)
+        batches = itertools.islice(batches, self.num_images // batch_size, None)
+        workers = self.cfg.DATALOADER.NUM_WORKERS
+        loader = DataLoader(
+            _MappedSamples(self.records, self.mapper, self.seed),
+            batch_sampler=share_out(
+                batches,
+                rank=comm.get_rank(),
+                num_processes=comm.get_world_size(),
+                num_micro_batches=self.cfg.SOLVER.get("ACCUMULATE", 1),
+            ),
+            num_workers=workers,
+            collate_fn=trivial_batch_collator,
+            worker_init_fn=_end_with_the_parent_alone,
+            pin_memory=torch.device(self.cfg.MODEL.DEVICE).type == "cuda",
+            generator=torch.Generator(),  # its draw is not to move the generator of the training
+        )
+        return iter(loader)
+
+    def _sampler(self) -> Any:
+        """Return Detectron2's sampler; all its randomness is the seed's."""
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.SEED = self.seed
+        try:
+            with _keep_generators():
+                seed_generators(self.seed)  # where it takes no seed, Detectron2 draws one
+                parts = _train_loader_from_config(cfg, self.mapper, dataset=self.records)
+        except (AssertionError, ValueError) as error:
+            raise InputError(
+                f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN!r} cannot be used: "
+                f"{error or type(error).__name__}"
+            ) from error
+        return parts["sampler"]
+
+
+def group_batches(
+    indices: Iterable[int], groups: Sequence[int], batch_size: int
+) -> Iterator[list[Sample]]:
+    """Yield batches of samples of one group, in the order in which they fill up.
+
+    Args:
+        indices: the stream of samples, indices of images
+        groups: the group of each image
+        batch_size: samples of a batch
+    """
+    waiting: list[list[Sample]] = [[] for _ in range(max(groups) + 1)]
+    for sample in enumerate(indices):
+        group = groups[sample[1]]
+        waiting[group].append(sample)
+        if len(waiting[group]) == batch_size:
+            yield waiting[group]
+            waiting[group] = []
+
+
+def share_out(
+    batches: Iterable[list[Sample]], *, rank: int, num_processes: int, num_micro_batches: int
+) -> Iterator[list[Sample]]:
+    """Yield the micro-batches of one process: its share of each batch, in equal parts."""
+    for batch in batches:
+        share = batch[rank::num_processes]
+        size = len(share) // num_micro_batches
+        for start in range(0, len(share), size):
+            yield share[start : start + size]
+
+
+def seed_generators(seed: int, *key: int) -> None:
+    """Seed Python's, numpy's and torch's generators on the CPU with a function of seed and key."""
+    words = np.random.SeedSequence(seed, spawn_key=key).generate_state(3).tolist()
+    random.seed(words[0])
+    np.random.seed(words[1])
+    torch.default_generator.manual_seed(words[2])
+
+
+@contextmanager
+def _keep_generators() -> Iterator[None]:
+    """Leave the generators of :func:`seed_generators` as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class _MappedSamples(Dataset[dict[str, Any]]):
+    """Images by sample: the mapper's randomness comes from the place in the stream."""
+
+    def __init__(self, records: Sequence[dict[str, Any]], mapper: Mapper, seed: int) -> None:
+        self.records = records
+        self.mapper = mapper
+        self.seed = seed
+
+    def __getitems__(self, samples: list[Sample]) -> list[dict[str, Any]]:
+        with _keep_generators():
+            return [self._load(position, index) for position, index in samples]
+
+    def _load(self, position: int, index: int) -> dict[str, Any]:
+        seed_generators(self.seed, position)
+        return self.mapper(self.records[index])
+
+
+def _end_with_the_parent_alone(worker_id: int) -> None:
+    """Leave it to the parent to end this worker.
+
+    A scheduler's SIGTERM reaches workers too, and the parent needs them for its last iteration.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait_for_the_parent() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait_for_the_parent, daemon=True).start()

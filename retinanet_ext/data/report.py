@@ -1,0 +1,334 @@
+"""The check of a config's data as a report: JSON for programs, text for people, an exit code."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
+from tabulate import tabulate
+
+import retinanet_ext
+from retinanet_ext.data.check import (
+    KINDS,
+    CheckedData,
+    check_coco,
+    find_image_faults,
+    read_policy,
+)
+from retinanet_ext.data.coco_json import (
+    class_names,
+    contiguous_category_ids,
+    is_region_to_ignore,
+    join_some,
+    read_coco_json,
+    to_dataset_dicts,
+)
+from retinanet_ext.data.coverage import (
+    SIZES,
+    build_grid,
+    measure_coverage,
+    suggest_anchors,
+    training_boxes,
+)
+from retinanet_ext.data.register import Source, compare_classes, find_sources
+from retinanet_ext.errors import InputError
+from retinanet_ext.files import write_file
+
+FORMAT = 1
+SHOWN = 5  # findings of a kind in the text; the JSON has all
+
+MARKS = {"refuse": "REFUSED", "drop": "left out", "keep": "kept"}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found.
+
+    Attributes:
+        content: for a JSON file, see ``docs/check_data.md``
+        text: the same to read
+        exit_code: 1 if training would refuse the data, else 0
+    """
+
+    content: dict[str, Any]
+    text: str
+    exit_code: int
+
+    def write(self, path: Path) -> None:
+        """Write the JSON file.
+
+        Raises:
+            InputError: there is a file of this name, or it cannot be written
+        """
+        refuse_existing(path)
+        write_file(path, json.dumps(self.content, indent=1) + "\n")
+
+
+def refuse_existing(path: Path) -> None:
+    """Refuse the name of a report that is there: an earlier one is not overwritten."""
+    if path.exists():
+        raise InputError(f"{path} exists; --output takes the name of a new file")
+
+
+def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
+    """Check the data that a config names for training and testing; all images are decoded.
+
+    Args:
+        cfg: the whole config; not changed
+        search_anchors: look for anchors that cover the training boxes better
+
+    Raises:
+        InputError: what cannot be checked: no data named, a file that is no COCO json, a folder
+            that is missing, a policy that is not allowed
+    """
+    sources = list(dict.fromkeys(find_sources(cfg, ["TRAIN", "TEST"])))
+    if not sources:
+        raise InputError(
+            "no data are named; set DATASETS.CUSTOM.TRAIN_JSON and DATASETS.CUSTOM.TRAIN_IMAGES, "
+            "or DATASETS.TRAIN"
+        )
+    policy = read_policy(cfg.DATASETS.CHECK)
+    contents, texts = [], []
+    classes = {}
+    for source in sources:
+        checked = _check(cfg, source, policy)
+        names = class_names(checked.content)
+        classes[source.name] = names
+        place = {key: value for key, value in asdict(source).items() if key != "is_ours"}
+        content = {**place, **_describe(checked)}
+        text = [_format_data(source, content)]
+        if source.split == "TRAIN" and content["facts"]["boxes"]:
+            backbone, grid = build_grid(cfg)
+            records = to_dataset_dicts(checked.content, source.image_root)
+            data = training_boxes(cfg, records, backbone)
+            content["coverage"] = measure_coverage(cfg, data, grid, names)
+            text.append(_format_coverage(content["coverage"]))
+            if search_anchors:
+                content["suggestion"] = suggest_anchors(cfg, data, grid)
+                text.append(_format_suggestion(content["suggestion"]))
+        contents.append(content)
+        texts.append("\n\n".join(text))
+
+    conclusion, refused = _conclude(contents, compare_classes(classes))
+    return Report(
+        {
+            "format": FORMAT,
+            "version": retinanet_ext.__version__,
+            "refused": refused,
+            "conclusion": conclusion,
+            "data_sets": contents,
+        },
+        "\n\n\n".join([*texts, conclusion]),
+        int(refused),
+    )
+
+
+def _check(cfg: CfgNode, source: Source, policy: dict[str, str]) -> CheckedData:
+    if not source.is_ours and MetadataCatalog.get(source.name).get("evaluator_type") != "coco":
+        raise InputError(
+            f"data set {source.name} is not in COCO's format, which is all that is read"
+        )
+    content = read_coco_json(source.json_file)
+    faults = find_image_faults(content, source.image_root, cfg.INPUT.FORMAT, decode_all=True)
+    return check_coco(source.json_file, content, policy, faults)
+
+
+def _describe(checked: CheckedData) -> dict[str, Any]:
+    """Return the facts about what is used, and the findings by kind."""
+    content = checked.content
+    images, categories = content["images"], content["categories"]
+    objects = [a for a in content["annotations"] if not is_region_to_ignore(a)]
+    labels, names = contiguous_category_ids(content), class_names(content)
+    counts = Counter(a["image_id"] for a in objects)
+    an_image = [counts[image["id"]] for image in images]
+    classes: dict[str, dict[str, Any]] = {
+        name: {"category_id": None, "boxes": 0, "images": 0, **dict.fromkeys(SIZES, 0)}
+        for name in names
+    }
+    for category in categories:
+        classes[category["name"]]["category_id"] = category["id"]
+    with_class = {(a["image_id"], a["category_id"]) for a in objects}
+    for _, category_id in with_class:
+        classes[names[labels[category_id]]]["images"] += 1
+    for annotation in objects:
+        row = classes[names[labels[annotation["category_id"]]]]
+        row["boxes"] += 1
+        area = annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3])
+        row[next(name for name, limit in SIZES.items() if area < limit)] += 1
+    return {
+        "facts": {
+            "images": len(images),
+            "empty_images": an_image.count(0),
+            "boxes": len(objects),
+            "regions_to_ignore": len(content["annotations"]) - len(objects),
+            "boxes_an_image": {
+                "mean": statistics.fmean(an_image) if an_image else 0.0,
+                "min": min(an_image, default=0),
+                "max": max(an_image, default=0),
+            },
+            "image_sizes": {
+                f"{width} x {height}": count
+                for (width, height), count in Counter(
+                    (image["width"], image["height"]) for image in images
+                ).most_common()
+            },
+            "classes": classes,
+        },
+        "findings": [
+            {
+                "kind": kind,
+                "what": KINDS[kind].what,
+                "policy": checked.policy[kind],
+                "count": len(findings),
+                "items": [
+                    {key: value for key, value in asdict(finding).items() if key != "kind"}
+                    for finding in findings
+                ],
+            }
+            for kind, findings in checked.by_kind().items()
+        ],
+    }
+
+
+def _format_data(source: Source, content: dict[str, Any]) -> str:
+    facts = content["facts"]
+    an_image = facts["boxes_an_image"]
+    sizes = list(facts["image_sizes"])
+    lines = [
+        f"{source.name}: {source.json_file}, images in {source.image_root}",
+        "",
+        f"{facts['images']} images ({join_some(sizes, 3)}), {facts['empty_images']} without boxes; "
+        f"{facts['boxes']} boxes, {an_image['min']} to {an_image['max']} an image, "
+        f"{an_image['mean']:.1f} on average; {facts['regions_to_ignore']} regions to ignore",
+        "",
+        _table(
+            ["class", "boxes", "images", *SIZES],
+            (
+                [name, row["boxes"], row["images"], *(row[size] for size in SIZES)]
+                for name, row in facts["classes"].items()
+            ),
+        ),
+        "",
+    ]
+    if not content["findings"]:
+        lines.append("Nothing is wrong with them.")
+    for found in content["findings"]:
+        lines.append(f"{MARKS[found['policy']]:>8}  {found['what']}: {found['count']}")
+        messages = [item["message"] for item in found["items"]]
+        lines += [f"{'':10}{line}" for line in messages[:SHOWN]]
+        if len(messages) > SHOWN:
+            lines.append(f"{'':10}and {len(messages) - SHOWN} more")
+    return "\n".join(lines)
+
+
+def _format_coverage(coverage: dict[str, Any]) -> str:
+    low, high = coverage["thresholds"]
+    groups = {**coverage["by_class"], **coverage["by_size"], "all": coverage["all"]}
+    table = _table(
+        [
+            "",
+            "boxes",
+            "best IoU",
+            f"< {low}",
+            f"{low} to {high}",
+            f">= {high}",
+            "anchors a box",
+            "least",
+        ],
+        (
+            [
+                name,
+                row["boxes"],
+                f"{row['mean_best_iou']:.2f}",
+                *(f"{100 * row[share]:.1f} %" for share in ("below", "between", "reached")),
+                f"{row['positives_mean']:.1f}",
+                row["positives_min"],
+            ]
+            for name, row in groups.items()
+        ),
+    )
+    sides = join_some(coverage["short_sides"])
+    lines = [
+        f"Anchors at the training resize (short side {sides}, long side at most "
+        f"{coverage['max_size']}): {coverage['anchors_an_image']:.0f} an image",
+        "",
+        table,
+    ]
+    unreached = coverage["all"]["boxes"] - round(
+        coverage["all"]["reached"] * coverage["all"]["boxes"]
+    )
+    if unreached:
+        kept = {
+            "all": "learned by their best anchor alone",
+            "ignored_band": f"learned by their best anchor alone, and below {low} not at all",
+            "none": "not learned",
+        }[coverage["low_quality_matches"]]
+        lines += [
+            "",
+            f"{unreached} boxes that no anchor reaches at {high} are {kept} "
+            f"(MODEL.RETINANET.LOW_QUALITY_MATCHES {coverage['low_quality_matches']}).",
+        ]
+    return "\n".join(lines)
+
+
+def _format_suggestion(suggestion: dict[str, Any]) -> str:
+    before, after = (f"{100 * share:.1f} %" for share in suggestion["reached"])
+    if not suggestion["is_better"]:
+        return (
+            f"The search found no anchors that reach more boxes: {before} now, {after} at best "
+            f"with up to {max(suggestion['anchors_a_cell'])} a cell."
+        )
+    iou_before, iou_after = (f"{iou:.2f}" for iou in suggestion["mean_best_iou"])
+    cell_before, cell_after = suggestion["anchors_a_cell"]
+    rows = [
+        ["boxes reached", before, "->", after],
+        ["mean best IoU", iou_before, "->", iou_after],
+        ["anchors a cell", cell_before, "->", cell_after],
+        *([key, old, "->", new] for key, (old, new) in suggestion["keys"].items()),
+    ]
+    pairs = " ".join(
+        f"{key} '{new}'" if isinstance(new, list) else f"{key} {new}"
+        for key, (_, new) in suggestion["keys"].items()
+    )
+    lines = ["Better anchors:", "", tabulate(rows, tablefmt="plain", disable_numparse=True), ""]
+    if cell_before != cell_after:
+        lines.append(
+            f"Weights with {cell_before} anchors a cell then need "
+            "MODEL.RETINANET.REINIT_MISMATCHED True."
+        )
+    lines += ["To use them, add to the command:", "", pairs]
+    return "\n".join(lines)
+
+
+def _conclude(contents: list[dict[str, Any]], difference: str | None) -> tuple[str, bool]:
+    """Return the last line, and whether training refuses the data."""
+    findings = [found for content in contents for found in content["findings"]]
+    counts = {
+        policy: sum(found["count"] for found in findings if found["policy"] == policy)
+        for policy in MARKS
+    }
+    nothing = [c["name"] for c in contents if c["split"] == "TRAIN" and not c["facts"]["boxes"]]
+    reasons = [f"faults that are refused: {counts['refuse']}"] if counts["refuse"] else []
+    reasons += [f"{name} has no box to learn from" for name in nothing]
+    reasons += [difference] if difference else []
+    if reasons:
+        keys = [
+            KINDS[found["kind"]].key
+            for found in findings
+            if found["policy"] == "refuse" and "drop" in KINDS[found["kind"]].policies
+        ]
+        remedy = f"; to leave them out: {' drop '.join(dict.fromkeys(keys))} drop" if keys else ""
+        return f"Training refuses these data: {'; '.join(reasons)}{remedy}.", True
+    return f"Training takes these data; left out: {counts['drop']}, kept: {counts['keep']}.", False
+
+
+def _table(headers: list[str], rows: Iterable[list[Any]]) -> str:
+    align = ["left", *["right"] * (len(headers) - 1)]
+    return tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True)

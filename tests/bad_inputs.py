@@ -1,0 +1,894 @@
+"""Bad inputs as data: what is given, the exit code, and what the one line on stderr says.
+
+``python tests/bad_inputs.py`` tries each and writes the page ``docs/bad_inputs.md``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from PIL import Image
+from torch import nn
+
+from retinanet_ext.engine import main
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs/bad_inputs.md"
+INFINITE = float("inf")
+NOT_A_NUMBER = float("nan")
+
+
+@dataclass
+class Case:
+    """A folder with a copy of five real images, an earlier run, and what a row makes of them."""
+
+    folder: Path
+    train: Any
+    val: Any
+    flags: list[str] = field(default_factory=list)
+    opts: list[str] = field(default_factory=list)
+
+    @classmethod
+    def make(cls, folder: Path) -> Case:
+        shutil.copytree(ROOT / "tests/fixtures/bccd_mini", folder / "data")
+        (folder / "earlier").mkdir()
+        (folder / "earlier/model_final.pth").write_bytes(b"an earlier run")
+        train, val = (
+            json.loads((folder / f"data/instances_{name}.json").read_text())
+            for name in ("train_raw", "val")
+        )
+        base = ROOT / "tests/engine/tiny.yaml"
+        (folder / "config.yaml").write_text(f"_BASE_: {base}\nMODEL: {{DEVICE: cpu}}\n")
+        return cls(folder, train, val)
+
+    def write(self, name: str, content: str | bytes) -> str:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    def save(self, name: str, content: Any) -> str:
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        return self.write(name, buffer.getvalue())
+
+    @property
+    def box(self) -> dict[str, Any]:
+        """An annotation of the training data."""
+        return self.train["annotations"][0]
+
+    @property
+    def image(self) -> Path:
+        """The file of the first training image."""
+        return self.folder / "data/images" / self.train["images"][0]["file_name"]
+
+    def argv(self) -> list[str]:
+        """Write the data, and return the command line."""
+        data = self.folder / "data"
+        opts = ["OUTPUT_DIR", str(self.folder / "run")]
+        for split, content in (("TRAIN", self.train), ("TEST", self.val)):
+            if not isinstance(content, bytes):
+                content = json.dumps(content).encode()
+            file = self.write(f"data/{split.lower()}.json", content)
+            opts += [f"DATASETS.CUSTOM.{split}_JSON", file]
+            opts += [f"DATASETS.CUSTOM.{split}_IMAGES", str(data / "images")]
+        config = [] if "--config-file" in self.flags else self.config("config.yaml")
+        return [*config, *self.flags, *opts, *self.opts]
+
+    def config(self, name: str) -> list[str]:
+        return ["--config-file", str(self.folder / name)]
+
+    def contents(self) -> dict[str, str]:
+        return {
+            str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file()
+        }
+
+
+Change = Callable[[Case], Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One bad input.
+
+    Attributes:
+        area: data, config, checkpoint or environment
+        given: in words
+        expected: is in the one line
+        change: what is done to a :class:`Case`
+        code: exit code
+        starts: the training begins, so that it may write into its own folder
+    """
+
+    area: str
+    given: str
+    expected: str
+    change: Change
+    code: int = 2
+    starts: bool = False
+
+
+def opts(*values: Any) -> Change:
+    return lambda case: case.opts.extend(map(str, values))
+
+
+def flags(*values: str) -> Change:
+    return lambda case: case.flags.extend(values)
+
+
+def box(**values: Any) -> Change:
+    return lambda case: case.box.update(values)
+
+
+def image_entry(**values: Any) -> Change:
+    return lambda case: case.train["images"][0].update(values)
+
+
+def config_file(content: str | bytes) -> Change:
+    def change(case: Case) -> None:
+        case.write("bad.yaml", content)
+        case.flags += case.config("bad.yaml")
+
+    return change
+
+
+def train_json(content: bytes) -> Change:
+    return lambda case: setattr(case, "train", content)
+
+
+def drop(where: str, key: str | None = None) -> Change:
+    """Empty a list of the training data, or remove a field of its first entry."""
+
+    def change(case: Case) -> None:
+        if key is None:
+            case.train[where] = []
+        else:
+            del case.train[where][0][key]
+
+    return change
+
+
+def twice(where: str) -> Change:
+    return lambda case: case.train[where].append(dict(case.train[where][0]))
+
+
+def replace_image(write: Callable[[Path], Any]) -> Change:
+    return lambda case: write(case.image)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def rotate(path: Path) -> None:
+    with Image.open(path) as image:
+        exif = image.getexif()
+        exif[0x0112] = 6  # a quarter turn
+        image.save(path, exif=exif)
+
+
+def pixel_bomb(path: Path) -> None:
+    """A PNG of a few bytes whose header says 60000 x 60000 pixels."""
+    Image.new("L", (1, 1)).save(path, format="png")
+    content = bytearray(path.read_bytes())
+    content[16:24] = (60000).to_bytes(4, "big") * 2
+    import zlib
+
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    path.write_bytes(content)
+
+
+def chain(*changes: Change) -> Change:
+    return lambda case: [change(case) for change in changes]
+
+
+def test_data(name: str) -> Change:
+    """Test on a registered data set."""
+    custom = ("DATASETS.CUSTOM.TEST_JSON", "", "DATASETS.CUSTOM.TEST_IMAGES", "")
+    return opts(*custom, "DATASETS.TEST", f"('{name}',)")
+
+
+def bccd_faults(refused: str) -> Change:
+    """Real annotations with faults; images of their size stand for those that are not here."""
+
+    def change(case: Case) -> None:
+        picture = case.image
+        file = ROOT / "tests/fixtures/bccd_faults/instances_raw.json"
+        case.train = json.loads(file.read_text())
+        if "MISSING" not in refused:
+            for image in case.train["images"]:
+                shutil.copy(picture, case.folder / "data/images" / image["file_name"])
+        case.opts += [refused, "refuse"]
+
+    return change
+
+
+DATA = [
+    ("a json that is not there", "none.json", opts("DATASETS.CUSTOM.TRAIN_JSON", "none.json")),
+    ("a folder as json", "Is a directory", opts("DATASETS.CUSTOM.TRAIN_JSON", "/")),
+    ("half a json", "is not JSON", train_json(b'{"images": [{"id": 1')),
+    ("a json that is empty", "is not JSON", train_json(b"")),
+    ("a json in another encoding", "is not JSON", train_json(b'{"images": "\xff\xfe"}')),
+    ("a json nested 100,000 deep", "is not JSON", train_json(b"[" * 100_000)),
+    ("a list in place of a COCO json", "no list of images", train_json(b"[1, 2]")),
+    ("no images", "list of images is empty", drop("images")),
+    ("no classes", "list of categories is empty", drop("categories")),
+    ("no boxes", "nothing to learn", drop("annotations")),
+    ("a box that is missing", "bbox is missing; it must be", drop("annotations", "bbox")),
+    (
+        "NaN in a box",
+        "bbox is [nan, 1, 2, 3]; it must be 4 finite numbers",
+        box(bbox=[NOT_A_NUMBER, 1, 2, 3]),
+    ),
+    ("infinity in a box", "bbox is [0, 0, inf, 3]", box(bbox=[0, 0, INFINITE, 3])),
+    (
+        "an inverted box",
+        "bbox [90, 90, -20, 10] must have width and height >= 0",
+        box(bbox=[90, 90, -20, 10]),
+    ),
+    ("a box of three numbers", "bbox is [1, 2, 3]", box(bbox=[1, 2, 3])),
+    ("a box of text", "bbox is '1 2 3 4'", box(bbox="1 2 3 4")),
+    ("a class id that is not listed", "category_id 9 is not a category", box(category_id=9)),
+    ("an image id that is not listed", "image_id 77 is not among the images", box(image_id=77)),
+    ("an id that is a fraction", "id is 1.5; it must be an integer", box(id=1.5)),
+    ("a crowd flag of 2", "iscrowd is 2; it must be 0 or 1", box(iscrowd=2)),
+    ("an area below 0", "area is -1", box(area=-1)),
+    ("a number of 400 digits", "it must be an integer", box(id=10**400)),
+    ("two images of one id", "image id 80 is used by", twice("images")),
+    ("two boxes of one id", "the id is used before", twice("annotations")),
+    (
+        "two classes of one name",
+        "category name RBC is used 2 times",
+        lambda c: c.train["categories"].append({"id": 7, "name": "RBC"}),
+    ),
+    (
+        "a class without a name",
+        "categories[0] (id 1): name is ''",
+        lambda c: c.train["categories"][0].update(name=""),
+    ),
+    ("a width of 0", "images[0] (id 80): width is 0", image_entry(width=0)),
+    (
+        "a file name that climbs out",
+        "leaves the image folder",
+        image_entry(file_name="../../secret.jpg"),
+    ),
+    ("an absolute file name", "leaves the image folder", image_entry(file_name="/etc/passwd")),
+    ("a URL as file name", "missing", image_entry(file_name="http://a.example/b.jpg")),
+    ("a file name with a zero byte", "missing", image_entry(file_name="a\0.jpg")),
+    (
+        "an image that is missing",
+        "BloodImage_00164.jpg (image id 80) is missing",
+        replace_image(Path.unlink),
+    ),
+    ("half an image", "image file is truncated", replace_image(truncate)),
+    ("text as an image", "not an image", replace_image(lambda path: path.write_text("text"))),
+    ("an image of no bytes", "not an image", replace_image(lambda path: path.write_bytes(b""))),
+    (
+        "an image of 60000 x 60000 pixels in a few bytes",
+        "exceeds limit of",
+        replace_image(pixel_bomb),
+    ),
+    (
+        "an image of another size than the json's",
+        "IMAGE_SIZE drop leaves it out",
+        image_entry(width=641),
+    ),
+    (
+        "an image turned by EXIF, the json's size not",
+        "IMAGE_SIZE drop leaves it out",
+        replace_image(rotate),
+    ),
+    (
+        "an image folder that is not there",
+        "image folder none does not exist",
+        opts("DATASETS.CUSTOM.TRAIN_IMAGES", "none"),
+    ),
+    (
+        "a json without its image folder",
+        "TRAIN_IMAGES is empty; set both",
+        opts("DATASETS.CUSTOM.TRAIN_IMAGES", ""),
+    ),
+    (
+        "other classes in the test data",
+        "must have the same classes",
+        lambda c: c.val["categories"][0].update(name="cell"),
+    ),
+    (
+        "a class fewer in the test data",
+        "must have the same classes",
+        lambda c: (c.val["categories"].pop(), c.val.update(annotations=[])),
+    ),
+    ("80 classes for data of 3", "NUM_CLASSES is 80, but", opts("MODEL.RETINANET.NUM_CLASSES", 80)),
+    ("a data set that is not registered", "which is not registered", test_data("mine")),
+    ("other classes in a registered data set", "must have the same", test_data("coco_2017_val")),
+    (
+        "COCO without its files",
+        "DETECTRON2_DATASETS",
+        chain(
+            flags("--eval-only"), opts("MODEL.WEIGHTS", "config.yaml"), test_data("coco_2017_val")
+        ),
+    ),
+    (
+        "BCCD's annotations as they came, faults refused",
+        "annotation 2288",
+        opts("DATASETS.CHECK.ZERO_AREA_BOX", "refuse"),
+    ),
+    (
+        "BCCD's annotations as they came, with a cell labelled twice",
+        "BloodImage_00020",
+        bccd_faults("DATASETS.CHECK.DUPLICATE_BOX"),
+    ),
+    (
+        "BCCD's annotations as they came, without their images",
+        "missing",
+        bccd_faults("DATASETS.CHECK.MISSING_IMAGE"),
+    ),
+    ("an unknown policy for faults", "refuse", opts("DATASETS.CHECK.INVERTED_BOX", "mend")),
+    (
+        "no data at all",
+        "DATASETS.TRAIN is empty",
+        opts("DATASETS.CUSTOM.TRAIN_JSON", "", "DATASETS.CUSTOM.TRAIN_IMAGES", ""),
+    ),
+]
+
+CONFIG = [
+    ("no config file", "--config-file is needed", lambda c: c.flags.extend(["--config-file", ""])),
+    (
+        "a config file that is not there",
+        "No such file",
+        lambda c: c.flags.extend(c.config("none.yaml")),
+    ),
+    (
+        "a python tag that runs a program",
+        "a python tag may run any code",
+        config_file("OUTPUT_DIR: !!python/object/apply:os.system ['touch ran']"),
+    ),
+    ("a _BASE_ that is not there", "named by _BASE_", config_file("_BASE_: none.yaml")),
+    ("a _BASE_ that is the file itself", "_BASE_ leads back", config_file("_BASE_: bad.yaml")),
+    ("half a YAML file", "not valid YAML", config_file("SOLVER: {MAX_ITER: [1")),
+    ("a picture as YAML", "not valid YAML", config_file(b"\x89PNG\r\n\x1a\n\x00\x00")),
+    ("a list in place of keys", "must hold 'KEY: value' lines", config_file("- SOLVER")),
+    ("a misspelt key", "did you mean SOLVER.MAX_ITER", opts("SOLVER.MAX_ITR", 5)),
+    ("a group of keys as a value", "SOLVER is a group of keys", opts("SOLVER", 5)),
+    ("KEY=VALUE", "come as pairs KEY VALUE, with a space", opts("SOLVER.MAX_ITER=5")),
+    ("a key without a value", "come as pairs KEY VALUE", opts("SOLVER.MAX_ITER")),
+    ("a flag behind the keys", "must stand before the first", opts("SEED", 1, "--resume")),
+    ("text for a number", "takes a value of type float", opts("SOLVER.BASE_LR", "fast")),
+    ("a fraction for a whole number", "takes a value of type int", opts("SOLVER.MAX_ITER", 2.5)),
+    (
+        "NaN as learning rate",
+        "BASE_LR must be finite",
+        config_file("_BASE_: config.yaml\nSOLVER: {BASE_LR: .nan}"),
+    ),
+    (
+        "an infinite weight decay",
+        "WEIGHT_DECAY must be finite",
+        opts("SOLVER.WEIGHT_DECAY", "1e999"),
+    ),
+    (
+        "infinity inside a list",
+        "SIZES must be finite",
+        opts("MODEL.ANCHOR_GENERATOR.SIZES", "[[32, 1e999]]"),
+    ),
+    ("a batch of 0", "IMS_PER_BATCH must be a number in [1,", opts("SOLVER.IMS_PER_BATCH", 0)),
+    (
+        "a batch of 1,000,000,000",
+        "IMS_PER_BATCH must be a number in [1,",
+        opts("SOLVER.IMS_PER_BATCH", 10**9),
+    ),
+    (
+        "3 images for 2 processes",
+        "must be a multiple of",
+        lambda c: (
+            c.flags.extend(["--num-gpus", "2"]),
+            c.opts.extend(["SOLVER.IMS_PER_BATCH", "3"]),
+        ),
+    ),
+    ("a training of 0 iterations", "MAX_ITER must be a number in [1,", opts("SOLVER.MAX_ITER", 0)),
+    (
+        "a checkpoint every 0 iterations",
+        "CHECKPOINT_PERIOD must be",
+        opts("SOLVER.CHECKPOINT_PERIOD", 0),
+    ),
+    ("steps that fall", "STEPS must rise strictly", opts("SOLVER.STEPS", "(9, 5)")),
+    (
+        "an unknown schedule",
+        "'WarmupPolyLR' is unknown; known:",
+        opts("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR"),
+    ),
+    (
+        "an unknown sampler",
+        "SAMPLER_TRAIN 'Shuffle' is unknown; known:",
+        opts("DATALOADER.SAMPLER_TRAIN", "Shuffle"),
+    ),
+    (
+        "an unknown warm-up",
+        "WARMUP_METHOD 'exp' is unknown; known:",
+        opts("SOLVER.WARMUP_METHOD", "exp"),
+    ),
+    (
+        "a schedule scaled by two keys",
+        "both scale the schedule",
+        opts("SOLVER.REFERENCE_BATCH", 16, "SOLVER.REFERENCE_WORLD_SIZE", 1),
+    ),
+    (
+        "3 images in 2 batches a step",
+        "SOLVER.ACCUMULATE, 2",
+        opts("SOLVER.ACCUMULATE", 2, "SOLVER.IMS_PER_BATCH", 3),
+    ),
+    ("a step of 0 batches", "ACCUMULATE must be a number in [1,", opts("SOLVER.ACCUMULATE", 0)),
+    (
+        "an unknown answer to NaN",
+        "NON_FINITE.POLICY 'ignore' is unknown; known:",
+        opts("SOLVER.NON_FINITE.POLICY", "ignore"),
+    ),
+    ("no training size", "MIN_SIZE_TRAIN is empty", opts("INPUT.MIN_SIZE_TRAIN", "()")),
+    (
+        "a training size below 0",
+        "MIN_SIZE_TRAIN must be a number in [1,",
+        opts("INPUT.MIN_SIZE_TRAIN", "(-600,)"),
+    ),
+    (
+        "a range of one size",
+        "MIN_SIZE_TRAIN must be two lengths",
+        opts("INPUT.MIN_SIZE_TRAIN_SAMPLING", "range"),
+    ),
+    (
+        "a standard deviation of 0",
+        "PIXEL_STD must be a number in (0,",
+        opts("MODEL.PIXEL_STD", "[1.0, 0.0, 1.0]"),
+    ),
+    (
+        "a mean of two channels",
+        "PIXEL_MEAN needs 3 numbers",
+        opts("MODEL.PIXEL_MEAN", "[1.0, 2.0]"),
+    ),
+    ("an unknown order of colours", "INPUT.FORMAT 'BRG' is unknown", opts("INPUT.FORMAT", "BRG")),
+    (
+        "an unknown architecture",
+        "'Retina' is unknown; known:",
+        opts("MODEL.META_ARCHITECTURE", "Retina"),
+    ),
+    (
+        "an unknown backbone",
+        "no model or optimizer can be built",
+        opts("MODEL.BACKBONE.NAME", "resnet"),
+    ),
+    (
+        "a ResNet of 19 layers",
+        "no model or optimizer can be built",
+        opts("MODEL.RESNETS.DEPTH", 19),
+    ),
+    (
+        "1,000,000 convolutions",
+        "NUM_CONVS must be a number in [0, 64]",
+        opts("MODEL.RETINANET.NUM_CONVS", 10**6),
+    ),
+    ("an unknown loss", "focal_star", opts("MODEL.RETINANET.CLS_LOSS.NAME", "focale")),
+    ("a gamma below 0", "FOCAL_LOSS_GAMMA", opts("MODEL.RETINANET.FOCAL_LOSS_GAMMA", -1)),
+    (
+        "alpha of a class that is not there",
+        "'Platelet'",
+        opts("MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA", "{'Platelet': 0.5}"),
+    ),
+    ("an unknown selection", "ohem", opts("MODEL.RETINANET.SELECTION.NAME", "hard")),
+    (
+        "a threshold of scores above 1",
+        "SCORE_THRESH_TEST must be a number in [0, 1]",
+        opts("MODEL.RETINANET.SCORE_THRESH_TEST", 5),
+    ),
+    (
+        "a sample set larger than the disk",
+        "lower DATASETS.SAMPLE.NUM_TRAIN",
+        opts(
+            *("DATASETS.CUSTOM.TRAIN_JSON", "", "DATASETS.CUSTOM.TRAIN_IMAGES", ""),
+            *("DATASETS.TRAIN", "('retinanet_ext_sample_train',)"),
+            *("DATASETS.SAMPLE.NUM_TRAIN", 100000, "DATASETS.SAMPLE.IMAGE_SIZE", 4096),
+        ),
+    ),
+]
+
+
+class Code:
+    """What unpickles as a call, as any object may."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("ran",)
+
+
+def weights(content: Callable[[Case], str], *more: str) -> Change:
+    """Name in MODEL.WEIGHTS a file that ``content`` writes."""
+
+    def change(case: Case) -> None:
+        case.opts += ["MODEL.WEIGHTS", content(case)]
+        case.flags += more
+
+    return change
+
+
+_models: dict[str, dict[str, Any]] = {}
+
+
+def model_weights(**opts: Any) -> dict[str, Any]:
+    """The weights of the model of ``tiny.yaml``."""
+    from retinanet_ext.engine import load_config
+    from retinanet_ext.modeling import RetinaNetExt
+
+    key = repr(opts)
+    if key not in _models:
+        pairs = [
+            str(part) for name, value in opts.items() for part in (name.replace("__", "."), value)
+        ]
+        pairs += (
+            [] if "MODEL__RETINANET__NUM_CLASSES" in opts else ["MODEL.RETINANET.NUM_CLASSES", "3"]
+        )
+        cfg, _ = load_config(str(ROOT / "tests/engine/tiny.yaml"), [*pairs, "MODEL.DEVICE", "cpu"])
+        _models[key] = RetinaNetExt(cfg).state_dict()
+    return _models[key]
+
+
+def truncated_weights(case: Case) -> str:
+    path = case.save("w.pth", {"model": model_weights()})
+    truncate(Path(path))
+    return path
+
+
+def flipped_weights(case: Case) -> str:
+    path = Path(case.save("w.pth", {"model": model_weights()}))
+    content = bytearray(path.read_bytes())
+    content[50:90] = bytes(byte ^ 0xFF for byte in content[50:90])
+    path.write_bytes(content)
+    return str(path)
+
+
+def resume(**files: str | bytes) -> Change:
+    """Files in OUTPUT_DIR and --resume."""
+
+    def change(case: Case) -> None:
+        case.flags.append("--resume")
+        for name, content in files.items():
+            case.write(f"run/{name.replace('__', '.')}", content)
+
+    return change
+
+
+def resume_from(content: Callable[[], Any], *more: str) -> Change:
+    def change(case: Case) -> None:
+        case.flags.append("--resume")
+        case.save("run/model_0000001.pth", content())
+        case.write("run/last_checkpoint", "model_0000001.pth")
+        case.opts += more
+
+    return change
+
+
+CHECKPOINT = [
+    ("weights that are not there", "which is not a file", opts("MODEL.WEIGHTS", "none.pth")),
+    ("a folder as weights", "which is not a file", opts("MODEL.WEIGHTS", "/")),
+    ("weights of no bytes", "are damaged", weights(lambda c: c.write("w.pth", b""))),
+    ("text as weights", "are damaged", weights(lambda c: c.write("w.pth", "weights"))),
+    ("half a weights file", "are damaged", weights(truncated_weights)),
+    ("weights with flipped bytes", "are damaged", weights(flipped_weights)),
+    (
+        "a .pth that runs code",
+        "Python objects other than tensors",
+        weights(lambda c: c.save("w.pth", {"model": Code()})),
+    ),
+    (
+        "a .pkl that runs code",
+        "Python objects other than tensors",
+        weights(lambda c: c.write("w.pkl", pickle.dumps({"model": Code()}))),
+    ),
+    (
+        "a pickled module",
+        "Python objects other than tensors",
+        weights(lambda c: c.save("w.pth", nn.Linear(2, 2))),
+    ),
+    ("a .pkl of text", "are damaged", weights(lambda c: c.write("w.pkl", "weights"))),
+    ("a .pkl of a list", "w.pkl", weights(lambda c: c.write("w.pkl", pickle.dumps([1, 2])))),
+    ("a list in place of tensors by name", "w.pth", weights(lambda c: c.save("w.pth", [1, 2]))),
+    (
+        "a number in place of the tensors",
+        "not a dict of tensors by name",
+        weights(lambda c: c.save("w.pth", {"model": 3})),
+    ),
+    (
+        "text in place of a tensor",
+        "w.pth do not load",
+        weights(
+            lambda c: c.save("w.pth", {"model": model_weights() | {"head.cls_score.bias": "text"}})
+        ),
+    ),
+    (
+        "weights of another model",
+        "hold no tensor of this model",
+        weights(lambda c: c.save("w.pth", nn.Linear(2, 2).state_dict())),
+    ),
+    (
+        "weights of 4 classes for 3",
+        "head.cls_score.weight is (36, 64, 3, 3), the model's (27, 64, 3, 3)",
+        weights(lambda c: c.save("w.pth", model_weights(MODEL__RETINANET__NUM_CLASSES=4))),
+    ),
+    (
+        "weights of another width",
+        "have other shapes",
+        weights(lambda c: c.save("w.pth", model_weights(MODEL__FPN__OUT_CHANNELS=32))),
+    ),
+    ("no weights to evaluate", "--eval-only needs weights", flags("--eval-only")),
+    (
+        "weights of a deeper model to evaluate",
+        "another architecture's",
+        weights(lambda c: c.save("w.pth", model_weights(MODEL__RESNETS__DEPTH=34)), "--eval-only"),
+    ),
+    (
+        "a backbone alone to evaluate",
+        "nothing is evaluated with random layers",
+        weights(
+            lambda c: c.save(
+                "w.pth", {k: v for k, v in model_weights().items() if "bottom_up" in k}
+            ),
+            "--eval-only",
+        ),
+    ),
+    ("no checkpoint to evaluate", "which holds none", flags("--eval-only", "--resume")),
+    ("a checkpoint that is gone", "last_checkpoint names", resume(last_checkpoint="model_9.pth")),
+    ("last_checkpoint of no bytes", "last_checkpoint", resume(last_checkpoint="")),
+    (
+        "last_checkpoint that is no text",
+        "last_checkpoint",
+        resume(last_checkpoint=b"\xff\xfe\x00\x01"),
+    ),
+    (
+        "a checkpoint that is not named",
+        "last_checkpoint is missing",
+        resume(model_0000007__pth="earlier"),
+    ),
+    (
+        "the only checkpoint is damaged",
+        "model_0000001.pth",
+        resume(last_checkpoint="model_0000001.pth", model_0000001__pth=b"PK half"),
+    ),
+    (
+        "resuming another width",
+        "the config the run was started with",
+        resume_from(
+            lambda: {
+                "model": model_weights(MODEL__FPN__OUT_CHANNELS=32),
+                "iteration": 1,
+                "trainer": {},
+            }
+        ),
+    ),
+    (
+        "resuming other classes",
+        "the config the run was started with",
+        resume_from(
+            lambda: {
+                "model": model_weights(MODEL__RETINANET__NUM_CLASSES=4),
+                "iteration": 1,
+                "trainer": {},
+            }
+        ),
+    ),
+    (
+        "resuming weights without a trainer",
+        "model_0000001.pth",
+        resume_from(lambda: {"model": model_weights()}),
+    ),
+    (
+        "resuming another optimizer's state",
+        "model_0000001.pth",
+        resume_from(
+            lambda: {
+                "model": model_weights(),
+                "iteration": 1,
+                "trainer": {
+                    "iteration": 1,
+                    "_trainer": {
+                        "iteration": 1,
+                        "optimizer": torch.optim.SGD(
+                            nn.Linear(2, 2).parameters(), 0.1
+                        ).state_dict(),
+                    },
+                    "hooks": {},
+                },
+            }
+        ),
+    ),
+]
+
+
+def variables(**values: str) -> Change:
+    return lambda case: os.environ.update(values)
+
+
+def torchrun(**values: str) -> Change:
+    """The variables that torchrun gives the only process of a job, except for some."""
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return variables(**ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"} | values)
+
+
+def full_disk(case: Case) -> None:
+    """No file may grow beyond a megabyte; Python ignores the signal and sees an error."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+
+
+ENVIRONMENT = [
+    (
+        "an OUTPUT_DIR that is a file",
+        "File exists",
+        lambda c: c.opts.extend(["OUTPUT_DIR", c.write("file", "")]),
+    ),
+    ("an OUTPUT_DIR that cannot be made", "OUTPUT_DIR /proc/run", opts("OUTPUT_DIR", "/proc/run")),
+    ("an OUTPUT_DIR below a file", "Not a directory", opts("OUTPUT_DIR", "/dev/null/run")),
+    ("an OUTPUT_DIR of 300 letters", "File name too long", opts("OUTPUT_DIR", "x" * 300)),
+    (
+        "an OUTPUT_DIR with an earlier run",
+        "holds an earlier run (model_final.pth)",
+        lambda c: c.opts.extend(["OUTPUT_DIR", str(c.folder / "earlier")]),
+    ),
+    ("a device that is none", "is not a device", opts("MODEL.DEVICE", "gpu")),
+    ("float16 without CUDA", "needs a CUDA device", opts("SOLVER.AMP.ENABLED", True)),
+    ("0 processes", "--num-gpus must be at least 1", flags("--num-gpus", "0")),
+    ("two machines without an address", "needs --dist-url tcp://", flags("--num-machines", "2")),
+    (
+        "machine 2 of 2",
+        "--machine-rank 2 must be from 0 to 1",
+        flags("--num-machines", "2", "--machine-rank", "2"),
+    ),
+    (
+        "half of torchrun's variables",
+        "the environment variable RANK",
+        variables(LOCAL_RANK="0"),
+    ),
+    (
+        "a rank that is no number",
+        "RANK",
+        torchrun(RANK="x"),
+    ),
+    (
+        "a rank beyond the number of processes",
+        "torchrun's variables say",
+        torchrun(RANK="7", WORLD_SIZE="2"),
+    ),
+    (
+        "a sample set in a folder that cannot be written",
+        "DETECTRON2_DATASETS",
+        chain(
+            variables(DETECTRON2_DATASETS="/proc/none"),
+            opts("DATASETS.CUSTOM.TRAIN_JSON", "", "DATASETS.CUSTOM.TRAIN_IMAGES", ""),
+            opts("DATASETS.TRAIN", "('retinanet_ext_sample_train',)"),
+        ),
+    ),
+    (
+        "a machine 0 that does not answer",
+        "127.0.0.1:9",
+        flags(
+            *("--num-machines", "2", "--machine-rank", "1", "--dist-url", "tcp://127.0.0.1:9"),
+            *("--rendezvous-timeout", "3"),
+        ),
+    ),
+    ("no time to meet", "--rendezvous-timeout takes seconds", flags("--rendezvous-timeout", "0")),
+]
+
+STARTS = [
+    ("environment", "a disk that is full at the checkpoint", "cannot be written", full_disk, 2),
+    (
+        "config",
+        "a learning rate of 1e6",
+        "diverged at iteration",
+        opts("SOLVER.BASE_LR", 1e6, "SOLVER.MAX_ITER", 20),
+        3,
+    ),
+]
+
+ROWS = [
+    Row(area, given, expected, change)
+    for area, rows in {
+        "data": DATA,
+        "config": CONFIG,
+        "checkpoint": CHECKPOINT,
+        "environment": ENVIRONMENT,
+    }.items()
+    for given, expected, change in rows
+] + [
+    Row(area, given, expected, change, code, starts=True)
+    for area, given, expected, change, code in STARTS
+]
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Undo what rows do to this process."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with mock.patch.dict(os.environ):
+            yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+def attempt(row: Row, folder: Path) -> str:
+    """Give a bad input to the command line, and return its one line, without the folder's name.
+
+    What differs from the row's promises is an assertion.
+    """
+    case = Case.make(folder)
+    with restored(), contextlib.chdir(folder):
+        row.change(case)
+        argv = case.argv()
+        before = case.contents()
+        output = io.StringIO()
+        with contextlib.redirect_stderr(output):
+            code = main(argv)
+    after = case.contents()
+    text = output.getvalue()
+    assert code == row.code, (code, text)
+    assert "Traceback" not in text
+    _, _, line = text.strip().splitlines()[-1].partition(": error: ")
+    assert row.expected in line, line
+    assert {path: after.get(path) for path in before} == before, "an earlier file was changed"
+    if not row.starts:
+        assert after == before, f"written: {after.keys() - before.keys()}"
+    assert not (folder / "ran").exists(), "code in an input ran"
+    return line.replace(f"{folder}/", "").replace(str(folder), ".").replace(f"{ROOT}/", "")
+
+
+def table_line(row: Row, line: str) -> str:
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("<", "&lt;")
+
+    return f"| {row.area} | {cell(row.given)} | {row.code} | {cell(line[:300])} |"
+
+
+def page(lines: dict[Row, str]) -> str:
+    table = [table_line(row, line) for row, line in lines.items()]
+    return "\n".join(
+        [
+            "# Bad inputs",
+            "",
+            f"{len(table)} inputs that cannot be used, each tried by",
+            "`tests/test_bad_inputs.py`: `train_net.py` ends with the exit code and the one line",
+            "on stderr that are named here, without a traceback. Lost was nothing: no file that",
+            "was there before is changed or gone; where the training had not begun, no file is",
+            "new either. This page is written by `python tests/bad_inputs.py`.",
+            "",
+            "| area | given | exit code | said |",
+            "|---|---|---|---|",
+            *table,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    lines, failed = {}, 0
+    for row in ROWS:
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                lines[row] = attempt(row, Path(folder))
+            except BaseException as error:
+                failed += 1
+                print(f"{row.area}: {row.given}: {type(error).__name__}: {error}", file=sys.stderr)
+    if failed:
+        sys.exit(f"{failed} of {len(ROWS)} rows are not as promised; nothing is written")
+    PAGE.write_text(page(lines))
+    print(f"{PAGE}: {len(lines)} rows")

@@ -1,0 +1,437 @@
+from __future__ import annotations
+
+import copy
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from detectron2.config import CfgNode
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from retinanet_ext.data import check, coco_json, prepare_datasets
+from retinanet_ext.data.check import DEFAULT_POLICY, KINDS, check_coco, find_image_faults
+from retinanet_ext.errors import InputError
+
+from .conftest import BCCD_MINI, Bccd
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+FIRST = "BloodImage_00164.jpg"  # image id 80, 640 x 480
+
+Spoil = Callable[[Bccd], Any]
+
+
+def put(key: str, index: int, **fields: Any) -> Spoil:
+    return lambda bccd: bccd.train[key][index].update(fields)
+
+
+def remove(key: str, index: int, field: str) -> Spoil:
+    return lambda bccd: bccd.train[key][index].pop(field)
+
+
+def box(*bbox: Any) -> Spoil:
+    """Give annotation 1181 of image 80, 640 x 480, another box."""
+    return put("annotations", 0, bbox=list(bbox))
+
+
+def spoil_image(content: bytes | None, keep: int | None = None) -> Spoil:
+    def spoil(bccd: Bccd) -> None:
+        path = bccd.images / FIRST
+        path.write_bytes(path.read_bytes()[:keep] if content is None else content)
+
+    return spoil
+
+
+def turn_image(bccd: Bccd) -> None:
+    """Give the first image an EXIF orientation of a quarter turn."""
+    exif = Image.Exif()
+    exif[274] = 6
+    with Image.open(bccd.images / FIRST) as opened:
+        opened.save(bccd.images / FIRST, exif=exif)
+
+
+def repeat(bccd: Bccd, shift: float) -> None:
+    first = bccd.train["annotations"][0]
+    x, y, w, h = first["bbox"]
+    bccd.train["annotations"].append({**first, "id": 9000, "bbox": [x + shift, y, w, h]})
+
+
+def unbox(bccd: Bccd, image_id: int) -> None:
+    annotations = bccd.train["annotations"]
+    bccd.train["annotations"] = [a for a in annotations if a["image_id"] != image_id]
+
+
+# What is done to the data -> the kind, and what its sentence names.
+FAULTS: dict[str, tuple[Spoil, str, list[str]]] = {
+    "image no object": (
+        lambda bccd: bccd.train["images"].append(7),
+        "malformed_image",
+        ["images[3]", "not an object"],
+    ),
+    "no file_name": (
+        remove("images", 1, "file_name"),
+        "malformed_image",
+        ["images[1] (id 125): file_name is missing"],
+    ),
+    "image of no width": (
+        remove("images", 1, "width"),
+        "malformed_image",
+        ["(id 125): width is missing"],
+    ),
+    "width 0": (put("images", 0, width=0), "malformed_image", ["width is 0", "above 0"]),
+    "id text": (put("images", 0, id="80"), "malformed_image", ["images[0]", "id is '80'"]),
+    "file_name null": (put("images", 0, file_name=None), "malformed_image", ["is None"]),
+    "image id twice": (
+        put("images", 1, id=80),
+        "duplicate_image_id",
+        ["image id 80 is used by BloodImage_00164.jpg, BloodImage_00254.jpg"],
+    ),
+    "absolute path": (
+        put("images", 0, file_name="/etc/passwd"),
+        "file_outside",
+        ["(id 80): file_name '/etc/passwd' leaves the image folder"],
+    ),
+    "path upwards": (put("images", 0, file_name="a/../../b.jpg"), "file_outside", ["(id 80)"]),
+    "image gone": (
+        lambda bccd: (bccd.images / FIRST).unlink(),
+        "missing_image",
+        [f"images/{FIRST} (image id 80) is missing"],
+    ),
+    "image truncated": (spoil_image(None, 9000), "unreadable_image", [FIRST, "id 80", "truncated"]),
+    "no image": (spoil_image(b"<html>"), "unreadable_image", [FIRST, "id 80", "not an image"]),
+    "no bytes": (spoil_image(b""), "unreadable_image", [FIRST, "id 80"]),
+    "other size": (
+        put("images", 0, width=641),
+        "image_size",
+        [FIRST, "(image id 80): it has 640 x 480 pixels when upright, not 641 x 480"],
+    ),
+    "turned by EXIF": (turn_image, "image_size", [FIRST, "has 480 x 640", "not 640 x 480"]),
+    "no category name": (
+        remove("categories", 2, "name"),
+        "malformed_category",
+        ["categories[2] (id 3): name is missing"],
+    ),
+    "category id twice": (
+        put("categories", 1, id=1),
+        "duplicate_category",
+        ["category id 1 is used 2 times"],
+    ),
+    "category name twice": (
+        put("categories", 1, name="RBC"),
+        "duplicate_category",
+        ["category name RBC is used 2 times"],
+    ),
+    "annotation no object": (
+        lambda bccd: bccd.train["annotations"].insert(0, "box"),
+        "malformed_annotation",
+        ["annotations[0]: it is not an object"],
+    ),
+    "iscrowd 2": (
+        put("annotations", 0, iscrowd=2),
+        "malformed_annotation",
+        ["annotation 1181 of image 80 (BloodImage_00164.jpg): iscrowd is 2; it must be 0 or 1"],
+    ),
+    "ignore text": (put("annotations", 0, ignore="yes"), "malformed_annotation", ["ignore", "yes"]),
+    "area null": (put("annotations", 0, area=None), "malformed_annotation", ["1181", "area", "No"]),
+    "no image_id": (
+        remove("annotations", 0, "image_id"),
+        "malformed_annotation",
+        ["annotations[0] (id 1181): image_id is missing"],
+    ),
+    "annotation id twice": (
+        put("annotations", 1, id=1181),
+        "duplicate_annotation_id",
+        ["annotation 1181", "used before"],
+    ),
+    "unknown image_id": (
+        put("annotations", 0, image_id=999),
+        "unknown_image",
+        ["annotations[0] (id 1181, image_id 999): image_id 999 is not among the images"],
+    ),
+    "unknown category_id": (
+        put("annotations", 0, category_id=0),
+        "unknown_class",
+        ["annotation 1181 of image 80", "category_id 0 is not a category (1, 2, 3)"],
+    ),
+    "no bbox": (
+        remove("annotations", 2, "bbox"),
+        "malformed_box",
+        ["annotation 1183 of image 80 (BloodImage_00164.jpg): bbox is missing"],
+    ),
+    "NaN": (
+        box(1, 2, float("nan"), 4),
+        "malformed_box",
+        ["annotation 1181 of image 80", "bbox is [1, 2, nan, 4]", "4 finite numbers"],
+    ),
+    "infinite": (box(1, 2, 3, float("inf")), "malformed_box", ["1181", "inf"]),
+    "huge": (box(1, 2, 3, 10**400), "malformed_box", ["1181", "finite"]),
+    "text": (box("NaN", 2, 3, 4), "malformed_box", ["1181", "'NaN'"]),
+    "of 3": (box(1, 2, 3), "malformed_box", ["1181", "[1, 2, 3]"]),
+    "of 5": (box(1, 2, 3, 4, 5), "malformed_box", ["1181"]),
+    "true": (box(True, 2, 3, 4), "malformed_box", ["1181", "True"]),
+    "width negative": (box(9, 9, -3, 4), "inverted_box", ["1181", "[9, 9, -3, 4]", ">= 0"]),
+    "height negative": (box(9, 9, 3, -4), "inverted_box", ["1181"]),
+    "no width": (box(100, 100, 0, 20), "zero_area_box", ["1181", "[100, 100, 0, 20]"]),
+    "no height": (box(100, 100, 20, 0), "zero_area_box", ["1181"]),
+    "no width in float32": (box(600, 100, 1e-5, 20), "zero_area_box", ["1181"]),
+    "right of the image": (
+        box(640, 100, 20, 20),
+        "outside_box",
+        ["1181", "[640, 100, 20, 20] is outside its image of 640 x 480"],
+    ),
+    "above the image": (box(100, -30, 20, 30), "outside_box", ["1181"]),
+    "too far for floats": (box(1e308, 0, 1e308, 20), "outside_box", ["1181"]),
+    "over the left edge": (box(-5, 0, 20, 20), "clipped_box", ["1181", "[-5, 0, 20, 20] reaches"]),
+    "over the right edge": (box(600, 400, 90, 20), "clipped_box", ["1181", "640 x 480"]),
+    "same box": (
+        lambda bccd: repeat(bccd, 0),
+        "duplicate_box",
+        ["annotations 1181 and 9000 of image 80", "IoU 1.00"],
+    ),
+    "crowd": (put("annotations", 0, iscrowd=1), "crowd", ["annotation 1181", "iscrowd is 1"]),
+    "ignore": (put("annotations", 0, ignore=1), "ignore", ["annotation 1181", "ignore is 1"]),
+    "image without boxes": (
+        lambda bccd: unbox(bccd, 80),
+        "empty_image",
+        ["image 80 (BloodImage_00164.jpg) has no box"],
+    ),
+    "class without boxes": (
+        lambda bccd: bccd.train["categories"].append({"id": 4, "name": "Worm"}),
+        "unused_class",
+        ["class Worm (category 4) has no box"],
+    ),
+}
+ZERO_AREA = {"zero_area_box": 1}  # of annotation 2288, in the data as they came
+
+
+def check_train(bccd: Bccd, **policy: str) -> check.CheckedData:
+    faults = find_image_faults(bccd.train, str(bccd.images), "BGR")
+    return check_coco("train.json", bccd.train, {**DEFAULT_POLICY, **policy}, faults)
+
+
+def count(checked: check.CheckedData) -> dict[str, int]:
+    return {kind: len(findings) for kind, findings in checked.by_kind().items()}
+
+
+@pytest.mark.parametrize("case", FAULTS)
+def test_fault_is_found_named_and_treated_as_its_kind_says(
+    case: str, bccd: Bccd, cfg: CfgNode
+) -> None:
+    spoil, kind, expected = FAULTS[case]
+    spoil(bccd)
+    before = copy.deepcopy(bccd.train)
+    checked = check_train(bccd)
+    messages = [finding.message for finding in checked.by_kind()[kind]]
+    assert any(all(part in message for part in expected) for message in messages), messages
+    # Whatever is allowed ends in data that can be used, or in one line.
+    for policy in KINDS[kind].policies:
+        done = check_train(bccd, **{kind: policy})
+        assert len(done.by_kind()[kind]) == len(checked.by_kind()[kind])
+        if policy == "refuse":
+            with pytest.raises(InputError) as error:
+                done.raise_refused()
+            assert str(error.value).startswith("train.json: ") and str(error.value).isprintable()
+            assert (f"{KINDS[kind].key} drop leaves it out" in str(error.value)) == (
+                "drop" in KINDS[kind].policies and len(done.by_kind()[kind]) == 1
+            )
+        else:
+            again = check_coco("train.json", done.content, dict.fromkeys(KINDS, "keep"))
+            found = count(again)
+            assert (kind in found) == (policy == "keep"), found
+    assert str(bccd.train) == str(before)  # nan is not equal to itself
+
+
+def test_nothing_else_is_found(bccd: Bccd) -> None:
+    assert count(check_train(bccd)) == ZERO_AREA
+
+
+def test_all_faults_are_found_at_once(bccd: Bccd) -> None:
+    """Each of the faults of one annotation or image that leave the others visible."""
+    put("annotations", 0, image_id=999, category_id=77, bbox=[1, 2, 3], iscrowd=1)(bccd)
+    put("annotations", 1, bbox=[9, 9, -3, 4], ignore=1)(bccd)
+    put("images", 1, width=0)(bccd)
+    spoil_image(b"")(bccd)
+    assert count(check_train(bccd)) == {
+        "malformed_image": 1,
+        "unreadable_image": 1,
+        "unknown_image": 1,
+        "unknown_class": 1,
+        "malformed_box": 1,
+        "inverted_box": 1,
+        "crowd": 1,
+        "ignore": 1,
+        **ZERO_AREA,
+    }
+
+
+def test_boxes_go_with_their_image(bccd: Bccd) -> None:
+    spoil_image(b"")(bccd)
+    done = check_train(bccd, unreadable_image="drop").content
+    assert [image["id"] for image in done["images"]] == [125, 171]
+    assert {a["image_id"] for a in done["annotations"]} == {125, 171}
+
+
+@pytest.mark.parametrize(("shift", "is_same"), [(2, True), (40, False)])
+def test_boxes_of_one_object_overlap_almost_wholly(shift: int, is_same: bool, bccd: Bccd) -> None:
+    repeat(bccd, shift)
+    assert ("duplicate_box" in count(check_train(bccd))) == is_same
+    done = check_train(bccd, duplicate_box="drop").content["annotations"]
+    assert len(done) == 36 - is_same
+    bccd.train["annotations"][-1]["category_id"] = 2
+    assert "duplicate_box" not in count(check_train(bccd))
+
+
+def test_real_annotations_as_they_came() -> None:
+    """The images of BCCD in which something is wrong."""
+    path = FIXTURES / "bccd_faults" / "instances_raw.json"
+    checked = check_coco(str(path), coco_json.read_coco_json(str(path)))
+    assert count(checked) == {"zero_area_box": 2, "duplicate_box": 6}
+    pairs = [finding.message for finding in checked.by_kind()["duplicate_box"]]
+    assert all("IoU 0.9" in message for message in pairs)
+    assert len(checked.content["annotations"]) == 124 - 2
+    checked.raise_refused()
+
+
+def test_refusal_counts_what_it_does_not_show(bccd: Bccd) -> None:
+    for index in range(5):
+        box(1, 2, 3)(bccd)
+        put("annotations", index, bbox=None)(bccd)
+    put("annotations", 6, category_id=9)(bccd)
+    with pytest.raises(InputError) as error:
+        check_train(bccd).raise_refused()
+    message = str(error.value)
+    assert message.startswith("train.json: annotation 1187 of image 80")
+    assert "(DATASETS.CHECK.UNKNOWN_CLASS drop leaves it out)" in message
+    assert "; boxes that are not four finite numbers: 5; tools/check_data.py" in message
+    put("annotations", 6, category_id=1)(bccd)
+    with pytest.raises(InputError, match=r"json: 5 boxes that .* leaves them out\); tools/check"):
+        check_train(bccd).raise_refused()
+
+
+def test_policy_is_checked(cfg: CfgNode, bccd: Bccd) -> None:
+    cfg.DATASETS.CHECK.ZERO_AREA_BOX = "keep"
+    with pytest.raises(InputError, match=r"CHECK\.ZERO_AREA_BOX must be drop or refuse, got 'ke"):
+        prepare_datasets(bccd.use(cfg), num_classes_is_set=False, eval_only=False)
+
+
+@pytest.mark.parametrize("case", ["no image", "no bytes", "other size", "turned by EXIF"])
+def test_headers_show_faults_of_a_large_set(
+    case: str, bccd: Bccd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "MAX_DECODED_IMAGES", 2)
+    spoil, kind, _ = FAULTS[case]
+    spoil(bccd)
+    assert count(check_train(bccd)) == {kind: 1, **ZERO_AREA}
+
+
+def test_large_set_is_decoded_on_request_alone(bccd: Bccd, monkeypatch: pytest.MonkeyPatch) -> None:
+    spoil_image(None, 9000)(bccd)
+    monkeypatch.setattr(check, "MAX_DECODED_IMAGES", 2)
+    assert not find_image_faults(bccd.train, str(bccd.images), "BGR")
+    assert len(find_image_faults(bccd.train, str(bccd.images), "BGR", decode_all=True)) == 1
+
+
+@pytest.mark.parametrize("max_decoded", [2, 3], ids=["headers", "decoded"])
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+def test_size_is_that_of_the_upright_image(
+    max_decoded: int, suffix: str, bccd: Bccd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(check, "MAX_DECODED_IMAGES", max_decoded)
+    turn_image(bccd)
+    image = bccd.train["images"][0]
+    with Image.open(bccd.images / FIRST) as opened:
+        opened.save(bccd.images / f"turned{suffix}", exif=opened.getexif())
+    image.update(file_name=f"turned{suffix}", width=480, height=640)
+    assert not find_image_faults(bccd.train, str(bccd.images), "BGR")
+
+
+def test_files_outside_the_folder_are_not_opened(
+    bccd: Bccd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (bccd.folder / "secret.jpg").write_bytes(b"")
+    put("images", 0, file_name="../secret.jpg")(bccd)
+    opened = []
+    monkeypatch.setattr(check, "find_image_fault", lambda image, _: opened.append(image))
+    find_image_faults(bccd.train, str(bccd.images), "BGR")
+    assert len(opened) == 2 and not any("secret" in image["file_name"] for image in opened)
+
+
+def test_missing_image_folder_is_named(bccd: Bccd, cfg: CfgNode) -> None:
+    bccd.use(cfg).DATASETS.CUSTOM.TRAIN_IMAGES = str(bccd.folder / "pictures")
+    with pytest.raises(InputError, match=r"image folder .*/pictures does not exist"):
+        prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
+
+
+def test_hundred_thousand_annotations_take_seconds(bccd: Bccd) -> None:
+    images = [{**bccd.train["images"][0], "id": k, "file_name": f"{k}.jpg"} for k in range(1000)]
+    annotations = [
+        {
+            "id": k,
+            "image_id": k % 1000,
+            "category_id": 1 + k % 3,
+            "bbox": [k % 600, k % 440, 30, 30],
+            "area": 900,
+            "iscrowd": 0,
+        }
+        for k in range(100_000)
+    ]
+    start = time.process_time()
+    check_coco("large.json", {**bccd.train, "images": images, "annotations": annotations})
+    assert time.process_time() - start < 20
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda children: (
+        st.lists(children, max_size=5)
+        | st.dictionaries(st.sampled_from(["id", "bbox", "name"]), children, max_size=3)
+    ),
+    max_leaves=6,
+)
+NODES = st.sampled_from(
+    [
+        (key, index, field)
+        for key, fields in {
+            "images": ["id", "file_name", "width", "height"],
+            "annotations": ["id", "image_id", "category_id", "bbox", "area", "iscrowd", "ignore"],
+            "categories": ["id", "name"],
+        }.items()
+        for index in (0, 1)
+        for field in [*fields, None]
+    ]
+)
+
+
+@settings(max_examples=300)
+@given(
+    st.lists(st.tuples(NODES, JSON_VALUES), min_size=1, max_size=3),
+    st.fixed_dictionaries({name: st.sampled_from(KINDS[name].policies) for name in KINDS}),
+)
+def test_whatever_a_field_holds_it_is_used_or_refused(
+    changes: list[tuple[tuple[str, int, str], Any]], policy: dict[str, str]
+) -> None:
+    content = json.loads((BCCD_MINI / "instances_train_raw.json").read_text())
+    for (key, index, field), value in changes:
+        if field is None:
+            content[key][index] = value
+        elif isinstance(content[key][index], dict):
+            content[key][index][field] = value
+    content = json.loads(json.dumps(content))
+    faults = find_image_faults(content, str(BCCD_MINI / "images"), "BGR")
+    checked = check_coco("changed.json", content, policy, faults)
+    assert all(finding.message.isprintable() for finding in checked.findings)
+    try:
+        checked.raise_refused()
+    except InputError as error:
+        assert len(str(error).splitlines()) == 1
+        return
+    records = coco_json.to_dataset_dicts(checked.content, "")
+    annotations = [a for record in records for a in record["annotations"]]
+    assert all(0 <= a["category_id"] < len(content["categories"]) for a in annotations)
+    assert all(min(a["bbox"][2:]) > 0 for a in annotations)
+    completed = coco_json.complete_for_evaluation(checked.content)["annotations"]
+    assert len({a["id"] for a in completed}) == len(annotations) == len(completed)

@@ -1,0 +1,153 @@
+"""Kill a training at random moments, resume it and compare its end with the uninterrupted run's.
+
+    python tests/stress_kills.py --kills 20 --iterations 200
+
+Each kill is SIGKILL to all processes of a run of its own, every second one while a checkpoint is
+being written. Prints a table, and ends with 1 if any tensor or number of ``model_final.pth``
+differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tabulate import tabulate
+
+from training import start_train_net
+
+PERIOD = 5
+
+
+def start(folder: Path, *, iterations: int) -> subprocess.Popen[bytes]:
+    """Start, or resume, a training of two processes."""
+    opts = ["SOLVER.MAX_ITER", iterations, "SOLVER.CHECKPOINT_PERIOD", PERIOD]
+    folder.mkdir(exist_ok=True)
+    with open(folder / "output.txt", "ab") as output:
+        return start_train_net(
+            *(folder, "--num-gpus", 2, "--resume", *opts, "DATALOADER.NUM_WORKERS", 1),
+            stdout=output,
+            stderr=output,
+        )
+
+
+def finish(folder: Path, *, iterations: int) -> None:
+    """Train, or resume, to the end."""
+    if start(folder, iterations=iterations).wait(600):
+        raise RuntimeError((folder / "output.txt").read_text()[-2000:])
+
+
+@dataclass
+class Kill:
+    """What a kill met: the newest checkpoint, and whether one was being written."""
+
+    seconds: float
+    checkpoint: str
+    writing: bool
+
+
+def kill(folder: Path, seconds: float, *, in_writing: bool, iterations: int) -> Kill:
+    """Start, or resume, and kill after that time, or then while a checkpoint is being written."""
+    unfinished = folder / ".unfinished_checkpoint"
+    launcher = start(folder, iterations=iterations)
+    begin = time.monotonic()
+    while time.monotonic() < begin + seconds and launcher.poll() is None:
+        time.sleep(0.001)
+    while in_writing and not unfinished.exists() and launcher.poll() is None:
+        time.sleep(0.0005)  # the file is there for a few milliseconds
+    os.killpg(launcher.pid, signal.SIGKILL)
+    launcher.wait()
+    time.sleep(0.2)  # until the last write of a process that was in it
+    tag = folder / "last_checkpoint"
+    name = tag.read_text() if tag.exists() else "none"
+    return Kill(time.monotonic() - begin, name, unfinished.exists())
+
+
+def differences(first: Path, second: Path) -> list[str]:
+    """Return the names of what is not equal, bit for bit, in two checkpoints."""
+    a, b = (dict(leaves(torch.load(path))) for path in (first, second))
+    return [
+        name
+        for name in sorted(a.keys() | b.keys())
+        if name not in a or name not in b or not _equal(a[name], b[name])
+    ]
+
+
+def leaves(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the tensors, numbers and texts of a checkpoint by name."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from leaves(value, f"{name}/{key}")
+    elif isinstance(content, list | tuple):
+        for index, value in enumerate(content):
+            yield from leaves(value, f"{name}/{index}")
+    else:
+        yield name, content
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return (
+            a.dtype == b.dtype and a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+        )
+    return type(a) is type(b) and a == b
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table of the kills."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    rng = random.Random(args.seed)
+    rows = []
+    with tempfile.TemporaryDirectory() as work:
+        reference = Path(work, "uninterrupted")
+        begin = time.time()
+        finish(reference, iterations=args.iterations)
+        # From the first iterations to the last.
+        earliest, latest = (
+            (reference / f"model_{name}.pth").stat().st_mtime - begin
+            for name in (f"{PERIOD - 1:07d}", "final")
+        )
+        for number in range(args.kills):
+            folder = Path(work, str(number))
+            seconds = rng.uniform(earliest, latest)
+            met = kill(folder, seconds, in_writing=number % 2 == 1, iterations=args.iterations)
+            finish(folder, iterations=args.iterations)
+            different = differences(reference / "model_final.pth", folder / "model_final.pth")
+            rows.append(
+                (
+                    number + 1,
+                    met.seconds,
+                    met.checkpoint,
+                    "yes" if met.writing else "no",
+                    "equal" if not different else f"{len(different)} differ: {different[0]}",
+                )
+            )
+            print(rows[-1], file=sys.stderr, flush=True)
+        count = len(list(leaves(torch.load(reference / "model_final.pth"))))
+    header = ("kill", "after s", "last_checkpoint", "in writing", "model_final.pth")
+    print(tabulate(rows, header, floatfmt=".1f"))
+    equal = sum(row[-1] == "equal" for row in rows)
+    print(
+        f"{equal} of {len(rows)} runs of {args.iterations} iterations on two processes end equal "
+        f"to the uninterrupted one in all {count} tensors and numbers"
+    )
+    return int(equal < len(rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

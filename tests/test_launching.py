@@ -1,0 +1,205 @@
+"""train_net.py by every way its processes are started, stopped and started again."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TRAIN_NET = [sys.executable, "train_net.py"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+TRAINING = ["SOLVER.MAX_ITER", "8", "SOLVER.BASE_LR", "0.001", "DETERMINISTIC", "True"]
+
+
+def start(command, *argv, **env):
+    """Start train_net.py on the CPU, also where there is CUDA."""
+    return subprocess.Popen(
+        [*command, "--config-file", "tests/engine/tiny.yaml", *map(str, argv)],
+        cwd=ROOT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(*processes, code=0):
+    """Return the last line of each process, all of which must end with an exit code."""
+    lines = []
+    for process in processes:
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == code, output
+        lines.append(output.strip().splitlines()[-1])
+    return lines
+
+
+def wait_for_checkpoint(process, folder):
+    deadline = time.monotonic() + 240
+    while not (folder / "last_checkpoint").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def free_port():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return opened.getsockname()[1]
+
+
+def weights(folder):
+    return torch.load(folder / "model_final.pth")
+
+
+def starts(folder):
+    return json.loads((folder / "manifest.json").read_text())["starts"]
+
+
+def same(one, other):
+    """Compare two checkpoints bit for bit: weights, optimizer, place in the data."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+@pytest.fixture(scope="module")
+def two_machines(tmp_path_factory):
+    """A run on two machines, both of them this one."""
+    folder = tmp_path_factory.mktemp("launching") / "machines"
+    flags = ["--num-machines", 2, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+    runs = [
+        start(TRAIN_NET, *flags, "--machine-rank", rank, "OUTPUT_DIR", folder, *TRAINING)
+        for rank in (1, 0)
+    ]
+    finish(*runs)
+    return folder
+
+
+def test_two_machines(two_machines):
+    assert weights(two_machines)["iteration"] == 7
+    (only,) = starts(two_machines)
+    assert (only["processes"], only["processes_per_machine"]) == (2, 1)
+
+
+def test_slurm_gives_the_same_bits(two_machines, tmp_path):
+    """As srun does, on two nodes of a job that Slurm had taken away and started again."""
+    folder = tmp_path / "run"
+    step = {
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NUM_NODES": "2",
+        "SLURM_STEP_NODELIST": "localhost,127.0.0.[2-3]",
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_ID": "0",
+        "SLURM_LOCALID": "0",
+        "MASTER_PORT": str(free_port()),
+    }
+    opts = ["OUTPUT_DIR", folder, *TRAINING]
+
+    def tasks(**env):
+        return [start(TRAIN_NET, *opts, **step, **env, SLURM_PROCID=rank) for rank in "10"]
+
+    runs = tasks()
+    wait_for_checkpoint(runs[0], folder)
+    for run in runs:
+        run.send_signal(signal.SIGTERM)
+    finish(*runs, code=143)
+    step["MASTER_PORT"] = str(free_port())
+    finish(*tasks(SLURM_RESTART_COUNT="1"))
+    assert same(weights(folder), weights(two_machines))
+    assert [one["resumed"] for one in starts(folder)] == [False, True]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_torchrun_starts_a_killed_process_again_to_the_same_bits(two_machines, tmp_path):
+    folder = tmp_path / "run"
+    rendezvous = ["--max-restarts", "2", "--master-port", str(free_port())]
+    run = start([*TORCHRUN, *rendezvous, "train_net.py"], "OUTPUT_DIR", folder, *TRAINING)
+    wait_for_checkpoint(run, folder)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
+    finish(run)
+    assert same(weights(folder), weights(two_machines))
+    first, second = starts(folder)
+    assert not first["resumed"] and second["resumed"]
+    assert first["jobs"] == second["jobs"] and first["config"] == second["config"]
+
+
+def test_torchrun_does_not_go_on_with_what_another_run_left(two_machines):
+    before = {path: path.read_bytes() for path in two_machines.iterdir() if path.is_file()}
+    rendezvous = ["--max-restarts", "1", "--master-port", str(free_port())]
+    run = start([*TORCHRUN, *rendezvous, "train_net.py"], "OUTPUT_DIR", two_machines, *TRAINING)
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 1
+    assert output.count("train_net.py: error:") == 2  # a line a start, and not a process
+    assert output.count(f"OUTPUT_DIR {two_machines} holds an earlier run") == 2
+    assert (
+        "Traceback"
+        not in output.partition("ChildFailedError")[0].partition("torch/distributed/run")[0]
+    )
+    assert {path: path.read_bytes() for path in two_machines.iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_parent_passes_a_signal_on_and_waits(number, two_machines, tmp_path):
+    folder = tmp_path / "run"
+    flags = ["--num-gpus", 2]
+    run = start(TRAIN_NET, *flags, "OUTPUT_DIR", folder, *TRAINING)
+    wait_for_checkpoint(run, folder)
+    run.send_signal(number)
+    (line,) = finish(run, code=143)
+    assert line.startswith("train_net.py: error: stopped by SIGTERM after iteration")
+    if number == signal.SIGTERM:
+        finish(start(TRAIN_NET, *flags, "--resume", "OUTPUT_DIR", folder, *TRAINING))
+        assert same(weights(folder), weights(two_machines))
+
+
+def test_a_process_ended_by_the_system_is_said_so(tmp_path):
+    run = start(TRAIN_NET, "--num-gpus", 2, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 10000)
+    wait_for_checkpoint(run, tmp_path)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
+    worker = [pid for pid in children if "spawn_main" in names[pid]][-1]
+    os.kill(int(worker), signal.SIGKILL)
+    (line,) = finish(run, code=1)
+    assert "ended by SIGKILL, as a system out of memory does" in line and "--resume" in line
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_machine_that_is_alone(rank, tmp_path):
+    address = f"tcp://127.0.0.1:{free_port()}"
+    flags = ["--num-machines", 2, "--machine-rank", rank, "--dist-url", address]
+    begun = time.monotonic()
+    run = start(TRAIN_NET, *flags, "--rendezvous-timeout", 3, "OUTPUT_DIR", tmp_path)
+    (line,) = finish(run, code=2)
+    assert time.monotonic() - begun < 120
+    assert f"the 2 processes did not meet at {address}" in line
+    assert "--rendezvous-timeout 3" in line
+
+
+def test_machines_with_other_configs(tmp_path):
+    flags = ["--num-machines", 2, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
+    runs = [
+        start(TRAIN_NET, *flags, "--machine-rank", rank, "OUTPUT_DIR", tmp_path, *opts)
+        for rank, opts in ((0, []), (1, ["SOLVER.BASE_LR", "0.5"]))
+    ]
+    for line in finish(*runs, code=2):
+        assert "SOLVER.BASE_LR is 0.02 in process 0 and 0.5 in process 1" in line
+    assert not list(tmp_path.glob("model_*"))
+
+
+def test_the_same_bits_on_one_process(tmp_path):
+    """With a seed that is drawn, recorded, and given to the second run."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    finish(start(TRAIN_NET, "OUTPUT_DIR", one, *TRAINING, "SEED", -1))
+    seed = starts(one)[0]["seed"]
+    assert seed >= 0
+    finish(start(TRAIN_NET, "OUTPUT_DIR", two, *TRAINING, "SEED", seed))
+    assert same(weights(one), weights(two))

@@ -1,0 +1,59 @@
+"""Training of a very small detector in the test's own process, and by ``train_net.py``."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from retinanet_ext.data import prepare_datasets
+from retinanet_ext.engine import Trainer, load_config
+
+ROOT = Path(__file__).parents[1]
+CONFIG = "tests/engine/resume.yaml"
+
+
+def make_trainer(folder, *opts, resume=False):
+    """A trainer with its weights, in the state of a process that has just begun."""
+    values = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(folder), *map(str, opts)]
+    cfg, is_set = load_config(CONFIG, values)
+    prepare_datasets(cfg, num_classes_is_set=is_set, eval_only=False)
+    folder.mkdir(exist_ok=True)
+    if cfg.SEED >= 0:
+        random.seed(cfg.SEED)
+        np.random.seed(cfg.SEED)
+        torch.manual_seed(cfg.SEED)
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=resume)
+    return trainer
+
+
+def start_train_net(folder, *argv, **kwargs):
+    """Start ``train_net.py`` on the CPU, in a process group of its own."""
+    command = [sys.executable, "train_net.py", "--config-file", CONFIG]
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [*command, *map(str, argv), "OUTPUT_DIR", str(folder)],
+        cwd=ROOT,
+        env=env,
+        start_new_session=True,
+        **kwargs,
+    )
+
+
+def train_in_double(folder, opts):
+    """Train in float64, where no rounding decides on which side of a ReLU a value is.
+
+    Returns the weights before.
+    """
+    torch.set_default_dtype(torch.float64)
+    try:
+        trainer = make_trainer(folder, *opts)
+        before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+        trainer.train()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return before
