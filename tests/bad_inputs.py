@@ -819,10 +819,12 @@ ROWS = [
 def restored() -> Iterator[None]:
     """Undo what rows do to this process."""
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    place = Path.cwd()
     try:
         with mock.patch.dict(os.environ):
             yield
     finally:
+        os.chdir(place)
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
 
@@ -832,7 +834,8 @@ def attempt(row: Row, folder: Path) -> str:
     What differs from the row's promises is an assertion.
     """
     case = Case.make(folder)
-    with restored(), contextlib.chdir(folder):
+    with restored():
+        os.chdir(folder)
         row.change(case)
         argv = case.argv()
         before = case.contents()

@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import yaml
@@ -414,15 +415,7 @@ def fuzz_checkpoint(bench: Bench, cases: int) -> None:
             if action == "rename":
                 weights[value if isinstance(value, str) else name[:-1]] = tensor
             else:
-                weights[name] = {
-                    "reshape": lambda t: t.reshape(-1)[:1],
-                    "retype": lambda t: t.to(
-                        torch.complex64 if t.is_floating_point() else torch.bool
-                    ),
-                    "replace": lambda t, value=value: value,
-                    "nan": lambda t: torch.full_like(t, math.nan) if t.is_floating_point() else t,
-                    "empty": lambda t: t.new_zeros(0),
-                }[action](tensor)
+                weights[name] = _edited(tensor, action, value)
         return {**bench.checkpoint, "model": weights}
 
     zoo = {"__author__": "fuzz", "matching_heuristics": True}
@@ -447,6 +440,17 @@ def fuzz_checkpoint(bench: Bench, cases: int) -> None:
         bench.attempt(lambda: _load(bench, content, end, mode))
 
     run()
+
+
+def _edited(tensor: torch.Tensor, action: str, value: Any) -> Any:
+    floating = tensor.is_floating_point()
+    if action == "reshape":
+        return tensor.reshape(-1)[:1]
+    if action == "retype":
+        return tensor.to(torch.complex64 if floating else torch.bool)
+    if action == "nan":
+        return torch.full_like(tensor, math.nan) if floating else tensor
+    return tensor.new_zeros(0) if action == "empty" else value
 
 
 def _saved(content: Any) -> bytes:
@@ -491,12 +495,18 @@ def bench() -> Iterator[Bench]:
     limit = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, limit[1]))
     output = io.StringIO()
+    place = Path.cwd()
     try:
-        with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-            os.environ.setdefault("DETECTRON2_DATASETS", folder)
-            with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        with tempfile.TemporaryDirectory() as folder:
+            os.chdir(folder)
+            with (
+                mock.patch.dict(os.environ, DETECTRON2_DATASETS=folder),
+                contextlib.redirect_stdout(output),
+                contextlib.redirect_stderr(output),
+            ):
                 yield Bench(Path(folder))
     finally:
+        os.chdir(place)
         resource.setrlimit(resource.RLIMIT_AS, limit)
         logging.disable(logging.NOTSET)
 

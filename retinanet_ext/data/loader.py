@@ -7,6 +7,7 @@ of workers what several processes, or several micro-batches, see together.
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import random
 import signal
@@ -24,6 +25,8 @@ from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from retinanet_ext.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -50,14 +53,14 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
 
     Attributes:
         seed: of the order of samples and of the mapper's randomness
-        num_images: images, of all processes, that lie before the first batch
+        num_batches, num_images: those of all processes that lie before the first batch
     """
 
     def __init__(self, cfg: CfgNode, mapper: Mapper) -> None:
         self.cfg = cfg
         self.mapper = mapper
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
-        self.num_images = 0
+        self.num_batches, self.num_images = 0, 0
         records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
@@ -75,13 +78,16 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
 
     def state_dict(self, num_batches: int) -> dict[str, int]:
         """Return the state after that many batches of all processes since the run's start."""
-        return {"seed": self.seed, "num_images": num_batches * self.cfg.SOLVER.IMS_PER_BATCH}
+        more = (num_batches - self.num_batches) * self.cfg.SOLVER.IMS_PER_BATCH
+        num_images = self.num_images + more  # earlier parts of a run may have had other batches
+        return {"seed": self.seed, "num_batches": num_batches, "num_images": num_images}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on there, with the same seed unless the config names one."""
-        if self.cfg.SEED < 0:
-            self.seed = state["seed"]
-        self.num_images = state["num_images"]
+        """Go on there, with that seed, whatever the config's is by now."""
+        if state["seed"] != self.seed:
+            logger.info("Seed %d of the run goes on, and not %d", state["seed"], self.seed)
+        self.seed = state["seed"]
+        self.num_batches, self.num_images = state["num_batches"], state["num_images"]
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         batch_size = self.cfg.SOLVER.IMS_PER_BATCH
@@ -94,7 +100,7 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
                 batches,
                 rank=comm.get_rank(),
                 num_processes=comm.get_world_size(),
-                num_micro_batches=self.cfg.SOLVER.get("ACCUMULATE", 1),
+                num_micro_batches=self.cfg.SOLVER.ACCUMULATE,
             ),
             num_workers=workers,
             collate_fn=trivial_batch_collator,

@@ -266,6 +266,8 @@ def _check_solver(cfg: CfgNode, num_processes: int) -> None:
             f"SOLVER.BASE_LR_END {solver.BASE_LR_END} must be at most SOLVER.BASE_LR "
             f"{solver.BASE_LR} for WarmupCosineLR"
         )
+    if solver.WEIGHT_DECAY_BIAS is not None:  # None: as WEIGHT_DECAY
+        Interval("[0, inf)").check("SOLVER.WEIGHT_DECAY_BIAS", solver.WEIGHT_DECAY_BIAS)
     # With a reference, Detectron2 scales the batch to the number of processes.
     shares = {
         "SOLVER.REFERENCE_WORLD_SIZE"

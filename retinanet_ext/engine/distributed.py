@@ -104,7 +104,7 @@ def find_group(args: argparse.Namespace, env: Mapping[str, str] = os.environ) ->
     """
     if "LOCAL_RANK" in env:
         group = _torchrun(env)
-        given = {"--dist-url": (args.dist_url, "auto")}
+        given: dict[str, tuple[Any, Any]] = {"--dist-url": (args.dist_url, "auto")}
     elif "SLURM_STEP_NUM_TASKS" in env and _number(env, "SLURM_STEP_NUM_TASKS") > 1:
         group = _srun(env, args.dist_url)
         given = {}
@@ -211,7 +211,7 @@ def _number(env: Mapping[str, str], name: str) -> int:
 
 def first_node(nodes: str) -> str:
     """Return the first host of Slurm's list, such as gpu03 of "gpu[03-05,07],login1"."""
-    first = re.match(r"(?:[^,\[\]]|\[[^\]]*\])*", nodes)[0]  # up to a comma outside of brackets
+    first, *_ = re.split(r",(?![^\[]*\])", nodes)  # at commas outside of brackets
     host = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first)
     if not host:
         raise InputError(
@@ -325,18 +325,14 @@ def _child(main: Main, args: tuple[Any, ...], met: Event, ends: SimpleQueue) -> 
     try:
         _allow_long_waits()
         main(*args)
-    except StoppedError as error:
-        _tell(ends, error)  # all processes stop; the first to end must not end the others
     except Exception as error:
-        if explain(error):
-            _tell(ends, error)
-        raise
+        if end := explain(error):
+            code, line = end
+            ends.put((line[:2000], code))  # nobody reads yet, and the pipe must hold them all
+        # All processes stop; the first to end must not have the others ended.
+        if not isinstance(error, StoppedError):
+            raise
     dist.destroy_process_group()
-
-
-def _tell(ends: SimpleQueue, error: Exception) -> None:
-    code, line = explain(error)
-    ends.put((line[:2000], code))  # nobody reads yet, and the pipe must hold them all
 
 
 def _join(group: Group, main: Main, args: tuple[Any, ...], timeout: float) -> None:
@@ -377,7 +373,7 @@ def _join(group: Group, main: Main, args: tuple[Any, ...], timeout: float) -> No
         if not met:
             message = f"{type(error).__name__}: {error}"
             raise InputError(_no_rendezvous(group, message, started, timeout)) from error
-        if lost_peer(error):
+        if lost_peer(error) and not explain(error):
             raise GroupError(LOST_PEER, 1) from None
         raise
     dist.destroy_process_group()
@@ -447,7 +443,7 @@ def _passing_signals_on() -> Iterator[list[int]]:
         if not children:
             raise StoppedError(STOPPED)
         for child in children:
-            os.kill(child.pid, signal.SIGTERM)
+            child.terminate()
 
     if not _gets_signals():
         yield received
@@ -502,7 +498,7 @@ def agree(find: Callable[[], Any]) -> Any:
     failed = next((rank for rank, (_, end) in enumerate(results) if end), None)
     if failed is None:
         return results[comm.get_rank() - comm.get_local_rank()][0]
-    if failed == comm.get_rank():
+    if raised is not None and failed == comm.get_rank():
         raise raised
     raise GroupError("", results[failed][1][0])
 

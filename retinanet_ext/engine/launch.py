@@ -144,10 +144,10 @@ def _run(command: list[str], args: argparse.Namespace, group: Group) -> None:
             f"--rendezvous-timeout takes seconds above 0, got {args.rendezvous_timeout:g}"
         )
     if group.local_rank is None:
-        main, what = _work, (_prepare(command, args, group, job_ids()),)
+        job = _prepare(command, args, group, job_ids())
+        run(group, _work, (job,), timeout=args.rendezvous_timeout)
     else:
-        main, what = _work_as_member, (command, args, group)
-    run(group, main, what, timeout=args.rendezvous_timeout)
+        run(group, _work_as_member, (command, args, group), timeout=args.rendezvous_timeout)
 
 
 def _work_as_member(command: list[str], args: argparse.Namespace, group: Group) -> None:
@@ -248,7 +248,7 @@ def check_model(cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool) ->
     try:
         try:
             model = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
-            saved = {}
+            saved: dict[str, Any] = {}
             if not eval_only:
                 optimizer = Trainer.build_optimizer(cfg, model)
                 Trainer.build_lr_scheduler(cfg, optimizer)

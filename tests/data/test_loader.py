@@ -158,10 +158,11 @@ def test_going_on_after_n_batches_is_as_taking_n(sampler, workers, loader_cfg):
         assert all(torch.equal(x["image"], y["image"]) for x, y in zip(a, b, strict=True))
 
 
-def test_a_named_seed_is_the_configs(loader_cfg):
+def test_the_seed_is_the_configs_until_there_is_a_run_to_go_on(loader_cfg):
     first, second = make_loader(loader_cfg), make_loader(loader_cfg, "SEED", 8)
-    second.load_state_dict(first.state_dict(2))
     assert (first.seed, second.seed) == (7, 8)
+    second.load_state_dict(first.state_dict(2))
+    assert second.seed == 7
     random_ones = {make_loader(loader_cfg, "SEED", -1).seed for _ in range(3)}
     assert len(random_ones) > 1 and min(random_ones) >= 0
 
@@ -171,8 +172,11 @@ def test_another_batch_size_goes_on_at_the_same_image(loader_cfg):
     other = ("DATALOADER.ASPECT_RATIO_GROUPING", False, "SOLVER.IMS_PER_BATCH", 2)
     second = make_loader(loader_cfg, *other)
     second.load_state_dict(first.state_dict(3))
+    third = make_loader(loader_cfg, *other)
+    third.load_state_dict(second.state_dict(5))
     ids = list(itertools.chain(*image_ids(take(first, 5))))
     assert list(itertools.chain(*image_ids(take(second, 4)))) == ids[12:]
+    assert list(itertools.chain(*image_ids(take(third, 2)))) == ids[16:]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
