@@ -439,6 +439,11 @@ CONFIG = [
         "NON_FINITE.POLICY 'ignore' is unknown; known:",
         opts("SOLVER.NON_FINITE.POLICY", "ignore"),
     ),
+    (
+        "padding that the backbone cannot use",
+        "PAD_MULTIPLE 3 must be a multiple of the backbone's 32",
+        opts("INPUT.PAD_MULTIPLE", 3),
+    ),
     ("no training size", "MIN_SIZE_TRAIN is empty", opts("INPUT.MIN_SIZE_TRAIN", "()")),
     (
         "a training size below 0",

@@ -58,9 +58,19 @@ class Kill:
 
 
 def kill(folder: Path, seconds: float, *, in_writing: bool, iterations: int) -> Kill:
-    """Start, or resume, and kill after that time, or then while a checkpoint is being written."""
-    unfinished = folder / ".unfinished_checkpoint"
+    """Start, or resume, and kill that long after the first checkpoint, or in a later one's writing.
+
+    Args:
+        folder: of the run
+        seconds: from the first checkpoint of this part of the run to the kill
+        in_writing: wait from then on until a checkpoint is being written
+        iterations: length of the run
+    """
+    unfinished, tag = folder / ".unfinished_checkpoint", folder / "last_checkpoint"
     launcher = start(folder, iterations=iterations)
+    earlier = tag.stat().st_mtime_ns if tag.exists() else None
+    while launcher.poll() is None and not (tag.exists() and tag.stat().st_mtime_ns != earlier):
+        time.sleep(0.001)
     begin = time.monotonic()
     while time.monotonic() < begin + seconds and launcher.poll() is None:
         time.sleep(0.001)
@@ -69,9 +79,15 @@ def kill(folder: Path, seconds: float, *, in_writing: bool, iterations: int) -> 
     os.killpg(launcher.pid, signal.SIGKILL)
     launcher.wait()
     time.sleep(0.2)  # until the last write of a process that was in it
-    tag = folder / "last_checkpoint"
-    name = tag.read_text() if tag.exists() else "none"
-    return Kill(time.monotonic() - begin, name, unfinished.exists())
+    return Kill(seconds, tag.read_text() if tag.exists() else "none", unfinished.exists())
+
+
+def seconds_of_training(folder: Path) -> float:
+    """Return the time from the first checkpoint of a run to the last."""
+    first, last = (
+        (folder / f"model_{name}.pth").stat().st_mtime for name in (f"{PERIOD - 1:07d}", "final")
+    )
+    return last - first
 
 
 def differences(first: Path, second: Path) -> list[str]:
@@ -115,16 +131,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = []
     with tempfile.TemporaryDirectory() as work:
         reference = Path(work, "uninterrupted")
-        begin = time.time()
         finish(reference, iterations=args.iterations)
-        # From the first iterations to the last.
-        earliest, latest = (
-            (reference / f"model_{name}.pth").stat().st_mtime - begin
-            for name in (f"{PERIOD - 1:07d}", "final")
-        )
+        duration = seconds_of_training(reference)
         for number in range(args.kills):
             folder = Path(work, str(number))
-            seconds = rng.uniform(earliest, latest)
+            seconds = rng.uniform(0, duration)
             met = kill(folder, seconds, in_writing=number % 2 == 1, iterations=args.iterations)
             finish(folder, iterations=args.iterations)
             different = differences(reference / "model_final.pth", folder / "model_final.pth")

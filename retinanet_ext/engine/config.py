@@ -76,6 +76,7 @@ RANGES = {
     "MODEL.RESNETS.RES2_OUT_CHANNELS": Interval("[1, 4096]"),
     "MODEL.RESNETS.STEM_OUT_CHANNELS": Interval("[1, 4096]"),
     "MODEL.RESNETS.WIDTH_PER_GROUP": Interval("[1, 4096]"),
+    "MODEL.RETINANET.BBOX_REG_WEIGHTS": Interval("(0, inf)"),
     "MODEL.RETINANET.NUM_CLASSES": Interval("[1, 100000]"),
     "MODEL.RETINANET.NUM_CONVS": Interval("[0, 64]"),
     "SEED": Interval("(-inf, 2147483647]"),
@@ -174,6 +175,12 @@ def check_config(cfg: CfgNode, *, num_processes: int, eval_only: bool) -> None:
             "Detectron2 unpickles DATASETS.PROPOSAL_FILES_*, which may run any code"
         )
     _check_pixels(cfg)
+    weights = cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS
+    if len(weights) != 4:
+        raise InputError(
+            "MODEL.RETINANET.BBOX_REG_WEIGHTS must be 4 numbers, of x, y, width and height; got "
+            f"{weights}"
+        )
     if not eval_only:
         _check_ranges(cfg, TRAINING_RANGES, TRAINING_CHOICES)
         _check_augmentation(cfg.INPUT)

@@ -19,6 +19,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
 from retinanet_ext.modeling.criterion import RetinaNetCriterion, log_counts
 from retinanet_ext.modeling.head import RetinaNetExtHead
@@ -111,6 +112,11 @@ class RetinaNetExt(DenseDetector):
         for key in ("NUM_CLASSES", "TOPK_CANDIDATES_TEST"):
             Interval("[1, inf)").check(f"MODEL.RETINANET.{key}", node[key])
         backbone = build_backbone(cfg)
+        if cfg.INPUT.PAD_MULTIPLE % max(backbone.size_divisibility, 1):
+            raise InputError(
+                f"INPUT.PAD_MULTIPLE {cfg.INPUT.PAD_MULTIPLE} must be a multiple of the backbone's "
+                f"{backbone.size_divisibility}, or 0"
+            )
         shapes = [backbone.output_shape()[feature] for feature in node.IN_FEATURES]
         return {
             "backbone": backbone,

@@ -205,11 +205,10 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
     """A small form of ``stress_kills.py``: one run of two processes, killed time and again."""
     iterations = 40
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    begin = time.monotonic()
     stress_kills.finish(whole, iterations=iterations)
-    seconds = time.monotonic() - begin
+    duration = stress_kills.seconds_of_training(whole)
     for in_writing in (True, False):
-        moment = seconds * random.uniform(0.6, 1)
+        moment = random.uniform(0, duration / 3)
         stress_kills.kill(killed, moment, in_writing=in_writing, iterations=iterations)
     stress_kills.finish(killed, iterations=iterations)
     assert stress_kills.differences(whole / "model_final.pth", killed / "model_final.pth") == []

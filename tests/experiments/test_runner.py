@@ -308,10 +308,10 @@ def test_full_disk_leaves_the_earlier_record(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     record.write_json(path, {"format": 1})
 
-    def full(self, content):
+    def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(InputError, match=r"record\.json cannot be written: No space left"):
         record.write_json(path, {"format": 2})
     assert json.loads(path.read_text()) == {"format": 1}
