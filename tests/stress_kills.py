@@ -12,12 +12,13 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,42 +53,37 @@ def finish(folder: Path, *, iterations: int) -> None:
 class Kill:
     """What a kill met: the newest checkpoint, and whether one was being written."""
 
-    seconds: float
     checkpoint: str
     writing: bool
 
 
-def kill(folder: Path, seconds: float, *, in_writing: bool, iterations: int) -> Kill:
-    """Start, or resume, and kill that long after the first checkpoint, or in a later one's writing.
+def kill(folder: Path, after: int, delay: float, *, in_writing: bool, iterations: int) -> Kill:
+    """Start, or resume, and kill all processes.
 
     Args:
         folder: of the run
-        seconds: from the first checkpoint of this part of the run to the kill
-        in_writing: wait from then on until a checkpoint is being written
+        after: the iteration whose checkpoint, or a later one, is waited for
+        delay: seconds from then on
+        in_writing: then wait until a checkpoint is being written
         iterations: length of the run
     """
     unfinished, tag = folder / ".unfinished_checkpoint", folder / "last_checkpoint"
     launcher = start(folder, iterations=iterations)
-    earlier = tag.stat().st_mtime_ns if tag.exists() else None
-    while launcher.poll() is None and not (tag.exists() and tag.stat().st_mtime_ns != earlier):
-        time.sleep(0.001)
-    begin = time.monotonic()
-    while time.monotonic() < begin + seconds and launcher.poll() is None:
-        time.sleep(0.001)
-    while in_writing and not unfinished.exists() and launcher.poll() is None:
-        time.sleep(0.0005)  # the file is there for a few milliseconds
+
+    def wait_for(condition: Callable[[], bool]) -> None:
+        while not condition():
+            if launcher.poll() is not None:
+                raise RuntimeError(f"{folder}: the run ended before it was killed")
+            time.sleep(0.0005)  # a checkpoint is being written for some milliseconds
+
+    wait_for(lambda: tag.exists() and int(re.sub(r"\D", "", tag.read_text())) >= after)
+    time.sleep(delay)
+    if in_writing:
+        wait_for(unfinished.exists)
     os.killpg(launcher.pid, signal.SIGKILL)
     launcher.wait()
     time.sleep(0.2)  # until the last write of a process that was in it
-    return Kill(seconds, tag.read_text() if tag.exists() else "none", unfinished.exists())
-
-
-def seconds_of_training(folder: Path) -> float:
-    """Return the time from the first checkpoint of a run to the last."""
-    first, last = (
-        (folder / f"model_{name}.pth").stat().st_mtime for name in (f"{PERIOD - 1:07d}", "final")
-    )
-    return last - first
+    return Kill(tag.read_text(), unfinished.exists())
 
 
 def differences(first: Path, second: Path) -> list[str]:
@@ -132,17 +128,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as work:
         reference = Path(work, "uninterrupted")
         finish(reference, iterations=args.iterations)
-        duration = seconds_of_training(reference)
         for number in range(args.kills):
             folder = Path(work, str(number))
-            seconds = rng.uniform(0, duration)
-            met = kill(folder, seconds, in_writing=number % 2 == 1, iterations=args.iterations)
+            met = kill(
+                folder,
+                rng.randrange(args.iterations - 4 * PERIOD),
+                rng.uniform(0, 1),  # about a period
+                in_writing=number % 2 == 1,
+                iterations=args.iterations,
+            )
             finish(folder, iterations=args.iterations)
             different = differences(reference / "model_final.pth", folder / "model_final.pth")
             rows.append(
                 (
                     number + 1,
-                    met.seconds,
                     met.checkpoint,
                     "yes" if met.writing else "no",
                     "equal" if not different else f"{len(different)} differ: {different[0]}",
@@ -150,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             print(rows[-1], file=sys.stderr, flush=True)
         count = len(list(leaves(torch.load(reference / "model_final.pth"))))
-    header = ("kill", "after s", "last_checkpoint", "in writing", "model_final.pth")
-    print(tabulate(rows, header, floatfmt=".1f"))
+    header = ("kill", "last_checkpoint", "in writing", "model_final.pth")
+    print(tabulate(rows, header))
     equal = sum(row[-1] == "equal" for row in rows)
     print(
         f"{equal} of {len(rows)} runs of {args.iterations} iterations on two processes end equal "

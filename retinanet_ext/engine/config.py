@@ -175,6 +175,7 @@ def check_config(cfg: CfgNode, *, num_processes: int, eval_only: bool) -> None:
             "Detectron2 unpickles DATASETS.PROPOSAL_FILES_*, which may run any code"
         )
     _check_pixels(cfg)
+    _check_expected_results(cfg.TEST.EXPECTED_RESULTS)
     weights = cfg.MODEL.RETINANET.BBOX_REG_WEIGHTS
     if len(weights) != 4:
         raise InputError(
@@ -239,6 +240,17 @@ def _check_pixels(cfg: CfgNode) -> None:
             raise InputError(
                 f"{key} needs {channels} numbers, one for each channel of INPUT.FORMAT "
                 f"{image_format}; got {value}"
+            )
+
+
+def _check_expected_results(results: Sequence[Any]) -> None:
+    """Refuse here what Detectron2 would trip over once training is over."""
+    for result in results:
+        types = [type(part) for part in result] if isinstance(result, list | tuple) else []
+        if types[:2] != [str, str] or len(types) != 4 or not {*types[2:]} <= {int, float}:
+            raise InputError(
+                "TEST.EXPECTED_RESULTS must be a list of [task, metric, value, tolerance], such as "
+                f"[['bbox', 'AP', 38.5, 0.2]]; got {reprlib.repr(results)}"
             )
 
 

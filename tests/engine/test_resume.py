@@ -206,9 +206,8 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
     iterations = 40
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     stress_kills.finish(whole, iterations=iterations)
-    duration = stress_kills.seconds_of_training(whole)
-    for in_writing in (True, False):
-        moment = random.uniform(0, duration / 3)
-        stress_kills.kill(killed, moment, in_writing=in_writing, iterations=iterations)
+    for after, in_writing in ((5, True), (20, False)):
+        delay = random.uniform(0, 0.5)
+        stress_kills.kill(killed, after, delay, in_writing=in_writing, iterations=iterations)
     stress_kills.finish(killed, iterations=iterations)
     assert stress_kills.differences(whole / "model_final.pth", killed / "model_final.pth") == []
