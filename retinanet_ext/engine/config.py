@@ -247,10 +247,11 @@ def _check_expected_results(results: Sequence[Any]) -> None:
     """Refuse here what Detectron2 would trip over once training is over."""
     for result in results:
         types = [type(part) for part in result] if isinstance(result, list | tuple) else []
-        if types[:2] != [str, str] or len(types) != 4 or not {*types[2:]} <= {int, float}:
+        fits = len(types) == 4 and types[1] is str and {*types[2:]} <= {int, float}
+        if not fits or result[0] != "bbox":
             raise InputError(
-                "TEST.EXPECTED_RESULTS must be a list of [task, metric, value, tolerance], such as "
-                f"[['bbox', 'AP', 38.5, 0.2]]; got {reprlib.repr(results)}"
+                "TEST.EXPECTED_RESULTS must be a list of ['bbox', metric, value, tolerance], such "
+                f"as [['bbox', 'AP', 38.5, 0.2]]; got {reprlib.repr(results)}"
             )
 
 

@@ -151,7 +151,7 @@ def test_whether_num_classes_is_set(tmp_path):
         (["MODEL.ANCHOR_GENERATOR.SIZES", "[[1e999]]"], 1, "SIZES must be finite"),
         (["OUTPUT_DIR", "x" * 300], 1, "OUTPUT_DIR 'xxx.*File name too long"),
         (["MODEL.RETINANET.BBOX_REG_WEIGHTS", "[1.0]"], 1, "BBOX_REG_WEIGHTS must be 4 numbers"),
-        (["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 40]]"], 1, "list of .task, metric, value, tol"),
+        (["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 40]]"], 1, "list of .'bbox', metric, value"),
         (["OUTPUT_DIR", ""], 1, "OUTPUT_DIR is empty"),
         (["SOLVER.MAX_ITER", "0"], 1, "SOLVER.MAX_ITER"),
         (["SOLVER.CHECKPOINT_PERIOD", "0"], 1, "SOLVER.CHECKPOINT_PERIOD"),
