@@ -1,4 +1,4 @@
-"""Write benchmarks/README.md from the saved results: of each benchmark and device the newest.
+"""Write benchmarks/README.md from the saved results: of each benchmark and setting the newest.
 
 python benchmarks/summarize.py
 """
@@ -45,8 +45,9 @@ def summarize() -> str:
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
     for path in sorted(RESULTS.glob("*.json"), key=_age):
         content = json.loads(path.read_text(encoding="utf-8"))
-        precision = content["settings"].get("precision", content["settings"].get("dtype", ""))
-        newest[content["what"], content["hardware"], precision] = content
+        settings = content["settings"]
+        kind = (str(settings.get(name, "")) for name in ("precision", "dtype", "threads", "height"))
+        newest[content["what"], content["hardware"], *kind] = content
     scripts = sorted(path.name for path in README.parent.glob("bench_*.py"))
     head = HEAD.format(files=", ".join(f"[{name}]({name})" for name in scripts))
     sections = [_section(content) for _, content in sorted(newest.items())]
