@@ -46,8 +46,8 @@ def summarize() -> str:
     for path in sorted(RESULTS.glob("*.json"), key=_age):
         content = json.loads(path.read_text(encoding="utf-8"))
         settings = content["settings"]
-        kind = (str(settings.get(name, "")) for name in ("precision", "dtype", "threads", "height"))
-        newest[content["what"], content["hardware"], *kind] = content
+        kind = [str(settings.get(name, "")) for name in ("precision", "dtype", "threads", "height")]
+        newest[(content["what"], content["hardware"], *kind)] = content
     scripts = sorted(path.name for path in README.parent.glob("bench_*.py"))
     head = HEAD.format(files=", ".join(f"[{name}]({name})" for name in scripts))
     sections = [_section(content) for _, content in sorted(newest.items())]
