@@ -1,8 +1,8 @@
-"""Labelling anchors: time and memory beside Detectron2's matcher, by the number of boxes.
+"""Labelling anchors: time and memory beside Detectron2's and torchvision's, by number of boxes.
 
     python benchmarks/bench_matching.py [--boxes 7 100 500] [--device cuda] [--save]
 
-Two images a call and the paper's anchors, 91,260 an image of 608 x 800. Detectron2's share is the
+Two images a call and the paper's anchors, 91,260 an image of 608 x 800. The others' share is the
 matching alone, ``matcher(pairwise_iou(boxes, anchors))``; ours makes the labels as well.
 """
 
@@ -13,6 +13,8 @@ from common import argument_parser, hardware, measure, peak_memory, save
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from tabulate import tabulate
+from torchvision.models.detection._utils import Matcher as TorchvisionMatcher
+from torchvision.ops import box_iou
 
 from retinanet_ext.modeling import AnchorMatcher, OctaveAnchorGenerator
 from retinanet_ext.modeling.matching import label_anchors
@@ -54,31 +56,39 @@ def main() -> None:
     anchors = make_anchors(args.height, args.width, args.device)
     ours = AnchorMatcher(*RULE)
     stock = Matcher(*RULE, allow_low_quality_matches=True)
+    low, high = RULE[0]
+    torchvision = TorchvisionMatcher(high, low, allow_low_quality_matches=True)
     rows, table = [], []
     for count in args.boxes:
         gt = [
             make_instances(count, args.height, args.width, args.device) for _ in range(args.images)
         ]
         calls = {
-            "detectron2": lambda gt=gt: [stock(pairwise_iou(g.gt_boxes, anchors)) for g in gt],
-            "retinanet_ext": lambda gt=gt: label_anchors(ours, anchors, gt, NUM_CLASSES),
+            "Detectron2": lambda gt=gt: [stock(pairwise_iou(g.gt_boxes, anchors)) for g in gt],
+            "torchvision": lambda gt=gt: [
+                torchvision(box_iou(g.gt_boxes.tensor, anchors.tensor)) for g in gt
+            ],
+            "ours": lambda gt=gt: label_anchors(ours, anchors, gt, NUM_CLASSES),
         }
         times = measure(calls, args.repeat)
-        memory = {name: peak_memory(call, args.device) for name, call in calls.items()}
-        ratio = times["retinanet_ext"].median / times["detectron2"].median
-        rows += [
-            {"boxes": count, "name": name, "time": times[name], "peak_bytes": memory[name]}
-            for name in calls
-        ]
-        table.append(
-            [count, *times.values(), f"{ratio:.3f}", *(m / 2**20 for m in memory.values())]
-        )
-    print(f"{args.images} images, {len(anchors)} anchors each, {hardware(args.device)}, "
-          f"{args.threads} threads; medians (quartiles) of {args.repeat}")  # fmt: skip
-    headers = ["boxes", "Detectron2, ms", "ours, ms", "ratio", "Detectron2, MiB", "ours, MiB"]
-    print(tabulate(table, headers, floatfmt=".1f", disable_numparse=[1, 2, 3]))
+        for name, call in calls.items():
+            row = {
+                "boxes": count,
+                "name": name,
+                "time": times[name],
+                "ratio": times[name].median / times["Detectron2"].median,
+                "peak_bytes": peak_memory(call, args.device),
+            }
+            rows.append(row)
+            memory = f"{row['peak_bytes'] / 2**20:.1f}"
+            table.append([count, name, times[name], f"{row['ratio']:.3f}", memory])
+    print(
+        f"{args.images} images, {len(anchors)} anchors each, {hardware(args.device)}, "
+        f"{args.threads} threads; medians (quartiles) of {args.repeat}"
+    )
+    print(tabulate(table, ["boxes", "", "ms", "ratio", "peak MiB"], disable_numparse=True))
     if args.save:
-        print(save("matching", rows, args))
+        print(f"Wrote {save('matching', rows, args)}")
 
 
 if __name__ == "__main__":

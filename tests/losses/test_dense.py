@@ -189,6 +189,24 @@ def test_closed_form_equals_autograd_of_the_formula(name, dtype):
     assert_close(derivative, slope, **tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_code_to_be_generated_equals_the_blocks(name, dtype, monkeypatch):
+    """What is compiled, run as it stands; the focal loss at every kind of gamma."""
+    monkeypatch.setattr(dense, "_compiled", lambda name: dense._level)
+    for gamma in (0.0, 0.1, 1.0, 2.0, 5.0) if name == "focal" else (None,):
+        loss = LOSSES[name].bind(**({} if gamma is None else {"gamma": gamma}))
+        results = []
+        for compiled in (False, True):
+            levels, labels, weights = make_case(5, spread=10.0, dtype=dtype)
+            alphas = class_weights([0.1, 0.2, 0.5, 0.7, 0.9], 5)
+            total = dense.dense_loss(
+                loss, levels, labels, weights, alphas, num_classes=5, compiled=compiled
+            )
+            results.append((total.detach(), torch.autograd.grad(total, levels)))
+        assert_close(results[1], results[0])
+
+
 def test_compiled_equals_autograd():
     """One compilation serves levels of any size, batches and memory formats."""
     loss = LOSSES["focal"].bind(gamma=1.5)
