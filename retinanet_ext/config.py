@@ -91,7 +91,7 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     #                       then the mean over images
     #   "foreground_batch"  foreground anchors of the batch
     #   "selected"          anchors that count (section 5.3's mini-batch)
-    # Counts of a batch are averaged over processes. Never below 1.
+    # A batch is that of all processes and micro-batches. Counts are never below 1.
     retinanet.LOSS_NORMALIZER = "foreground_ema"
 
     # Whether a box that no anchor reaches at IoU .5 gets its best anchor all the same:

@@ -61,6 +61,10 @@ def test_mixed_precision_keeps_the_loss_in_float32(dtype):
 def test_a_training_step_never_waits_for_the_device():
     model = make_model("MODEL.DEVICE", "cuda").train()
     batch = make_batch([7, 0])
+    for inputs in batch:  # copying them waits
+        inputs["image"], inputs["instances"] = (
+            inputs[k].to("cuda") for k in ("image", "instances")
+        )
     with EventStorage():
         sum(model(batch).values()).backward()  # what is set up once may wait
         torch.cuda.synchronize()

@@ -103,8 +103,8 @@ def to_dataset_dicts(content: dict[str, Any], image_root: str) -> list[dict[str,
     return [
         {
             "file_name": os.path.join(image_root, image["file_name"]),
-            "height": image["height"],
-            "width": image["width"],
+            "height": int(image["height"]),
+            "width": int(image["width"]),
             "image_id": image["id"],
             "annotations": annotations[image["id"]],
         }

@@ -104,9 +104,8 @@ def training_boxes(
     def padded(height: int, width: int) -> list[int]:
         image = torch.empty(3, height, width, device="meta")
         constraints = backbone.padding_constraints
-        images = ImageList.from_tensors(
-            [image], backbone.size_divisibility, padding_constraints=constraints
-        )
+        multiple = max(backbone.size_divisibility, cfg.INPUT.PAD_MULTIPLE)
+        images = ImageList.from_tensors([image], multiple, padding_constraints=constraints)
         return list(images.tensor.shape[:-3:-1])
 
     short_sides = cfg.INPUT.MIN_SIZE_TRAIN

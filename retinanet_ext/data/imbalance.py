@@ -66,7 +66,9 @@ def measure_imbalance(cfg: CfgNode, json_file: str, *, is_train: bool = True) ->
     def anchors_of(height: int, width: int) -> Boxes:
         image = torch.zeros(len(cfg.MODEL.PIXEL_MEAN), height, width, device="meta")
         images = ImageList.from_tensors(
-            [image], backbone.size_divisibility, padding_constraints=backbone.padding_constraints
+            [image],
+            max(backbone.size_divisibility, cfg.INPUT.PAD_MULTIPLE if is_train else 0),
+            padding_constraints=backbone.padding_constraints,
         )
         features = backbone(images.tensor)
         return Boxes.cat(anchor_generator([features[name] for name in node.IN_FEATURES]))

@@ -6,6 +6,7 @@ of workers what several processes, or several micro-batches, see together.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import os
@@ -69,6 +70,7 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
                 f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} is an IterableDataset, in which a "
                 "resumed run cannot find its place; register a function that returns a list"
             )
+        _check_same_records(cfg, records)
         self.groups = bytes(len(records))
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
             self.groups = bytes(record["width"] > record["height"] for record in records)
@@ -125,6 +127,22 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
                 f"{error or type(error).__name__}"
             ) from error
         return parts["sampler"]
+
+
+def _check_same_records(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:
+    """Refuse machines whose data differ: the shares of a batch would be of different batches."""
+    digest = hashlib.sha1()
+    for record in records if comm.get_world_size() > 1 else ():
+        number = len(record.get("annotations", ()))
+        digest.update(repr((record.get("image_id"), record["width"], number)).encode())
+    digests = comm.all_gather((len(records), digest.hexdigest()))
+    other = next((rank for rank, found in enumerate(digests) if found != digests[0]), None)
+    if other is not None:
+        raise InputError(
+            f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} are other data in process {other} "
+            f"({digests[other][0]} images) than in process 0 ({digests[0][0]} images); all "
+            "machines need the same annotations and images"
+        )
 
 
 def group_batches(

@@ -31,6 +31,7 @@ from retinanet_ext.data.check import (
 from retinanet_ext.data.coco_json import join_some
 from retinanet_ext.data.sample_set import SampleSet, make_sample_set
 from retinanet_ext.errors import InputError
+from retinanet_ext.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ def _for_evaluation(checked: CheckedData) -> str:
     folder = tempfile.mkdtemp(prefix="retinanet_ext_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = Path(folder, os.path.basename(checked.json_file))
-    copy.write_text(json.dumps(completed), encoding="utf-8")
+    write_file(copy, json.dumps(completed))
     return str(copy)
 
 

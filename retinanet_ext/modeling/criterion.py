@@ -220,10 +220,18 @@ class RetinaNetCriterion(nn.Module):
     def box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor) -> Tensor:
         """Return the regression loss of each of F anchors, summed over coordinates, (F,)."""
         if self.box_reg_loss_type == "smooth_l1":
-            targets = self.box2box_transform.get_deltas(anchors, gt_boxes)
+            targets = self._box_targets(anchors, gt_boxes)
             return smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta).sum(1)
         boxes = self.box2box_transform.apply_deltas(deltas, anchors)
         return BOX_LOSSES[self.box_reg_loss_type](boxes, gt_boxes)
+
+    def _box_targets(self, anchors: Tensor, gt_boxes: Tensor) -> Tensor:
+        """Return ``Box2BoxTransform.get_deltas``, whose assertion waits for a GPU."""
+        sizes, gt_sizes = (boxes[:, 2:] - boxes[:, :2] for boxes in (anchors, gt_boxes))
+        offsets = (gt_boxes[:, :2] + 0.5 * gt_sizes - (anchors[:, :2] + 0.5 * sizes)) / sizes
+        targets = (*offsets.unbind(1), *(gt_sizes / sizes).log().unbind(1))
+        weights = self.box2box_transform.weights
+        return torch.stack([w * t for w, t in zip(weights, targets, strict=True)], dim=1)
 
     @torch.no_grad()
     def _predicted_boxes(self, anchors: Tensor, deltas: Tensor) -> Tensor:

@@ -178,14 +178,15 @@ def label_anchors(
     for instances in gt_instances:
         if len(instances) and len(anchors):
             match, match_labels = matcher(instances.gt_boxes.tensor, anchors.tensor)
-            label = instances.gt_classes[match]
+            match += first
+            label = instances.gt_classes[match - first]
             label.masked_fill_(match_labels == 0, num_classes)
             label.masked_fill_(match_labels == -1, -1)
         else:
             match = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
             label = torch.full_like(match, num_classes)
         labels.append(label)
-        matches.append(match + first)
+        matches.append(match)  # of an image without boxes, the batch's first box
         first += len(instances)
     return torch.stack(labels), torch.stack(matches)
 
@@ -216,12 +217,14 @@ def ignore_anchors(
     for image, (boxes, size) in enumerate(zip(regions, image_sizes, strict=True)):
         if boxes is None or not len(boxes):
             continue
-        clipped = Boxes(anchors.clone())
-        clipped.clip(size)
-        areas = clipped.area()
+        height, width = size
+        # Not by Boxes.clip, which would have the host wait for a GPU.
+        x, y = anchors[:, ::2].clamp(0, width), anchors[:, 1::2].clamp(0, height)
+        clipped = torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
+        areas = (clipped[:, 2:] - clipped[:, :2]).prod(1)
         for box in boxes.to(anchors):
-            left_top = torch.maximum(clipped.tensor[:, :2], box[:2])
-            right_bottom = torch.minimum(clipped.tensor[:, 2:], box[2:])
+            left_top = torch.maximum(clipped[:, :2], box[:2])
+            right_bottom = torch.minimum(clipped[:, 2:], box[2:])
             shared = (right_bottom - left_top).clamp(min=0).prod(1)
             inside[image] |= (shared >= overlap * areas) & (shared > 0)
     return labels.masked_fill(inside & (labels == num_classes), -1)

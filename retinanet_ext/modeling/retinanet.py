@@ -99,10 +99,9 @@ class RetinaNetExt(DenseDetector):
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
         if compile_network:
-            # One code for each padded size while these are few, else one for all.
-            dynamic = None if pad_multiple == 0 else False
-            self.backbone.compile(fullgraph=True, dynamic=dynamic)
-            self.head.compile(fullgraph=True, dynamic=dynamic)
+            # Code for the first size, and at the second for all sizes.
+            self.backbone.compile(fullgraph=True)
+            self.head.compile(fullgraph=True)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

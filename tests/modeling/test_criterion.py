@@ -6,6 +6,7 @@ import pytest
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.structures import Boxes, Instances
 from torch.testing import assert_close
 
 from detectors import build_without_memory, make_batch, make_cfg, make_model
@@ -14,6 +15,7 @@ from retinanet_ext.losses import LOSSES, sigmoid_focal_loss
 from retinanet_ext.losses.functional import elementwise_loss
 from retinanet_ext.modeling import RetinaNetCriterion
 from retinanet_ext.modeling.criterion import NORMALIZERS
+from retinanet_ext.modeling.matching import AnchorMatcher, label_anchors
 from retinanet_ext.selection import OHEM
 
 K = 4
@@ -261,6 +263,30 @@ def test_box_loss_of_fixed_shape_equals_that_of_the_listed_anchors(kind):
         results.append((losses.detach(), gradient))
     assert results[0][0][1] > 0 and results[0][0][0] == 0
     assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("box_counts", [[3, 0], [0, 3], [0, 3, 0, 0]])
+def test_box_loss_of_fixed_shape_takes_images_without_boxes(box_counts):
+    """With the matches as they are made."""
+    anchors, _, deltas, *_ = predictions(num_images=len(box_counts))
+    boxes = [anchors[:count] + 1 for count in box_counts]
+    gt = [
+        Instances((200, 200), gt_boxes=Boxes(b), gt_classes=torch.zeros(len(b), dtype=torch.int64))
+        for b in boxes
+    ]
+    matcher = AnchorMatcher([0.4, 0.5], [0, -1, 1])
+    labels, matches = label_anchors(matcher, Boxes(anchors), gt, K)
+    module, arguments = criterion(), (anchors, deltas, labels == 0, matches, torch.cat(boxes))
+    found = module._box_loss_per_image_of_fixed_shape(*arguments)
+    assert_close(found, module._box_loss_per_image(*arguments))
+    assert [bool(loss) for loss in found] == [bool(count) for count in box_counts]
+
+
+def test_box_targets_are_detectron2s():
+    anchors, *_, boxes = predictions()
+    module = criterion(box2box_transform=Box2BoxTransform(weights=(10.0, 5.0, 2.0, 1.0)))
+    expected = module.box2box_transform.get_deltas(anchors, boxes)
+    assert_close(module._box_targets(anchors, boxes), expected)
 
 
 @pytest.mark.parametrize("normalizer", NORMALIZERS)

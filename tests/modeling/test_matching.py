@@ -49,7 +49,7 @@ def whole_matrix_labels(matcher, anchors, gt_instances):
             label[match_labels == 0] = K
             label[match_labels == -1] = -1
         labels.append(label)
-        matches.append(match + first)
+        matches.append(match + first if len(instances) else match)
         first += len(instances)
     return torch.stack(labels), torch.stack(matches)
 
