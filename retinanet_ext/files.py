@@ -34,8 +34,12 @@ def replacing(path: Path, *, part: Path | None = None) -> Iterator[IO[bytes]]:
             os.replace(part, path)
         finally:
             part.unlink(missing_ok=True)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        # torch.save raises an error of its own from the system's.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise InputError(f"{path} cannot be written: {cause.strerror or cause}") from error
 
 
 def write_file(path: Path, content: str | bytes) -> None:

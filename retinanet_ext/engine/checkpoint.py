@@ -81,12 +81,7 @@ class Checkpointer(DetectionCheckpointer):
         self.logger.info("Saving checkpoint to %s", file)
         # One name for all: what a killed process left there does not fill the disk.
         with replacing(file, part=file.with_name(".unfinished_checkpoint")) as part:
-            try:
-                torch.save(content, part)
-            except RuntimeError as error:
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from None  # such as a full disk
-                raise
+            torch.save(content, part)
         self.tag_last_checkpoint(file.name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:

@@ -300,6 +300,10 @@ def _start(group: Group, main: Main, args: tuple[Any, ...], timeout: float) -> N
                 (main, args, met, ends),
                 timedelta(seconds=timeout),
             )
+    except KeyboardInterrupt:  # the second; the first has asked them to stop
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise
     except (ProcessRaisedException, ProcessExitedException) as error:
         if ends.empty():
             if signals:
@@ -462,6 +466,8 @@ def stop_at_interrupt() -> Iterator[None]:
 
     def stop(number: int, frame: object) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # after the last iteration
+            raise KeyboardInterrupt
         signal.raise_signal(signal.SIGTERM)
 
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _gets_signals():

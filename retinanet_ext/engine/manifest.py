@@ -109,18 +109,17 @@ def _without_person(text: str) -> str:
     """Write the home folder as ~, and URLs without user and password."""
     home = Path.home()
     if len(home.parts) > 1:
-        text = re.sub(rf"{re.escape(str(home))}(?![\w.-])", "~", text)
+        text = re.sub(rf"(?<![\w.~-]){re.escape(str(home))}(?![\w.-])", "~", text)
     return re.sub(r"(?<=://)[^/@\s\"']+@", "", text)
 
 
 def _describe_data(source: Source) -> dict[str, Any]:
+    json_file = source.json_file
+    data = {"json": json_file, "sha256": _hash(json_file) if os.path.isfile(json_file) else ""}
+    if not source.is_ours:  # its records may be anything
+        return data
     sizes = [os.stat(record["file_name"]).st_size for record in DatasetCatalog.get(source.name)]
-    return {
-        "json": source.json_file,
-        "sha256": _hash(source.json_file) if source.json_file else "",
-        "images": len(sizes),
-        "bytes": sum(sizes),
-    }
+    return {**data, "images": len(sizes), "bytes": sum(sizes)}
 
 
 def _describe_weights(weights: str) -> dict[str, str]:

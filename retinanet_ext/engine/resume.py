@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
@@ -59,12 +60,12 @@ class ResumableTrainer(DefaultTrainer):
                 f"resume: process 0 finds {found[0] or 'no checkpoint'} there, another "
                 f"{next(name for name in found if name != found[0]) or 'none'}"
             )
-        if not checkpoint:
+        if checkpoint:
+            self.checkpointer.load(checkpoint)
+            self.start_iter = self.iter + 1
+        else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
-            return
-        self.checkpointer.load(checkpoint)
-        self.start_iter = self.iter + 1
-        if comm.is_main_process():
+        if resume and comm.is_main_process():
             set_metrics_aside(Path(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
 
     def state_dict(self) -> dict[str, Any]:
@@ -111,8 +112,12 @@ class SeedIterations(HookBase):
 class StopOnSigterm(HookBase):
     """Saves and ends the training, on all processes after the same iteration, at a SIGTERM."""
 
+    def __init__(self) -> None:
+        self._handler: Any = None
+
     def before_train(self) -> None:
-        self._handler = signal.signal(signal.SIGTERM, self._request)
+        if threading.current_thread() is threading.main_thread():  # no other gets signals
+            self._handler = signal.signal(signal.SIGTERM, self._request)
 
     def _request(self, signum: int, frame: FrameType | None) -> None:
         self.trainer._trainer.stop_requested = True
@@ -130,7 +135,8 @@ class StopOnSigterm(HookBase):
         )
 
     def after_train(self) -> None:
-        signal.signal(signal.SIGTERM, self._handler)
+        if self._handler is not None:
+            signal.signal(signal.SIGTERM, self._handler)
 
 
 class _PreciseBN(hooks.PreciseBN):
