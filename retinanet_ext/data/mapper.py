@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
 from detectron2.data.detection_utils import transform_instance_annotations
 from fvcore.transforms.transform import TransformList
@@ -23,6 +24,15 @@ class CheckedDatasetMapper(DatasetMapper):
     The latter is needed although data are checked before training: of large sets only the headers
     are, and a file can become unreadable while training runs.
     """
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        if cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "RetinaNetExt"):
+            cfg = cfg.clone()
+            cfg.defrost()
+            # Of which these read nothing, and boxes alone are loaded.
+            cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False
+        return super().from_config(cfg, is_train)
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         try:
