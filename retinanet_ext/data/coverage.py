@@ -84,6 +84,16 @@ def build_grid(cfg: CfgNode) -> tuple[Backbone, AnchorGrid]:
     return backbone, AnchorGrid(sizes, generator.strides, generator.offset)
 
 
+def padded_batch(
+    cfg: CfgNode, backbone: Backbone, size: tuple[int, int], *, is_train: bool
+) -> Tensor:
+    """Return a batch of one resized image of (height, width) with its padding, without memory."""
+    image = torch.empty(len(cfg.MODEL.PIXEL_MEAN), *size, device="meta")
+    multiple = max(backbone.size_divisibility, cfg.INPUT.PAD_MULTIPLE if is_train else 0)
+    constraints = backbone.padding_constraints
+    return ImageList.from_tensors([image], multiple, padding_constraints=constraints).tensor
+
+
 def training_boxes(
     cfg: CfgNode, records: Sequence[dict[str, Any]], backbone: Backbone
 ) -> TrainingBoxes:
@@ -102,11 +112,8 @@ def training_boxes(
 
     @cache
     def padded(height: int, width: int) -> list[int]:
-        image = torch.empty(3, height, width, device="meta")
-        constraints = backbone.padding_constraints
-        multiple = max(backbone.size_divisibility, cfg.INPUT.PAD_MULTIPLE)
-        images = ImageList.from_tensors([image], multiple, padding_constraints=constraints)
-        return list(images.tensor.shape[:-3:-1])
+        batch = padded_batch(cfg, backbone, (height, width), is_train=True)
+        return list(batch.shape[:-3:-1])
 
     short_sides = cfg.INPUT.MIN_SIZE_TRAIN
     is_range = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"

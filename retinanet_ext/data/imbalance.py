@@ -11,10 +11,11 @@ from detectron2.config import CfgNode
 from detectron2.data.build import filter_images_with_only_crowd_annotations
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_anchor_generator, build_backbone
-from detectron2.structures import Boxes, BoxMode, ImageList, Instances
+from detectron2.structures import Boxes, BoxMode, Instances
 
 from retinanet_ext.data.check import check_coco, read_policy
 from retinanet_ext.data.coco_json import read_coco_json, to_dataset_dicts
+from retinanet_ext.data.coverage import padded_batch
 from retinanet_ext.modeling.matching import AnchorMatcher, is_foreground, label_anchors
 
 
@@ -64,13 +65,7 @@ def measure_imbalance(cfg: CfgNode, json_file: str, *, is_train: bool = True) ->
 
     @lru_cache(maxsize=32)
     def anchors_of(height: int, width: int) -> Boxes:
-        image = torch.zeros(len(cfg.MODEL.PIXEL_MEAN), height, width, device="meta")
-        images = ImageList.from_tensors(
-            [image],
-            max(backbone.size_divisibility, cfg.INPUT.PAD_MULTIPLE if is_train else 0),
-            padding_constraints=backbone.padding_constraints,
-        )
-        features = backbone(images.tensor)
+        features = backbone(padded_batch(cfg, backbone, (height, width), is_train=is_train))
         return Boxes.cat(anchor_generator([features[name] for name in node.IN_FEATURES]))
 
     policy = read_policy(cfg.DATASETS.CHECK)
