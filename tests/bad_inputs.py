@@ -482,6 +482,11 @@ CONFIG = [
         opts("MODEL.RESNETS.DEPTH", 19),
     ),
     (
+        "deformable convolutions without CUDA",
+        "which Detectron2 computes on CUDA devices alone",
+        opts("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, False, False, True]"),
+    ),
+    (
         "1,000,000 convolutions",
         "NUM_CONVS must be a number in [0, 64]",
         opts("MODEL.RETINANET.NUM_CONVS", 10**6),

@@ -37,9 +37,11 @@ def start(folder: Path, *, iterations: int) -> subprocess.Popen[bytes]:
     folder.mkdir(exist_ok=True)
     with open(folder / "output.txt", "ab") as output:
         return start_train_net(
-            *(folder, "--num-gpus", 2, "--resume", *opts, "DATALOADER.NUM_WORKERS", 1),
+            *("--num-gpus", 2, "--resume", "OUTPUT_DIR", folder),
+            *(*opts, "DATALOADER.NUM_WORKERS", 1),
             stdout=output,
             stderr=output,
+            start_new_session=True,
         )
 
 

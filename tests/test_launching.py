@@ -12,24 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
-TRAIN_NET = [sys.executable, "train_net.py"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+from training import start_train_net
+
 TRAINING = ["SOLVER.MAX_ITER", "6", "SOLVER.BASE_LR", "0.001", "DETERMINISTIC", "True"]
 
 
-def start(command, *argv, **env):
-    """Start train_net.py on the CPU, also where there is CUDA."""
-    # A shell's background job ignores SIGINT, and so would what a test that runs in one starts.
-    return subprocess.Popen(
-        [*command, "--config-file", "tests/engine/tiny.yaml", *map(str, argv)],
-        cwd=ROOT,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **env},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+def start(*argv, **kwargs):
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return start_train_net(*argv, config="tests/engine/tiny.yaml", **output, **kwargs)
 
 
 def finish(*processes, code=0):
@@ -55,6 +45,11 @@ def free_port():
         return opened.getsockname()[1]
 
 
+def torchrun(*flags):
+    run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    return [*run, *flags, "--master-port", str(free_port()), "train_net.py"]
+
+
 def weights(folder):
     return torch.load(folder / "model_final.pth")
 
@@ -78,8 +73,7 @@ def two_machines(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launching") / "machines"
     flags = ["--num-machines", 2, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
     runs = [
-        start(TRAIN_NET, *flags, "--machine-rank", rank, "OUTPUT_DIR", folder, *TRAINING)
-        for rank in (1, 0)
+        start(*flags, "--machine-rank", rank, "OUTPUT_DIR", folder, *TRAINING) for rank in (1, 0)
     ]
     finish(*runs)
     return folder
@@ -106,7 +100,7 @@ def test_slurm_gives_the_same_bits(two_machines, tmp_path):
     opts = ["OUTPUT_DIR", folder, *TRAINING]
 
     def tasks(**env):
-        return [start(TRAIN_NET, *opts, **step, **env, SLURM_PROCID=rank) for rank in "10"]
+        return [start(*opts, env={**step, **env, "SLURM_PROCID": rank}) for rank in "10"]
 
     runs = tasks()
     wait_for_checkpoint(runs[0], folder)
@@ -122,8 +116,7 @@ def test_slurm_gives_the_same_bits(two_machines, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 def test_torchrun_starts_a_killed_process_again_to_the_same_bits(two_machines, tmp_path):
     folder = tmp_path / "run"
-    rendezvous = ["--max-restarts", "2", "--master-port", str(free_port())]
-    run = start([*TORCHRUN, *rendezvous, "train_net.py"], "OUTPUT_DIR", folder, *TRAINING)
+    run = start("OUTPUT_DIR", folder, *TRAINING, command=torchrun("--max-restarts", "2"))
     wait_for_checkpoint(run, folder)
     workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
@@ -136,8 +129,7 @@ def test_torchrun_starts_a_killed_process_again_to_the_same_bits(two_machines, t
 
 def test_torchrun_does_not_go_on_with_what_another_run_left(two_machines):
     before = {path: path.read_bytes() for path in two_machines.iterdir() if path.is_file()}
-    rendezvous = ["--max-restarts", "1", "--master-port", str(free_port())]
-    run = start([*TORCHRUN, *rendezvous, "train_net.py"], "OUTPUT_DIR", two_machines, *TRAINING)
+    run = start("OUTPUT_DIR", two_machines, *TRAINING, command=torchrun("--max-restarts", "1"))
     output, _ = run.communicate(timeout=240)
     assert run.returncode == 1
     assert output.count("train_net.py: error:") == 2  # a line a start, and not a process
@@ -148,7 +140,7 @@ def test_torchrun_does_not_go_on_with_what_another_run_left(two_machines):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_the_parent_passes_a_signal_on_and_waits(number, tmp_path):
-    run = start(TRAIN_NET, "--num-gpus", 2, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 10000)
+    run = start("--num-gpus", 2, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 10000)
     wait_for_checkpoint(run, tmp_path)
     run.send_signal(number)
     (line,) = finish(run, code=143)
@@ -157,7 +149,7 @@ def test_the_parent_passes_a_signal_on_and_waits(number, tmp_path):
 
 
 def test_a_process_ended_by_the_system_is_said_so(tmp_path):
-    run = start(TRAIN_NET, "--num-gpus", 2, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 10000)
+    run = start("--num-gpus", 2, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 10000)
     wait_for_checkpoint(run, tmp_path)
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
     names = {pid: Path(f"/proc/{pid}/cmdline").read_text() for pid in children}
@@ -172,7 +164,7 @@ def test_machine_that_is_alone(tmp_path):
     waits = ["--rendezvous-timeout", 3, "OUTPUT_DIR", tmp_path]
     begun = time.monotonic()
     runs = [
-        start(TRAIN_NET, "--num-machines", 2, "--machine-rank", rank, "--dist-url", address, *waits)
+        start("--num-machines", 2, "--machine-rank", rank, "--dist-url", address, *waits)
         for rank, address in enumerate(addresses)
     ]
     for line, address in zip(finish(*runs, code=2), addresses, strict=True):
@@ -184,7 +176,7 @@ def test_machine_that_is_alone(tmp_path):
 def test_machines_with_other_configs(tmp_path):
     flags = ["--num-machines", 2, "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
     runs = [
-        start(TRAIN_NET, *flags, "--machine-rank", rank, "OUTPUT_DIR", tmp_path, *opts)
+        start(*flags, "--machine-rank", rank, "OUTPUT_DIR", tmp_path, *opts)
         for rank, opts in ((0, []), (1, ["SOLVER.BASE_LR", "0.5"]))
     ]
     for line in finish(*runs, code=2):
@@ -195,8 +187,11 @@ def test_machines_with_other_configs(tmp_path):
 def test_the_same_bits_on_one_process(tmp_path):
     """With a seed that is drawn, recorded, and given to the second run."""
     one, two = tmp_path / "one", tmp_path / "two"
-    finish(start(TRAIN_NET, "OUTPUT_DIR", one, *TRAINING, "SEED", -1))
+    finish(start("OUTPUT_DIR", one, *TRAINING, "SEED", -1))
     seed = starts(one)[0]["seed"]
     assert seed >= 0
-    finish(start(TRAIN_NET, "OUTPUT_DIR", two, *TRAINING, "SEED", seed))
+    finish(start("OUTPUT_DIR", two, *TRAINING, "SEED", seed))
     assert same(weights(one), weights(two))
+    longer = [*TRAINING, "SEED", -1, "SOLVER.MAX_ITER", 7]
+    finish(start("--resume", "OUTPUT_DIR", one, *longer))
+    assert [(run["seed"], run["resumed"]) for run in starts(one)] == [(seed, False), (seed, True)]

@@ -2,10 +2,8 @@
 
 import hashlib
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -14,17 +12,22 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+from training import start_train_net
+
+CONFIG = "tests/engine/tiny.yaml"
 NORMALIZER = "criterion.loss_normalizer"
 
 
 def train_net(*argv):
-    # A CPU run, also where there is CUDA.
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "train_net.py", "--config-file", "tests/engine/tiny.yaml", *argv]
-    return subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
-    )
+    """Run train_net.py and return its end."""
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    run = start_train_net(*argv, config=CONFIG, **output)
+    stdout, stderr = run.communicate(timeout=300)
+    return subprocess.CompletedProcess(run.args, run.returncode, stdout, stderr)
+
+
+def last_line(run):
+    return run.stderr.splitlines()[-1]
 
 
 def read_metrics(folder):
@@ -102,7 +105,7 @@ def test_resuming_with_another_config_is_refused_before_anything_is_written(trai
     before = hashes(folder)
     run = train_net("--resume", "OUTPUT_DIR", str(folder), *opts)
     assert run.returncode == 2
-    assert "the config the run was started with" in run.stderr.splitlines()[-1]
+    assert "the config the run was started with" in last_line(run)
     assert hashes(folder) == before
 
 
@@ -119,13 +122,23 @@ def test_evaluation_leaves_the_run_as_it_was(trained):
     assert (folder / new / "detections.png").is_file()
 
 
+def test_results_that_were_not_expected_are_said_so(trained, tmp_path):
+    """By the first of two processes; Detectron2 ends it without a word."""
+    _, folder = trained
+    weights = ["MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path]
+    expected = ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 99.0, 0.5]]"]
+    run = train_net("--eval-only", "--num-gpus", 2, *weights, *expected)
+    assert run.returncode == 1
+    assert "error: the results are not those of TEST.EXPECTED_RESULTS" in last_line(run)
+    assert "99.0" in run.stdout and "Traceback" not in run.stdout + run.stderr
+
+
 def test_divergence_on_two_processes_is_one_line(tmp_path):
     opts = ["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.BASE_LR", "1e6", "SOLVER.MAX_ITER", "20"]
     run = train_net("--num-gpus", "2", *opts)
     assert run.returncode == 3, run.stderr
-    last = run.stderr.splitlines()[-1]
     assert re.match(
-        r"train_net\.py: error: diverged at iteration \d+: loss_cls \S+, loss_box", last
+        r"train_net\.py: error: diverged at iteration \d+: loss_cls \S+, loss_box", last_line(run)
     )
     assert "Traceback" not in run.stdout + run.stderr
     assert not (tmp_path / "run/inference").exists()
@@ -134,15 +147,12 @@ def test_divergence_on_two_processes_is_one_line(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal is Linux's")
 def test_killed_launcher_leaves_no_process_behind(tmp_path):
     """Started as a background job of a script is, with SIGINT ignored."""
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    opts = ["--num-gpus", "2", "OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "10000"]
-    launcher = subprocess.Popen(
-        [sys.executable, "train_net.py", "--config-file", "tests/engine/tiny.yaml", *opts],
-        cwd=ROOT,
-        env=env,
+    launcher = start_train_net(
+        *("--num-gpus", 2, "OUTPUT_DIR", tmp_path, "SOLVER.MAX_ITER", 10000),
+        config=CONFIG,
+        interrupts=False,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
     )
     deadline = time.monotonic() + 240
     while not (tmp_path / "last_checkpoint").exists() and time.monotonic() < deadline:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from retinanet_ext.engine import Trainer, load_config
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "tests/engine/resume.yaml"
+TRAIN_NET = (sys.executable, "train_net.py")
 
 
 def make_trainer(folder, *opts, resume=False):
@@ -31,15 +33,17 @@ def make_trainer(folder, *opts, resume=False):
     return trainer
 
 
-def start_train_net(folder, *argv, **kwargs):
-    """Start ``train_net.py`` on the CPU, in a process group of its own."""
-    command = [sys.executable, "train_net.py", "--config-file", CONFIG]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+def start_train_net(*argv, config=CONFIG, command=TRAIN_NET, env=(), interrupts=True, **kwargs):
+    """Start ``train_net.py`` on the CPU, also where there is CUDA.
+
+    Without ``interrupts`` it ignores SIGINT, as what a script starts in the background does.
+    """
+    handler = signal.default_int_handler if interrupts else signal.SIG_IGN
     return subprocess.Popen(
-        [*command, *map(str, argv), "OUTPUT_DIR", str(folder)],
+        [*command, "--config-file", config, *map(str, argv)],
         cwd=ROOT,
-        env=env,
-        start_new_session=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **dict(env)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, handler),
         **kwargs,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -16,7 +17,12 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from retinanet_ext.data.check import check_coco, read_policy
 from retinanet_ext.data.coco_json import read_coco_json, to_dataset_dicts
 from retinanet_ext.data.coverage import padded_batch
-from retinanet_ext.modeling.matching import AnchorMatcher, is_foreground, label_anchors
+from retinanet_ext.modeling.matching import (
+    AnchorMatcher,
+    ignore_anchors,
+    is_foreground,
+    label_anchors,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,8 @@ class Imbalance:
 def measure_imbalance(cfg: CfgNode, json_file: str, *, is_train: bool = True) -> Imbalance:
     """Count anchors as the detector of a config labels them in training, without its images.
 
-    Sizes, anchors, thresholds and low-quality matches are the config's. Each image counts once
+    Sizes, anchors, thresholds, low-quality matches and, in training, what is ignored in crowd
+    regions are the config's. Each image counts once
     for each of ``INPUT.MIN_SIZE_TRAIN``, unflipped and uncropped, and is padded as if alone in
     its batch.
 
@@ -83,19 +90,32 @@ def measure_imbalance(cfg: CfgNode, json_file: str, *, is_train: bool = True) ->
             size = height, width = record["height"], record["width"]
             if short_side:  # Detectron2's 0: images as they are
                 size = ResizeShortestEdge.get_output_shape(height, width, short_side, max_size)
-            boxes = [a["bbox"] for a in record["annotations"] if not a["iscrowd"]]
-            gt_boxes = Boxes(
-                BoxMode.convert(
-                    torch.tensor(boxes).reshape(-1, 4), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS
-                )
+            scale = size[1] / width, size[0] / height
+            gt_boxes, regions = (
+                _boxes([a for a in record["annotations"] if a["iscrowd"] == flag], scale, size)
+                for flag in (0, 1)
             )
-            gt_boxes.scale(size[1] / width, size[0] / height)
-            gt_boxes.clip(size)
             # One class: which of them it is changes nothing in what is foreground.
-            gt_classes = torch.zeros(len(boxes), dtype=torch.int64)
+            gt_classes = torch.zeros(len(gt_boxes), dtype=torch.int64)
             instances = Instances(size, gt_boxes=gt_boxes, gt_classes=gt_classes)
-            labels, _ = label_anchors(matcher, anchors_of(*size), [instances], num_classes=1)
-            num_boxes += len(boxes)
+            anchors = anchors_of(*size)
+            labels, _ = label_anchors(matcher, anchors, [instances], num_classes=1)
+            if is_train and node.IGNORE_OVERLAP:
+                labels = ignore_anchors(
+                    labels, anchors.tensor, [regions.tensor], [size], 1, node.IGNORE_OVERLAP
+                )
+            num_boxes += len(gt_boxes)
             foreground += int(is_foreground(labels, num_classes=1).sum())
             background += int((labels == 1).sum())
     return Imbalance(len(records) * len(short_sides), num_boxes, foreground, background)
+
+
+def _boxes(
+    annotations: list[dict[str, Any]], scale: tuple[float, float], size: tuple[int, int]
+) -> Boxes:
+    """Return the boxes of annotations in a resized image."""
+    rows = torch.tensor([annotation["bbox"] for annotation in annotations]).reshape(-1, 4)
+    boxes = Boxes(BoxMode.convert(rows, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS))
+    boxes.scale(*scale)
+    boxes.clip(size)
+    return boxes

@@ -242,8 +242,10 @@ def _read_pickle(filename: str) -> dict[str, Any]:
     return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
 
-def find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> str:
-    """Return what will be loaded: the last checkpoint with ``resume``, else MODEL.WEIGHTS.
+def find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> tuple[str, bool]:
+    """Return what will be loaded, and whether that is the last checkpoint, as with ``resume``.
+
+    Where there is none to resume from, and without ``resume``, it is MODEL.WEIGHTS.
 
     Raises:
         InputError: there are no weights to evaluate, no such file, or no checkpoint that is whole
@@ -252,7 +254,7 @@ def find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> str:
     if weights:
         if passed_over:
             logger.warning("%s; %s is used", "; ".join(passed_over), weights)
-        return weights
+        return weights, True
     if resume and eval_only:
         raise InputError(
             f"--eval-only --resume evaluates the last checkpoint of OUTPUT_DIR {cfg.OUTPUT_DIR}, "
@@ -269,7 +271,7 @@ def find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> str:
     # URLs are Detectron2's to resolve; "?matching_heuristics=True" may follow a name.
     if weights and "://" not in weights and not Path(weights.partition("?")[0]).is_file():
         raise InputError(f"MODEL.WEIGHTS is {weights}, which is not a file")
-    return weights
+    return weights, False
 
 
 def last_checkpoint(folder: str | Path) -> tuple[str, list[str]]:
@@ -285,12 +287,13 @@ def last_checkpoint(folder: str | Path) -> tuple[str, list[str]]:
     """
     tag = Path(folder, TAG)
     files = [path for path in Path(folder).glob("model_*.pth") if CHECKPOINT.match(path.name)]
-    files.sort(key=_iteration)
+    files.sort(key=lambda path: (_iteration(path), path.name))
     passed_over = []
     named = None
     if tag.is_file():
         named = Path(folder, tag.read_text(errors="replace").strip())
-        files = [path for path in files if _iteration(path) < _iteration(named)] + [named]
+        last = _iteration(named)
+        files = [p for p in files if p != named and _iteration(p) <= last] + [named]
     elif files:
         passed_over.append(f"{tag} is missing")
     for path in reversed(files):
@@ -308,9 +311,17 @@ def last_checkpoint(folder: str | Path) -> tuple[str, list[str]]:
 
 
 def _iteration(checkpoint: Path) -> float:
-    """Return the iteration in a checkpoint's name; ``model_final.pth`` comes after all."""
+    """Return the last iteration in a checkpoint, of ``model_final.pth`` as the file says.
+
+    After all others comes one that does not say.
+    """
     name = CHECKPOINT.match(checkpoint.name)
-    return int(name[1]) if name and name[1] != "final" else math.inf
+    if name and name[1] != "final":
+        return int(name[1])
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", mmap=True)["iteration"])
+    except Exception:  # a damaged file may raise anything
+        return math.inf
 
 
 def _find_damage(path: str | Path) -> str:

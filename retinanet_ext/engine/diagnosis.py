@@ -73,6 +73,20 @@ def total_loss(losses: dict[str, Tensor]) -> Tensor:
     return torch.stack(list(losses.values())).sum()
 
 
+def begin_step(model: nn.Module, num_batches: int) -> Callable[[], Tensor | float]:
+    """Take the next batches that a model is given as parts of one step.
+
+    Returns:
+        called after the last of them, it gives what to multiply the sum of their losses and of
+        their gradients by
+    """
+    criterion = getattr(model, "criterion", None)
+    if num_batches == 1 or criterion is None:
+        return lambda: 1 / num_batches
+    criterion.begin_batch(num_batches)
+    return criterion.end_batch
+
+
 def class_names(cfg: CfgNode) -> list[str]:
     """Return the names of the training data's classes, none where they are not registered."""
     names = [name for name in cfg.DATASETS.TRAIN if name in MetadataCatalog]
@@ -96,14 +110,22 @@ def diagnose(model: nn.Module, step: Step) -> Report:
         and its losses, summed over anchors before the normaliser, by level
     """
     torch.manual_seed(step.seed)
-    passes = [_Pass(model, batch, step) for batch in step.batches]
-    gradients = _sum_gradients(passes)
+    gradients: dict[str, Tensor] = {}
+    image_fault, first, images = None, None, []
+    end_step = begin_step(model, len(step.batches))
+    for number, batch in enumerate(step.batches):  # of each is kept what is said of it alone
+        one = _Pass(model, batch, step)
+        for name, gradient in one.pop_gradients():
+            gradients[name] = gradients[name] + gradient if name in gradients else gradient
+        image_fault = image_fault or next(one.image_faults(), None)
+        first = first or one.first_fault()
+        images += one.describe_images(number)
+    scale = end_step()
+    gradients = {name: gradient * scale for name, gradient in gradients.items()}
     gradient_norm = torch.nn.utils.get_total_norm(gradients.values()).item()
     # From the last layer to the first, as backward goes.
     gradient_fault = _first_not_finite(reversed(gradients.items()))
     weight_fault = _first_not_finite(_weights(model))
-    image_fault = next((fault for p in passes for fault in p.image_faults()), None)
-    first = next((fault for p in passes if (fault := p.first_fault())), None)
     if first is None and not math.isfinite(gradient_norm):  # which large numbers are enough for
         first = {
             "term": "gradient",
@@ -114,7 +136,6 @@ def diagnose(model: nn.Module, step: Step) -> Report:
         }
     if first and image_fault:
         first |= {key: image_fault[key] for key in ("image", "box")}
-    images = [image for number, p in enumerate(passes) for image in p.describe_images(number)]
     largest_name, largest = _largest(model.named_parameters())
     finite_in_float32 = step.precision == "float16" and _is_finite_in_float32(model, step.batches)
     report = {
@@ -157,22 +178,32 @@ class _Pass:
         self.matches = torch.empty(0)  # the box of each anchor, (N, R)
         # Generated code knows nothing of the hooks.
         eager = torch.compiler.set_stance("force_eager")
-        with EventStorage(step.iteration), self._watch(model), eager:
+        with EventStorage(step.iteration), self._watch(model) as seen_by_criterion, eager:
             losses = compute_losses(model, batch, step.precision)
         parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         gradients = torch.autograd.grad(
             total_loss(losses), list(parameters.values()), allow_unused=True
         )
         self.losses = {name: loss.item() for name, loss in losses.items()}
-        self.gradients = {
-            name: gradient
-            for name, gradient in zip(parameters, gradients, strict=True)
-            if gradient is not None
-        }
+        self._gradients = dict(zip(parameters, gradients, strict=True))
+        if seen_by_criterion:  # once backward has freed its memory
+            self._note_terms(*seen_by_criterion)
+
+    def pop_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the gradient of each parameter that has one, and forget it."""
+        while self._gradients:
+            name = next(iter(self._gradients))
+            gradient = self._gradients.pop(name)
+            if gradient is not None:
+                yield name, gradient
 
     @contextmanager
-    def _watch(self, model: nn.Module) -> Iterator[None]:
-        """Note the first layer that is not finite, the predictions and what the loss is made of."""
+    def _watch(self, model: nn.Module) -> Iterator[list[Any]]:
+        """Note the first layer that is not finite and the predictions.
+
+        Yields a list, to which the criterion and its arguments are added.
+        """
+        seen: list[Any] = []
 
         def after_layer(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -182,12 +213,12 @@ class _Pass:
             return hook
 
         def after_head(module: nn.Module, args: Any, output: Any) -> None:
-            logits, deltas = output
-            self.predictions = {"loss_cls": logits, "loss_box_reg": deltas}
+            for term, levels in zip(("loss_cls", "loss_box_reg"), output, strict=True):
+                self.predictions[term] = [level.detach() for level in levels]
 
         def before_criterion(module: RetinaNetCriterion, args: Any, kwargs: Any) -> None:
             arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-            self._note_terms(module, arguments)
+            seen.extend((module, arguments))
 
         handles = [
             layer.register_forward_hook(after_layer(name))
@@ -200,7 +231,7 @@ class _Pass:
         if isinstance(criterion, RetinaNetCriterion):
             handles.append(criterion.register_forward_pre_hook(before_criterion, with_kwargs=True))
         try:
-            yield
+            yield seen
         finally:
             for handle in handles:
                 handle.remove()
@@ -377,14 +408,6 @@ def _rate(step: Step) -> str:
         f"learning rate {step.learning_rate:g} is {text} for {step.cfg.SOLVER.IMS_PER_BATCH} "
         f"images: {REMEDY}"
     )
-
-
-def _sum_gradients(passes: list[_Pass]) -> dict[str, Tensor]:
-    totals = dict(passes[0].gradients)
-    for other in passes[1:]:
-        for name, gradient in other.gradients.items():
-            totals[name] = totals[name] + gradient if name in totals else gradient
-    return totals
 
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -384,8 +384,12 @@ def _join(group: Group, main: Main, args: tuple[Any, ...], timeout: float) -> No
 
 
 def lost_peer(error: BaseException) -> bool:
-    """Tell whether an error is only what another process's end did to this one."""
-    return bool(re.search(r"closed by peer|Connection reset|Broken pipe", str(error)))
+    """Tell whether an error is only what another process's end did to this one.
+
+    The first three are what gloo says, the others NCCL.
+    """
+    signs = r"closed by peer|Connection reset|Broken pipe|ncclRemoteError|NCCL \w+ was aborted"
+    return bool(re.search(signs, str(error)))
 
 
 def _killed(error: ProcessExitedException) -> str:

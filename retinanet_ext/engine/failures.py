@@ -6,6 +6,7 @@ from retinanet_ext.errors import InputError, StoppedError
 
 INPUT_ERROR = 2
 DIVERGED = 3
+UNEXPECTED_RESULTS = 1  # as Detectron2 ends then
 STOPPED = 143  # as a shell says of a process that SIGTERM has ended
 
 
@@ -17,6 +18,10 @@ class NonFiniteError(FloatingPointError):
     """
 
 
+class UnexpectedResultsError(RuntimeError):
+    """An evaluation that ``TEST.EXPECTED_RESULTS`` does not allow."""
+
+
 def explain(error: BaseException) -> tuple[int, str] | None:
     """Return the exit code and the one line for an expected end, None for any other error."""
     if isinstance(error, InputError):
@@ -26,6 +31,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return DIVERGED, first_line(error)
     if isinstance(error, StoppedError):
         return STOPPED, first_line(error)
+    if isinstance(error, UnexpectedResultsError):
+        return UNEXPECTED_RESULTS, first_line(error)
     return None
 
 

@@ -22,9 +22,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
+from detectron2.layers import DeformConv, ModulatedDeformConv
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch import nn
 
 from retinanet_ext.config import all_keys, read_key
 from retinanet_ext.data import prepare_datasets
@@ -44,8 +46,9 @@ from retinanet_ext.engine.distributed import (
     run,
     stop_at_interrupt,
 )
-from retinanet_ext.engine.failures import explain, first_line
+from retinanet_ext.engine.failures import UnexpectedResultsError, explain, first_line
 from retinanet_ext.engine.manifest import read_manifest, write_manifest
+from retinanet_ext.engine.resume import saved_seed
 from retinanet_ext.engine.scaling import scale_schedule
 from retinanet_ext.engine.summary import summarize
 from retinanet_ext.engine.trainer import Trainer
@@ -69,6 +72,7 @@ class Job:
         command: the command line.
         args: the flags; ``resume`` also where the job was started again.
         weights: the file that is loaded; empty for none.
+        is_resumed: whether that is a checkpoint of this run.
         names: of the job in the manifest.
         num_threads: of each process.
         data: a file of what was registered in Detectron2's catalogs.
@@ -78,6 +82,7 @@ class Job:
     command: list[str]
     args: argparse.Namespace
     weights: str
+    is_resumed: bool
     names: list[str]
     num_threads: int
     data: str
@@ -169,9 +174,11 @@ def _prepare(command: list[str], args: argparse.Namespace, group: Group, names: 
     args.resume = args.resume or _is_own_earlier_run(cfg.OUTPUT_DIR, names, args.eval_only)
     if not (args.resume or args.eval_only) and group.machine_rank == 0:
         _refuse_earlier_run(cfg.OUTPUT_DIR)
-    weights = find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
+    weights, is_resumed = find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=args.eval_only)
-    check_model(cfg, weights, resume=args.resume, eval_only=args.eval_only)
+    check_model(cfg, weights, resume=is_resumed, eval_only=args.eval_only)
+    if is_resumed and cfg.DETERMINISTIC and cfg.SEED < 0:
+        cfg.SEED = saved_seed(weights)
     unreached = [] if args.eval_only else warn_of_unreached_boxes(cfg)
     for line in [*advise(cfg, weights, eval_only=args.eval_only), *unreached]:
         logger.warning("%s", line)
@@ -180,7 +187,7 @@ def _prepare(command: list[str], args: argparse.Namespace, group: Group, names: 
     if group.machine_rank == 0:
         _make_output_dir(cfg, eval_only=args.eval_only)
     data = _save_registered(find_sources(cfg, ["TEST"] if args.eval_only else ["TRAIN", "TEST"]))
-    return Job(cfg, command, args, weights, names, num_threads, data)
+    return Job(cfg, command, args, weights, is_resumed, names, num_threads, data)
 
 
 def _is_own_earlier_run(output_dir: str, names: list[str], eval_only: bool) -> bool:
@@ -252,7 +259,7 @@ def check_model(cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool) ->
             if not eval_only:
                 optimizer = Trainer.build_optimizer(cfg, model)
                 Trainer.build_lr_scheduler(cfg, optimizer)
-                if resume and weights != cfg.MODEL.WEIGHTS:
+                if resume:
                     saved["trainer"] = _SavedTrainer(optimizer)
         except InputError:
             raise
@@ -262,6 +269,7 @@ def check_model(cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool) ->
                 f"no model or optimizer can be built from this config: {type(error).__name__}: "
                 f"{first_line(error)} ({Path(place.filename).name}, line {place.lineno})"
             ) from error
+        _check_deformable(model, cfg.MODEL.DEVICE, eval_only)
         if weights:
             reinit = cfg.MODEL.RETINANET.REINIT_MISMATCHED and not saved
             Checkpointer(model, reinit_mismatched=reinit, complete=eval_only, **saved).load(
@@ -269,6 +277,20 @@ def check_model(cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool) ->
             )
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _check_deformable(model: nn.Module, device: str, eval_only: bool) -> None:
+    """Refuse deformable convolutions where Detectron2 would refuse them in the first iteration."""
+    if torch.device(device).type == "cuda":
+        return
+    for name, layer in model.named_modules():
+        evaluates = isinstance(layer, DeformConv) and layer.deformable_groups == 1
+        if isinstance(layer, DeformConv | ModulatedDeformConv) and not (evaluates and eval_only):
+            raise InputError(
+                f"{name} is a deformable convolution (MODEL.RESNETS.DEFORM_ON_PER_STAGE), which "
+                "Detectron2 computes on CUDA devices alone"
+                + (", its gradient at least" if evaluates else "")
+            )
 
 
 class _SavedTrainer:
@@ -300,7 +322,7 @@ def _work(job: Job) -> None:
     cfg, args = job.cfg, job.args
     torch.set_num_threads(job.num_threads)
     _register(job.data)
-    _check_same_everywhere(cfg, Path(job.weights).name if args.resume else "")
+    _check_same_everywhere(cfg, Path(job.weights).name if job.is_resumed else "")
     if args.eval_only:
         cfg.OUTPUT_DIR = comm.all_gather(cfg.OUTPUT_DIR)[0]
     seed_is_drawn = cfg.DETERMINISTIC and cfg.SEED < 0
@@ -325,20 +347,24 @@ def _work(job: Job) -> None:
             cfg,
             command=job.command,
             weights=job.weights,
-            resumed=args.resume,
+            resumed=job.is_resumed,
             jobs=job.names,
             eval_only=args.eval_only,
         )
     try:
         results = _train_or_evaluate(cfg, args)
+        if comm.is_main_process():
+            logger.info(summarize(cfg, results))
+            if args.eval_only:
+                verify_results(cfg, results)
+    except SystemExit:  # of verify_results, which training calls by itself
+        raise UnexpectedResultsError(
+            "the results are not those of TEST.EXPECTED_RESULTS; the log has both"
+        ) from None
     except Exception as error:
         if end := explain(error):
             logger.error(end[1])
         raise
-    if comm.is_main_process():
-        logger.info(summarize(cfg, results))
-        if args.eval_only:
-            verify_results(cfg, results)
 
 
 def _train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> Any:

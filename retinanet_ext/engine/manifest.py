@@ -77,7 +77,7 @@ def write_manifest(
         jobs: names of the job, see :func:`retinanet_ext.engine.distributed.job_ids`
     """
     manifest = read_manifest(cfg.OUTPUT_DIR)
-    config = _without_person(cfg.dump())
+    config = _without_person(cfg.dump(allow_unicode=True, width=float("inf")))
     key = hashlib.sha256(config.encode()).hexdigest()
     sources = find_sources(cfg, ["TEST"] if eval_only else ["TRAIN", "TEST"])
     start = {
@@ -99,18 +99,23 @@ def write_manifest(
         "jobs": list(jobs),
     }
     manifest["configs"][key] = config
-    # Text of the config stays as it was hashed.
-    manifest["starts"].append(json.loads(_without_person(json.dumps(start))))
+    manifest["starts"].append(_without_person(start))
     content = json.dumps(manifest, indent=1, ensure_ascii=False)
     write_file(Path(cfg.OUTPUT_DIR, MANIFEST), content + "\n")
 
 
-def _without_person(text: str) -> str:
-    """Write the home folder as ~, and URLs without user and password."""
+def _without_person(value: Any) -> Any:
+    """Write the home folder as ~, and URLs without user and password, in all text of a value."""
+    if isinstance(value, dict):
+        return {key: _without_person(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_person(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
     home = Path.home()
     if len(home.parts) > 1:
-        text = re.sub(rf"(?<![\w.~-]){re.escape(str(home))}(?![\w.-])", "~", text)
-    return re.sub(r"(?<=://)[^/@\s\"']+@", "", text)
+        value = re.sub(rf"(?<![\w.~-]){re.escape(str(home))}(?![\w.-])", "~", value)
+    return re.sub(r"(?<=://)[^/@\s\"']+@", "", value)
 
 
 def _describe_data(source: Source) -> dict[str, Any]:

@@ -100,6 +100,12 @@ class ResumableTrainer(DefaultTrainer):
             group.update(settings)
 
 
+def saved_seed(checkpoint: str | Path) -> int:
+    """Return the seed that a checkpoint's run goes on with, -1 where Detectron2 has written it."""
+    trainer = torch.load(checkpoint, map_location="cpu", mmap=True)["trainer"]
+    return trainer["data"]["seed"] if "data" in trainer else -1
+
+
 class SeedIterations(HookBase):
     """Makes the random numbers of an iteration a function of seed, iteration and process."""
 
@@ -176,6 +182,9 @@ def set_metrics_aside(metrics: Path, start_iter: int) -> None:
 
 def _is_before(line: bytes, start_iter: int) -> bool:
     try:
-        return json.loads(line)["iteration"] < start_iter
+        content = json.loads(line)
     except ValueError:
         return False  # cut off by a kill
+    # Detectron2 writes the evaluation at the end of a run under the iteration after its last.
+    done = start_iter if "total_loss" in content else start_iter + 1
+    return content["iteration"] < done

@@ -23,6 +23,7 @@ from retinanet_ext.engine.diagnosis import (
     Batch,
     Report,
     Step,
+    begin_step,
     compute_losses,
     diagnose,
     total_loss,
@@ -91,9 +92,7 @@ class TrainingStep(SimpleTrainer):
             the batches, the step's losses and the seconds waited for data
         """
         count = self.cfg.SOLVER.ACCUMULATE
-        criterion = getattr(_unwrap(self.model), "criterion", None) if count > 1 else None
-        if criterion is not None:
-            criterion.begin_batch(count)
+        end_step = begin_step(_unwrap(self.model), count)
         totals: dict[str, Tensor] = {}
         batches, data_time = [], 0.0
         for number in range(count):
@@ -105,8 +104,8 @@ class TrainingStep(SimpleTrainer):
                 self.grad_scaler.scale(total_loss(losses)).backward()
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0) + loss.detach()
+        scale = end_step()
         if count > 1:
-            scale = 1 / count if criterion is None else criterion.end_batch()
             totals = {name: total * scale for name, total in totals.items()}
             for gradient in self._gradients():
                 gradient.mul_(scale)

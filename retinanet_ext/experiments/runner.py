@@ -292,7 +292,7 @@ def _check(runs: Sequence[Run], num_gpus: int) -> str:
         cfg, _ = load_config(str(one.config_file), one.arguments)
         cfg.MODEL.DEVICE = first.MODEL.DEVICE
         check_config(cfg, num_processes=num_gpus, eval_only=False)
-    weights = find_weights(first, resume=False, eval_only=False)
+    weights, _ = find_weights(first, resume=False, eval_only=False)
     prepare_datasets(first, num_classes_is_set=is_set, eval_only=False)
     check_model(first, weights, resume=False, eval_only=False)
     return first.MODEL.DEVICE

@@ -346,7 +346,7 @@ def test_the_checkpoint_before_is_used_and_said_so(lost, expected, run, caplog):
     logger = logging.getLogger("retinanet_ext.engine.checkpoint")
     logger.addHandler(caplog.handler)
     try:
-        found = find_weights(cfg, resume=True, eval_only=False)
+        found, _ = find_weights(cfg, resume=True, eval_only=False)
     finally:
         logger.removeHandler(caplog.handler)
     (record,) = {record.getMessage() for record in caplog.records}
@@ -361,6 +361,27 @@ def test_a_checkpoint_after_the_named_one_is_left_alone(run):
     (run / FIRST).write_bytes(b"")
     with pytest.raises(InputError, match=f"{FIRST}, which is damaged"):
         last_checkpoint(run)
+
+
+def test_the_end_of_a_run_before_it_was_extended_is_gone_back_to(run):
+    (run / SECOND).rename(run / "model_final.pth")
+    Checkpointer(nn.Linear(4, 3), str(run)).save("model_0000014", iteration=14)
+    (run / "model_0000014.pth").write_bytes(b"PK")
+    assert last_checkpoint(run)[0] == str(run / "model_final.pth")
+    # And from that one to the checkpoint of the same iteration.
+    (run / SECOND).write_bytes((run / "model_final.pth").read_bytes())
+    (run / "last_checkpoint").write_text("model_final.pth")
+    for content in (damaged_tensor(run / SECOND), b"PK"):
+        (run / "model_final.pth").write_bytes(content)
+        assert last_checkpoint(run)[0] == str(run / SECOND)
+
+
+def damaged_tensor(path):
+    """The bytes of a checkpoint with a bit of its bias flipped, whose iteration can be read."""
+    bias = torch.load(path)["model"]["bias"].numpy().tobytes()
+    content = bytearray(path.read_bytes())
+    content[content.index(bias)] ^= 1
+    return bytes(content)
 
 
 def test_all_damaged_checkpoints_are_named(run):

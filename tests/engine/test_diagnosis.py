@@ -184,6 +184,22 @@ def test_losses_of_images_and_levels_sum_to_the_batchs():
     assert ratios[0] == pytest.approx(round(ratios[0]), rel=1e-4)
 
 
+def test_micro_batches_are_one_step_and_told_apart():
+    model, step = make_step("MODEL.RETINANET.LOSS_NORMALIZER", "foreground_batch")
+    step.batches = [make_batch((2, 1)), make_batch((1, 3))]
+    report = diagnose(model, step)
+    sum(model([image for batch in step.batches for image in batch]).values()).backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.requires_grad])
+    assert report["gradient"]["norm"] == pytest.approx(norm.item(), rel=1e-5)
+    assert [image["batch"] for image in report["images"]] == [0, 0, 1, 1]
+
+    step.batches[1][0] |= {"image": torch.full((3, 160, 192), math.nan), "image_id": 31}
+    report = diagnose(model, step)
+    assert "image id 31" in report["first"]["image"]
+    bad = [image["max_logit"]["P3"] == "nan" for image in report["images"]]
+    assert bad == [False, False, True, False]
+
+
 @pytest.mark.usefixtures("no_check")
 def test_a_saved_step_is_repeated_by_the_tool(tmp_path):
     model, step = make_step("OUTPUT_DIR", str(tmp_path))

@@ -63,10 +63,10 @@ def test_starts_are_added_and_a_config_is_kept_once(write):
 
 
 def test_nothing_of_the_person(write, monkeypatch, tmp_path):
-    home = tmp_path / "somebody"
+    home = tmp_path / "Zoë Somebody"
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("API_TOKEN", "hush")
-    weights = "https://somebody:password@example.com/weights.pth"
+    weights = "https://zoe:password@example.com/weights.pth"
     command = ["train_net.py", f"{home}/own.yaml", f"{home}-other/x", "MODEL.WEIGHTS", weights]
     content = write("MODEL.WEIGHTS", weights, "DATASETS.TRAIN", f"('{home}',)", command=command)
     assert content["starts"][0]["command"] == [
@@ -76,8 +76,8 @@ def test_nothing_of_the_person(write, monkeypatch, tmp_path):
         "MODEL.WEIGHTS",
         "https://example.com/weights.pth",
     ]
-    text = json.dumps(content).replace(f"{home}-other", "")
-    for secret in ("somebody", "password", "hush"):
+    text = json.dumps(content, ensure_ascii=False).replace(f"{home}-other", "")
+    for secret in ("Zo", "Somebody", "zoe", "password", "hush"):
         assert secret not in text
     for key, config in content["configs"].items():
         assert key == sha256(config.encode())

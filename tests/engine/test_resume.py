@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import stress_kills
-from retinanet_ext.engine.resume import set_metrics_aside
+from retinanet_ext.engine.resume import saved_seed, set_metrics_aside
 from retinanet_ext.errors import InputError
 from training import make_trainer, start_train_net
 
@@ -75,7 +75,7 @@ def test_a_random_seed_travels_in_the_checkpoint(tmp_path):
     load = trainer._trainer.model.forward
     trainer._trainer.model.forward = lambda batch: batches.append(batch) or load(batch)
     trainer.train()
-    assert torch.load(tmp_path / SAVED)["trainer"]["data"]["seed"] == trainer.data_loader.seed
+    assert saved_seed(tmp_path / SAVED) == trainer.data_loader.seed
     (tmp_path / "last_checkpoint").write_text(SAVED)
     resumed = make_trainer(tmp_path, "SEED", -1, resume=True)
     assert resumed.data_loader.seed == trainer.data_loader.seed
@@ -151,7 +151,7 @@ def test_no_iteration_is_in_the_metrics_twice(tmp_path):
 
 def test_lines_set_aside_are_kept_and_never_lost(tmp_path):
     metrics = tmp_path / "metrics.json"
-    lines = [f'{{"iteration": {number}}}\n' for number in (19, 14, 39)]
+    lines = [f'{{"iteration": {number}, "total_loss": 1}}\n' for number in (19, 14, 39)]
     metrics.write_text("".join(lines) + '{"iteration": 5')  # a kill in the middle
     with open(metrics, "a") as writer:
         set_metrics_aside(metrics, 15)
@@ -162,6 +162,19 @@ def test_lines_set_aside_are_kept_and_never_lost(tmp_path):
     assert metrics.read_text() == lines[1] + lines[0]
     set_metrics_aside(metrics, 20)
     assert metrics.read_text() == lines[1] + lines[0]
+
+
+def test_a_finished_run_that_is_extended_keeps_its_evaluation(tmp_path):
+    images = "tests/fixtures/bccd_mini/images"
+    test = {"JSON": "tests/fixtures/bccd_mini/instances_val.json", "IMAGES": images}
+    opts = [part for key, file in test.items() for part in (f"DATASETS.CUSTOM.TEST_{key}", file)]
+    make_trainer(tmp_path, *opts).train()
+    ended = read_metrics(tmp_path)
+    assert ended[-1]["iteration"] == ITERATIONS and "bbox/AP" in ended[-1]
+    make_trainer(tmp_path, *opts, "SOLVER.MAX_ITER", 12, resume=True).train()
+    assert read_metrics(tmp_path)[: len(ended)] == ended
+    assert [line["iteration"] for line in read_metrics(tmp_path)] == [7, 8, 11, 12]
+    assert not (tmp_path / "metrics_superseded.json").exists()
 
 
 def test_processes_that_find_other_checkpoints_are_told_apart(tmp_path, monkeypatch):
@@ -176,10 +189,11 @@ def test_sigterm_to_all_processes_saves_and_says_how_to_go_on(num_processes, tmp
     """As Slurm sends it, to the workers of the data loader too."""
     opts = ("SOLVER.MAX_ITER", 5000, "SOLVER.CHECKPOINT_PERIOD", 3, "DATALOADER.NUM_WORKERS", 1)
     run = start_train_net(
-        *(tmp_path, "--num-gpus", num_processes, *opts),
+        *("--num-gpus", num_processes, "OUTPUT_DIR", tmp_path, *opts),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 240
     while not (tmp_path / SAVED.replace("4", "5")).exists():
