@@ -21,7 +21,7 @@ demo: env
 	@$(RUN) train_net.py --config-file configs/quickstart.yaml OUTPUT_DIR $(DEMO) $(ARGS)
 
 test: env
-	@$(RUN) -m pytest
+	@$(RUN) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: env
 	$(RUN) -m ruff check .

@@ -38,6 +38,6 @@ setup(
             "detectron2 @ git+https://github.com/facebookresearch/detectron2.git"
             "@02b5c4e295e990042a714712c21dc79b731e8833"
         ],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy"],
     },
 )

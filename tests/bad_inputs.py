@@ -484,7 +484,7 @@ CONFIG = [
     (
         "deformable convolutions without CUDA",
         "which Detectron2 computes on CUDA devices alone",
-        opts("MODEL.RESNETS.DEFORM_ON_PER_STAGE", "[False, False, False, True]"),
+        opts("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.DEFORM_ON_PER_STAGE", [0, 0, 0, True]),
     ),
     (
         "1,000,000 convolutions",

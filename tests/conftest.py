@@ -12,6 +12,10 @@ from hypothesis import settings
 
 LOGGERS = ("detectron2", "fvcore", "retinanet_ext", "detectron2.engine.train_loop")
 
+# Tests that run beside each other have a core each, and what they start has too.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 
 # No deadline: a busy machine is no failure. In CI the same examples every time.
