@@ -483,7 +483,7 @@ CONFIG = [
     ),
     (
         "deformable convolutions without CUDA",
-        "which Detectron2 computes on CUDA devices alone",
+        "which Detectron2 trains on CUDA devices alone",
         opts("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.DEFORM_ON_PER_STAGE", [0, 0, 0, True]),
     ),
     (

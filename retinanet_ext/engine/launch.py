@@ -288,8 +288,7 @@ def _check_deformable(model: nn.Module, device: str, eval_only: bool) -> None:
         if isinstance(layer, DeformConv | ModulatedDeformConv) and not (evaluates and eval_only):
             raise InputError(
                 f"{name} is a deformable convolution (MODEL.RESNETS.DEFORM_ON_PER_STAGE), which "
-                "Detectron2 computes on CUDA devices alone"
-                + (", its gradient at least" if evaluates else "")
+                f"Detectron2 {'trains' if evaluates else 'computes'} on CUDA devices alone"
             )
 
 
