@@ -188,21 +188,28 @@ def _correct_own_class(
     alpha_weights: Tensor,
     gradient: Tensor,
 ) -> Tensor:
-    """Make positives of the entries that are, and return the change of the loss.
-
-    Over one entry an anchor, whether it is a positive or not: how many are, a host would have to
-    wait for a GPU to know.
-    """
+    """Make positives of the entries that are, and return the change of the loss."""
     num_classes = logits.shape[2]
+    alpha_weights = alpha_weights.view(2, -1).expand(2, num_classes)
+
+    def correct(x_t: Tensor, label: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        x_t = at_least_float32(x_t)
+        value, derivative = loss.value_and_derivative(x_t)
+        as_negative, _ = loss.value_and_derivative(-x_t)
+        alpha, one_minus_alpha = alpha_weights[:, label]
+        change = weight * (alpha * value - one_minus_alpha * as_negative)
+        return change, (weight * alpha * derivative).to(gradient.dtype)
+
     positive = (labels >= 0) & (labels < num_classes)
+    if labels.device.type == "cpu":
+        image, anchor, y, x = cell = positive.nonzero(as_tuple=True)
+        entry = (image, anchor, labels[cell], y, x)
+        change, gradient[entry] = correct(logits[entry], labels[cell], weights[cell])
+        return change.sum(dtype=torch.float64)
+    # One entry of every anchor: how many are positives, the host would have to wait to know.
     label = labels.clamp(0, num_classes - 1)
     own = label.unsqueeze(2)
-    x_t = at_least_float32(logits.gather(2, own).squeeze(2))
-    value, derivative = loss.value_and_derivative(x_t)
-    as_negative, _ = loss.value_and_derivative(-x_t)
-    alpha, one_minus_alpha = alpha_weights.view(2, -1).expand(2, num_classes)[:, label]
-    change = weights * (alpha * value - one_minus_alpha * as_negative)
-    corrected = (weights * alpha * derivative).to(gradient.dtype)
+    change, corrected = correct(logits.gather(2, own).squeeze(2), label, weights)
     corrected = torch.where(positive, corrected, gradient.gather(2, own).squeeze(2))
     gradient.scatter_(2, own, corrected.unsqueeze(2))
     return torch.where(positive, change, 0).sum(dtype=torch.float64)

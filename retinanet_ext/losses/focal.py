@@ -14,15 +14,15 @@ from retinanet_ext.losses.registry import LOSSES, Interval, register_loss
 
 def focal_derivative(x_t: Tensor, *, gamma: float = 2.0) -> tuple[Tensor, Tensor]:
     """Return FL and dFL/dx_t = q_t^gamma (gamma p_t log(p_t) - q_t), q_t = 1 - p_t (eq. 10)."""
-    q_t = x_t.exp().add_(1).reciprocal_()
-    p_t = 1 - q_t
+    # With both signs turned a pass less is needed.
+    minus_q = (-1 - x_t.exp()).reciprocal_()
+    minus_p = -1 - minus_q
     # log(p_t) = min(x_t, 0) + log(max(p_t, q_t)), the latter from the other, which is exact.
-    log_p = torch.minimum(p_t, q_t).neg_().log1p_().add_(x_t.clamp(max=0))
+    log_p = torch.maximum(minus_p, minus_q).log1p_().add_(x_t.clamp(max=0))
     # log(q_t) = log(p_t) - x_t
-    power = q_t * q_t if gamma == 2 else (log_p - x_t).mul_(gamma).exp_()
-    power.neg_()
-    slope = torch.addcmul(q_t, p_t, log_p, value=-gamma)
-    return log_p.mul_(power), slope.mul_(power)
+    power = minus_q * minus_q if gamma == 2 else (log_p - x_t).mul_(gamma).exp_()
+    slope = torch.addcmul(minus_q, minus_p, log_p, value=-gamma)
+    return log_p.mul_(power).neg_(), slope.mul_(power)
 
 
 @register_loss(
