@@ -482,6 +482,11 @@ CONFIG = [
         opts("MODEL.RESNETS.DEPTH", 19),
     ),
     (
+        "two billion sizes of anchors",
+        "SCALES_PER_OCTAVE must be a number in [1, 64]",
+        opts("MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE", 2**31),
+    ),
+    (
         "deformable convolutions without CUDA",
         "which Detectron2 trains on CUDA devices alone",
         opts("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.DEFORM_ON_PER_STAGE", [0, 0, 0, True]),
@@ -662,7 +667,7 @@ CHECKPOINT = [
     ("last_checkpoint of no bytes", "last_checkpoint", resume(last_checkpoint="")),
     (
         "last_checkpoint that is no text",
-        "last_checkpoint",
+        "last_checkpoint is damaged: no checkpoint is left",
         resume(last_checkpoint=b"\xff\xfe\x00\x01"),
     ),
     (

@@ -290,10 +290,13 @@ def last_checkpoint(folder: str | Path) -> tuple[str, list[str]]:
     files.sort(key=lambda path: (_iteration(path), path.name))
     passed_over = []
     named = None
-    if tag.is_file():
-        named = Path(folder, tag.read_text(errors="replace").strip())
+    name = tag.read_text(errors="replace").strip() if tag.is_file() else None
+    if name is not None and name.isprintable():
+        named = Path(folder, name)
         last = _iteration(named)
         files = [p for p in files if p != named and _iteration(p) <= last] + [named]
+    elif name is not None:
+        passed_over.append(f"{tag} is damaged")
     elif files:
         passed_over.append(f"{tag} is missing")
     for path in reversed(files):

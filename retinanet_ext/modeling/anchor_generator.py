@@ -38,7 +38,7 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
             strides: input pixels a cell, a level
             offset: position of the first anchor's centre in its cell, 0.5 is the middle
         """
-        Interval("[1, inf)").check("MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE", scales_per_octave)
+        Interval("[1, 64]").check("MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE", scales_per_octave)
         Interval("(0, inf)").check("MODEL.ANCHOR_GENERATOR.BASE_SCALE", base_scale)
         for level in aspect_ratios:
             for ratio in level if isinstance(level, (list, tuple)) else [level]:

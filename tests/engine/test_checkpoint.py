@@ -353,6 +353,11 @@ def test_the_checkpoint_before_is_used_and_said_so(lost, expected, run, caplog):
     assert re.search(expected, record) and record.endswith(f"{found} is used")
 
 
+def test_a_name_that_is_none_is_passed_over(run):
+    (run / "last_checkpoint").write_bytes(b"model\x00\xff")
+    assert last_checkpoint(run) == (str(run / SECOND), [f"{run / 'last_checkpoint'} is damaged"])
+
+
 def test_a_checkpoint_after_the_named_one_is_left_alone(run):
     """A person who names an earlier one has a reason to."""
     (run / "model_final.pth").write_bytes((run / SECOND).read_bytes())

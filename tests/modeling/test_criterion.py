@@ -235,7 +235,7 @@ R = "MODEL.RETINANET."
         ([R + "SCORE_THRESH_TEST", 1.5], ["SCORE_THRESH_TEST", "[0, 1]"]),
         ([R + "NUM_CLASSES", 0], ["NUM_CLASSES", "[1, inf)"]),
         ([R + "IOU_THRESHOLDS", [0.6, 0.5]], ["IOU_THRESHOLDS", "[0.6, 0.5]"]),
-        (["MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE", 0], ["SCALES_PER_OCTAVE", "[1, inf)"]),
+        (["MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE", 0], ["SCALES_PER_OCTAVE", "[1, 64]"]),
         (["MODEL.ANCHOR_GENERATOR.BASE_SCALE", 0.0], ["BASE_SCALE", "(0, inf)"]),
         (["MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", [[0.5, -1.0]]], ["ASPECT_RATIOS", "(0, inf)"]),
         (["MODEL.ANCHOR_GENERATOR.SIZES", [[8, 16]]], ["SIZES", "BASE_SCALE"]),
