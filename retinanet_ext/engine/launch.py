@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or with one line on stderr: 2 for an :class:`InputError`, 3 for a loss that is no
         longer finite, 143 for a training that was stopped and can go on, 130 for an interrupt,
-        1 for a lost process
+        1 for a lost process and for results other than ``TEST.EXPECTED_RESULTS``
     """
     parser = argument_parser()
     args = parser.parse_args(argv)
