@@ -1,7 +1,8 @@
 """The loss of all anchors and its gradient in one pass, over the logits as the head left them.
 
 Nothing is permuted, concatenated or made one-hot. What is kept for backward is the gradient alone,
-once the size of the logits; intermediate values exist for a block at a time.
+once the size of the logits in their type (float32 for float16, which would lose it before it is
+scaled); intermediate values exist for a block at a time.
 
 Shapes: N images, A anchors a cell, K classes, H x W cells of a level, R anchors over all levels.
 Labels: -1 ignore, 0..K-1 class, K background.
@@ -9,8 +10,8 @@ Labels: -1 ignore, 0..K-1 class, K background.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -46,25 +47,29 @@ def dense_loss(
         image_weights: what each image's sum is multiplied by, (N,)
         alpha_weights: alpha and 1 - alpha, (2,) or (2, K); None for no balancing
         num_classes: K
-        compiled: generate code for it at the first call, which takes half a minute
+        compiled: generate code for it at the first call, which takes half a minute; for a loss
+            whose derivative is registered
 
     Returns:
         a scalar, float32 or wider
 
     Raises:
-        InputError: logits, labels and K do not fit together, or a label is out of range (on a GPU
-            labels are not looked at: the host would wait)
+        InputError: logits, labels, weights and K do not fit together, or a label is out of range
+            (on a GPU labels are not looked at, the host would wait: -2 is taken for ignored, K + 1
+            for background)
     """
-    _check(levels, labels, num_classes)
+    _check(levels, labels, image_weights, num_classes)
     if alpha_weights is None:
         alpha_weights = image_weights.new_ones(2)
-    compute = _level_compiled if compiled else _level_in_blocks
+    compute = _way(labels.device, compiled)
     return _DenseLoss.apply(
         compute, loss, labels, image_weights, alpha_weights, num_classes, *levels
     )
 
 
-def _check(levels: Sequence[Tensor], labels: Tensor, num_classes: int) -> None:
+def _check(
+    levels: Sequence[Tensor], labels: Tensor, image_weights: Tensor, num_classes: int
+) -> None:
     num_anchors = 0
     for index, logits in enumerate(levels):
         if logits.dim() != 4 or not logits.is_floating_point() or logits.shape[1] % num_classes:
@@ -73,15 +78,20 @@ def _check(levels: Sequence[Tensor], labels: Tensor, num_classes: int) -> None:
                 f"(N, A x {num_classes}, H, W) are needed"
             )
         num_anchors += logits.shape[1] // num_classes * logits.shape[2:].numel()
-    expected = (len(levels[0]), num_anchors)
+    expected = (len(levels[0]) if levels else 0, num_anchors)
     if labels.shape != expected or any(len(logits) != len(labels) for logits in levels):
         raise InputError(
             f"labels are {tuple(labels.shape)}, but the logits are those of {expected[0]} images "
             f"with {num_anchors} anchors"
         )
-    devices = {str(tensor.device) for tensor in (*levels, labels)}
+    if labels.dtype != torch.int64 or image_weights.shape != labels.shape[:1]:
+        raise InputError(
+            f"labels of {labels.dtype} and image weights of shape {tuple(image_weights.shape)}; "
+            f"int64 and a weight for each of {len(labels)} images are needed"
+        )
+    devices = {str(tensor.device) for tensor in (*levels, labels, image_weights)}
     if len(devices) > 1:
-        raise InputError(f"logits and labels are on {' and '.join(sorted(devices))}")
+        raise InputError(f"logits, labels and weights are on {' and '.join(sorted(devices))}")
     if labels.device.type == "cpu" and labels.numel():
         least, most = labels.aminmax()
         if least < -1 or most > num_classes:
@@ -122,7 +132,8 @@ class _DenseLoss(torch.autograd.Function):
             gradients.append(gradient.flatten(1, 2))
         ctx.gradients = gradients
         ctx.dtypes = [logits.dtype for logits in levels]
-        return total.to(torch.promote_types(levels[0].dtype, torch.float32))
+        dtypes = (logits.dtype for logits in levels)
+        return total.to(functools.reduce(torch.promote_types, dtypes, torch.float32))
 
     @staticmethod
     @once_differentiable
@@ -132,7 +143,7 @@ class _DenseLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         if grad_output.device.type != "cpu" or grad_output != 1:  # a pass over them is saved
             gradients = [gradient.mul_(grad_output) for gradient in gradients]
-        typed = [g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)]
+        typed = [gradients.pop(0).to(dtype) for dtype in ctx.dtypes]  # one in two types at a time
         return (None,) * 6 + tuple(typed)
 
 
@@ -141,25 +152,32 @@ def _gradient_dtype(logits: Tensor) -> torch.dtype:
     return torch.float32 if logits.dtype == torch.float16 else logits.dtype
 
 
-def _level_in_blocks(
+def _way(device: torch.device, compiled: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Return how a level's loss and gradient are computed.
+
+    Each takes loss, logits (N, A, K, H, W), labels (N, A, H, W), and the weights of images and
+    alpha as in :func:`dense_loss`.
+    """
+    # Of a GPU's labels, the host would have to wait to know where the positives are.
+    eager = _level_as_background_first if device.type == "cpu" else _level_by_entry
+    return functools.partial(_level_compiled, eager=eager) if compiled else eager
+
+
+def _level_as_background_first(
     loss: BoundLoss, logits: Tensor, labels: Tensor, image_weights: Tensor, alpha_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return a level's loss and gradient: every entry as a negative, then the positives.
-
-    Args:
-        logits: (N, A, K, H, W)
-        labels: (N, A, H, W)
-    """
+    """Take every entry for background, block by block, then compute the anchors that are not."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     gradient = torch.empty_like(logits, dtype=_gradient_dtype(logits))
-    ignored = labels < 0
+    num_classes = logits.shape[2]
     weights = image_weights.to(dtype).view(-1, 1, 1, 1).expand(labels.shape)
-    weights = weights.masked_fill(ignored, 0)
-    one_minus_alpha = alpha_weights[1].to(dtype)
-    by_class = one_minus_alpha.expand(logits.shape[2]).view(-1, 1, 1)
+    alpha_weights = alpha_weights.to(dtype)
+    one_minus_alpha = alpha_weights[1]
+    by_class = one_minus_alpha.expand(num_classes).view(-1, 1, 1)
+    later = labels != num_classes
 
     total = weights.new_zeros((), dtype=torch.float64)
-    size = BLOCK_GPU if logits.is_cuda else BLOCK_OF_A_THREAD * torch.get_num_threads()
+    size = BLOCK_OF_A_THREAD * torch.get_num_threads()
     for image in range(len(logits)):
         for anchors, classes, rows in _blocks(logits[image], size):
             block = at_least_float32(logits[image, anchors, classes, rows])
@@ -171,48 +189,23 @@ def _level_in_blocks(
             else:
                 weight = weight * one_minus_alpha
             summed = value.sum(1, keepdim=True).mul_(weight)
-            # Not by the weight 0 alone: an infinite loss would become NaN.
-            summed.masked_fill_(ignored[image, anchors, None, rows], 0)
+            # Not subtracted later: a large one would leave its rounding.
+            summed.masked_fill_(later[image, anchors, None, rows], 0)
             total += summed.sum(dtype=torch.float64)
             torch.mul(derivative, -weight, out=gradient[image, anchors, classes, rows])
-    return total + _correct_own_class(
-        loss, logits, labels, weights, alpha_weights.to(dtype), gradient
-    ), gradient
-
-
-def _correct_own_class(
-    loss: BoundLoss,
-    logits: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    alpha_weights: Tensor,
-    gradient: Tensor,
-) -> Tensor:
-    """Make positives of the entries that are, and return the change of the loss."""
-    num_classes = logits.shape[2]
-    alpha_weights = alpha_weights.view(2, -1).expand(2, num_classes)
-
-    def correct(x_t: Tensor, label: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        x_t = at_least_float32(x_t)
-        value, derivative = loss.value_and_derivative(x_t)
-        as_negative, _ = loss.value_and_derivative(-x_t)
-        alpha, one_minus_alpha = alpha_weights[:, label]
-        change = weight * (alpha * value - one_minus_alpha * as_negative)
-        return change, (weight * alpha * derivative).to(gradient.dtype)
-
-    positive = (labels >= 0) & (labels < num_classes)
-    if labels.device.type == "cpu":
-        image, anchor, y, x = cell = positive.nonzero(as_tuple=True)
-        entry = (image, anchor, labels[cell], y, x)
-        change, gradient[entry] = correct(logits[entry], labels[cell], weights[cell])
-        return change.sum(dtype=torch.float64)
-    # One entry of every anchor: how many are positives, the host would have to wait to know.
-    label = labels.clamp(0, num_classes - 1)
-    own = label.unsqueeze(2)
-    change, corrected = correct(logits.gather(2, own).squeeze(2), label, weights)
-    corrected = torch.where(positive, corrected, gradient.gather(2, own).squeeze(2))
-    gradient.scatter_(2, own, corrected.unsqueeze(2))
-    return torch.where(positive, change, 0).sum(dtype=torch.float64)
+    for cells in later.nonzero().split(max(1, size // num_classes)):
+        image, anchor, y, x = cell = cells.unbind(1)
+        value, row = _value_and_gradient(
+            loss.value_and_derivative,
+            logits[image, anchor, :, y, x].unsqueeze(2),
+            labels[cell].view(-1, 1, 1),
+            weights[cell].view(-1, 1, 1),
+            alpha_weights,
+            gradient.dtype,
+        )
+        total += value
+        gradient[image, anchor, :, y, x] = row.squeeze(2)
+    return total, gradient
 
 
 def _blocks(logits: Tensor, size: int) -> Iterator[tuple[slice, slice, slice]]:
@@ -233,13 +226,34 @@ def _blocks(logits: Tensor, size: int) -> Iterator[tuple[slice, slice, slice]]:
 
 
 def _level_compiled(
-    loss: BoundLoss, logits: Tensor, labels: Tensor, image_weights: Tensor, alpha_weights: Tensor
+    loss: BoundLoss,
+    logits: Tensor,
+    labels: Tensor,
+    image_weights: Tensor,
+    alpha_weights: Tensor,
+    *,
+    eager: Callable[..., tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor]:
-    """Return what :func:`_level_in_blocks` does, by generated code."""
-    if not labels.numel():
-        return _level_in_blocks(loss, logits, labels, image_weights, alpha_weights)
+    """Run generated code; a small level, whose shape may need code of its own, goes without."""
+    if logits.numel() < BLOCK_OF_A_THREAD:
+        return eager(loss, logits, labels, image_weights, alpha_weights)
+    return _level_by_entry(loss, logits, labels, image_weights, alpha_weights, compute=_compiled())
+
+
+def _level_by_entry(
+    loss: BoundLoss,
+    logits: Tensor,
+    labels: Tensor,
+    image_weights: Tensor,
+    alpha_weights: Tensor,
+    *,
+    compute: Callable[..., tuple[Tensor, Tensor]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute entry by entry: at once by ``compute``, by default in blocks."""
     dtype = torch.promote_types(logits.dtype, torch.float32)
     weights = image_weights.to(dtype).view(-1, 1, 1, 1).expand(labels.shape)
+    if not labels.numel():
+        return weights.sum(dtype=torch.float64), torch.empty_like(logits)
     if logits.stride(2) == 1 and logits.shape[2] > 1:  # channels last
         order, num_cells = (0, 3, 4, 1, 2), 1  # its own inverse
     else:
@@ -248,23 +262,35 @@ def _level_compiled(
     def flat(tensor: Tensor) -> Tensor:  # (N, A, C, H, W) -> (P, C, S), a view where dense
         return tensor.permute(order).reshape(-1, tensor.shape[2], num_cells)
 
-    total, gradient = _compiled(loss.loss.name)(
-        loss.value_and_derivative,
-        flat(logits),
-        flat(labels.unsqueeze(2)),
-        flat(weights.unsqueeze(2)),
-        alpha_weights.to(dtype),
-        _gradient_dtype(logits),
+    rows, row_labels, row_weights = (
+        flat(tensor) for tensor in (logits, labels.unsqueeze(2), weights.unsqueeze(2))
     )
+    alpha_weights, gradient_dtype = alpha_weights.to(dtype), _gradient_dtype(logits)
+    if compute is not None:
+        total, gradient = compute(
+            *(loss.value_and_derivative, rows, row_labels, row_weights),
+            *(alpha_weights, gradient_dtype),
+        )
+    else:
+        total = weights.new_zeros((), dtype=torch.float64)
+        gradient = torch.empty_like(rows, dtype=gradient_dtype)
+        step = max(1, BLOCK_GPU // rows[0].numel())
+        for first in range(0, len(rows), step):
+            block = slice(first, first + step)
+            value, gradient[block] = _value_and_gradient(
+                *(loss.value_and_derivative, rows[block], row_labels[block], row_weights[block]),
+                *(alpha_weights, gradient_dtype),
+            )
+            total += value
     return total, gradient.view([logits.shape[i] for i in order]).permute(order)
 
 
-@cache
-def _compiled(name: str) -> Callable[..., tuple[Tensor, Tensor]]:
-    return torch.compile(_level, dynamic=True, fullgraph=True)
+@functools.cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
+    return torch.compile(_value_and_gradient, dynamic=True, fullgraph=True)
 
 
-def _level(
+def _value_and_gradient(
     value_and_derivative: Callable[[Tensor], tuple[Tensor, Tensor]],
     logits: Tensor,
     labels: Tensor,
@@ -272,7 +298,7 @@ def _level(
     alpha_weights: Tensor,
     gradient_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return loss and gradient entry by entry, which a compiler fuses into one loop.
+    """Return the loss and its gradient, which a compiler fuses into one loop.
 
     Args:
         logits: (P, K, S), S neighbouring cells

@@ -18,9 +18,14 @@ def focal_derivative(x_t: Tensor, *, gamma: float = 2.0) -> tuple[Tensor, Tensor
     minus_q = (-1 - x_t.exp()).reciprocal_()
     minus_p = -1 - minus_q
     # log(p_t) = min(x_t, 0) + log(max(p_t, q_t)), the latter from the other, which is exact.
-    log_p = torch.maximum(minus_p, minus_q).log1p_().add_(x_t.clamp(max=0))
-    # log(q_t) = log(p_t) - x_t
-    power = minus_q * minus_q if gamma == 2 else (log_p - x_t).mul_(gamma).exp_()
+    log_max = torch.maximum(minus_p, minus_q).log1p_()
+    log_p = x_t.clamp(max=0).add_(log_max)
+    if gamma == 2:
+        power = minus_q * minus_q
+    elif gamma == 0:
+        power = torch.ones_like(x_t)
+    else:  # log(q_t) = log(p_t) of -x_t
+        power = x_t.neg().clamp_(max=0).add_(log_max).mul_(gamma).exp_()
     slope = torch.addcmul(minus_q, minus_p, log_p, value=-gamma)
     return log_p.mul_(power).neg_(), slope.mul_(power)
 

@@ -82,6 +82,11 @@ class RetinaNetCriterion(nn.Module):
                 f"{('smooth_l1', *BOX_LOSSES)}, got {box_reg_loss_type!r}"
             )
         Interval("[0, inf)").check("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", smooth_l1_beta)
+        if compile_cls_loss and cls_loss.loss.derivative is None:
+            raise InputError(
+                "MODEL.RETINANET.CLS_LOSS.COMPILE needs the derivative of the loss, which "
+                f"{cls_loss.loss.name} is registered without; set it False or register one"
+            )
         self.num_classes = num_classes
         self.cls_loss = cls_loss
         self.compile_cls_loss = compile_cls_loss
@@ -176,8 +181,8 @@ class RetinaNetCriterion(nn.Module):
         """Return the classification loss of each anchor, summed over classes, (N, R).
 
         The plain form of :func:`~retinanet_ext.losses.dense.dense_loss`, for a selection by loss.
-        Every entry is taken as a negative, then each foreground anchor's own class is corrected:
-        no one-hot targets are made. Ignored anchors get the loss of background.
+        Every entry is taken as a negative, then each foreground anchor's own class is replaced: no
+        one-hot targets are made. Ignored anchors get the loss of background.
         """
         logits = at_least_float32(logits)
         negative = self.cls_loss(-logits)
@@ -189,8 +194,7 @@ class RetinaNetCriterion(nn.Module):
         positive = self.cls_loss(logits[image, anchor, label])
         if self.alpha_weights is not None:
             positive = alpha.expand(self.num_classes)[label] * positive
-        correction = positive - negative[image, anchor, label]
-        return negative.sum(2).index_put((image, anchor), correction, accumulate=True)
+        return negative.index_put((image, anchor, label), positive).sum(2)
 
     def _box_loss_per_image(
         self, anchors: Tensor, deltas: Tensor, counts: Tensor, matches: Tensor, gt_boxes: Tensor

@@ -1,9 +1,13 @@
 """The loss of all anchors in one pass against autograd on one-hot targets."""
 
+import functools
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
 from retinanet_ext.errors import InputError
@@ -11,6 +15,23 @@ from retinanet_ext.losses import LOSSES, dense
 from retinanet_ext.losses.functional import class_weights, elementwise_loss
 
 LEVELS = [(6, 5), (3, 3), (1, 2)]
+WAYS = ("background first", "by entry", "generated")
+
+
+def go(way, patch):
+    """Compute in a CPU's way, a GPU's, or in what is compiled for either, run as it stands."""
+    compute = dense._level_as_background_first
+    if way != "background first":
+        compute = dense._level_by_entry
+    if way == "generated":
+        compute = functools.partial(compute, compute=dense._value_and_gradient)
+    patch.setattr(dense, "_way", lambda device, compiled: compute)
+    patch.setattr(dense, "BLOCK_GPU", 64)
+
+
+@pytest.fixture(params=WAYS)
+def way(request, monkeypatch):
+    go(request.param, monkeypatch)
 
 
 def make_case(num_classes, num_anchors=3, num_images=2, seed=0, spread=3.0, dtype=torch.float32):
@@ -60,6 +81,7 @@ def check(loss, levels, labels, weights, alpha, num_classes, *, compiled=False, 
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("num_classes", [1, 3, 80])
 @pytest.mark.parametrize("alpha", [-1.0, 0.25, "each"])
+@pytest.mark.usefixtures("way")
 def test_equals_autograd_in_float64(name, num_classes, alpha):
     case = make_case(num_classes, dtype=torch.float64)
     if alpha == "each":
@@ -72,9 +94,11 @@ def test_equals_autograd_in_float64(name, num_classes, alpha):
     spread=st.sampled_from([0.1, 3.0, 40.0, 3000.0]),
     seed=st.integers(0, 1000),
     block=st.sampled_from([1, 7, 64, 2**16]),
+    way=st.sampled_from(WAYS),
 )
-def test_focal_at_any_gamma_logit_and_size_of_block(gamma, spread, seed, block):
+def test_focal_at_any_gamma_logit_and_size_of_block(gamma, spread, seed, block, way):
     with pytest.MonkeyPatch.context() as patch:
+        go(way, patch)
         patch.setattr(dense, "BLOCK_OF_A_THREAD", block)
         case = make_case(3, seed=seed, spread=spread)
         check(LOSSES["focal"].bind(gamma=gamma), *case, 0.25, 3, rtol=1e-5, atol=1e-6)
@@ -82,6 +106,7 @@ def test_focal_at_any_gamma_logit_and_size_of_block(gamma, spread, seed, block):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.usefixtures("way")
 def test_half_precision_logits_are_computed_in_float32(dtype, name):
     """Sums agree to float32; a gradient rounds once more to the logits' type."""
     levels, labels, weights = make_case(4, dtype=dtype)
@@ -100,6 +125,7 @@ def test_half_precision_logits_are_computed_in_float32(dtype, name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.usefixtures("way")
 def test_memory_formats_agree_and_keep_their_strides(name):
     levels, labels, weights = make_case(5, num_anchors=2)
     loss = LOSSES[name].bind()
@@ -119,35 +145,59 @@ def test_memory_formats_agree_and_keep_their_strides(name):
     assert results[1][1][0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_ignored_anchors_count_nothing_whatever_their_logits():
+@pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.usefixtures("way")
+def test_ignored_anchors_count_nothing_whatever_their_logits(gamma, value):
     levels, labels, weights = make_case(3)
-    ignored = labels[:, :3] = -1  # the first cell's anchors
-    assert ignored == -1
-    loss = LOSSES["focal"].bind()
+    labels[:, :3] = -1  # the first cell's anchors
+    loss = LOSSES["focal"].bind(gamma=gamma)
     plain = dense.dense_loss(loss, levels, labels, weights, num_classes=3)
+    expected = torch.autograd.grad(plain, levels)
     with torch.no_grad():
-        levels[0][:, :, 0, 0] = float("inf")
+        levels[0][:, :, 0, 0] = value
     total = dense.dense_loss(loss, levels, labels, weights, num_classes=3)
     assert_close(total, plain)
+    found = torch.autograd.grad(total, levels)
+    assert not found[0][:, :, 0, 0].any()
+    assert_close(found, expected)
     labels[:] = -1
     total = dense.dense_loss(loss, levels, labels, weights, num_classes=3)
-    with torch.no_grad():
-        levels[0][:, :, 0, 0] = 1.0
-    assert total == 0
-    assert not any(g.any() for g in torch.autograd.grad(
-        dense.dense_loss(loss, levels, labels, weights, num_classes=3), levels))  # fmt: skip
+    assert total == 0 and not any(g.any() for g in torch.autograd.grad(total, levels))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_logit_that_is_not_finite_is_not_hidden(value):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+@pytest.mark.usefixtures("way")
+def test_a_logit_that_is_not_finite_is_not_hidden(gamma, value):
     levels, labels, weights = make_case(3)
     labels[:] = 3
     with torch.no_grad():
         levels[0][0, 0, 0, 0] = value
-    total = dense.dense_loss(LOSSES["focal"].bind(), levels, labels, weights, num_classes=3)
+    loss = LOSSES["focal"].bind(gamma=gamma)
+    total = dense.dense_loss(loss, levels, labels, weights, num_classes=3)
     assert not total.isfinite()
 
 
+@pytest.mark.parametrize("own", [-30.0, 0.0, 50.0, 1000.0, 65504.0, torch.inf])
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("cross_entropy", {}), *(("focal", {"gamma": gamma}) for gamma in (0.0, 0.5, 2.0))],
+)
+@pytest.mark.usefixtures("way")
+def test_a_sure_positive_leaves_what_its_other_classes_lose(name, values, own):
+    """One anchor in float32 against float64: a large term added and subtracted would show."""
+    loss = LOSSES[name].bind(**values)
+    logits = torch.full((1, 80, 1, 1), -9.0)
+    logits[0, 5] = own
+    label = torch.tensor([[5]])
+    total = dense.dense_loss(loss, [logits], label, torch.ones(1), num_classes=80)
+    x_t = torch.full((80,), 9.0, dtype=torch.float64)
+    x_t[5] = min(own, 1e5)  # of infinity, the limit
+    assert_close(total.double(), loss(x_t).sum(), rtol=1e-5, atol=0)
+
+
+@pytest.mark.usefixtures("way")
 def test_no_anchors_and_no_images():
     loss = LOSSES["focal"].bind()
     empty = torch.zeros(2, 6, 0, 4, requires_grad=True)
@@ -165,6 +215,7 @@ def test_backward_runs_once():
         total.backward()
 
 
+@pytest.mark.usefixtures("way")
 def test_a_loss_without_a_closed_form_is_differentiated():
     levels, labels, weights = make_case(3, dtype=torch.float64)
     registered = LOSSES["focal"]
@@ -189,35 +240,45 @@ def test_closed_form_equals_autograd_of_the_formula(name, dtype):
     assert_close(derivative, slope, **tolerance)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", LOSSES)
-def test_code_to_be_generated_equals_the_blocks(name, dtype, monkeypatch):
-    """What is compiled, run as it stands; the focal loss at every kind of gamma."""
-    monkeypatch.setattr(dense, "_compiled", lambda name: dense._level)
-    for gamma in (0.0, 0.1, 1.0, 2.0, 5.0) if name == "focal" else (None,):
-        loss = LOSSES[name].bind(**({} if gamma is None else {"gamma": gamma}))
-        results = []
-        for compiled in (False, True):
-            levels, labels, weights = make_case(5, spread=10.0, dtype=dtype)
-            alphas = class_weights([0.1, 0.2, 0.5, 0.7, 0.9], 5)
-            total = dense.dense_loss(
-                loss, levels, labels, weights, alphas, num_classes=5, compiled=compiled
-            )
-            results.append((total.detach(), torch.autograd.grad(total, levels)))
-        assert_close(results[1], results[0])
+@pytest.mark.parametrize(
+    ("device", "first"), [("cpu", "_level_as_background_first"), ("cuda", "_level_by_entry")]
+)
+def test_way_of_a_device(device, first):
+    eager = dense._way(torch.device(device), compiled=False)
+    assert eager is getattr(dense, first)
+    assert dense._way(torch.device(device), compiled=True).keywords == {"eager": eager}
 
 
 def test_compiled_equals_autograd():
-    """One compilation serves levels of any size, batches and memory formats."""
     loss = LOSSES["focal"].bind(gamma=1.5)
-    for num_images, channels_last in ((2, False), (3, False), (2, True)):
-        levels, labels, weights = make_case(4, num_images=num_images)
-        if channels_last:
-            levels = [
-                level.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
-                for level in levels
-            ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dense, "BLOCK_OF_A_THREAD", 100)  # all levels but the last
+        levels, labels, weights = make_case(4)
         check(loss, levels, labels, weights, 0.25, 4, compiled=True, rtol=1e-5, atol=1e-6)
+
+
+def test_code_is_generated_once_for_levels_of_any_size(monkeypatch):
+    """Once a memory format and batch of one or several, that is; the smallest levels go without."""
+    counter = CompileCounter()
+    compiled = torch.compile(
+        dense._value_and_gradient, dynamic=True, fullgraph=True, backend=counter
+    )
+    monkeypatch.setattr(dense, "_compiled", lambda: compiled)
+    monkeypatch.setattr(dense, "BLOCK_OF_A_THREAD", 400)
+    sizes = [(1, 1), (1, 2), (2, 1), (2, 2), (6, 5), (9, 7), (12, 20)]
+    for num_images, size, channels_last in itertools.product((2, 3, 1), sizes, (False, True)):
+        logits = torch.randn(num_images, 27, *size)
+        if channels_last:
+            logits = logits.contiguous(memory_format=torch.channels_last)
+        labels = torch.randint(-1, 4, (num_images, 9 * size[0] * size[1]))
+        loss = LOSSES["focal"].bind(gamma=1.5)
+        check(
+            *(loss, [logits.requires_grad_()], labels, torch.ones(num_images), 0.25, 3),
+            **{"compiled": True, "rtol": 1e-5, "atol": 1e-6},
+        )
+        if num_images > 1:
+            assert counter.frame_count <= 2
+    assert counter.frame_count <= 4
 
 
 @pytest.mark.parametrize(
@@ -230,6 +291,8 @@ def test_compiled_equals_autograd():
         (lambda levels, labels: ([x[:, 1:] for x in levels], labels), r"level 0 are \(2, 8, 6, 5"),
         (lambda levels, labels: ([x.long() for x in levels], labels), "int64; floats of"),
         (lambda levels, labels: ([x.to("meta") for x in levels], labels), "on cpu and meta"),
+        (lambda levels, labels: (levels, labels.float()), "labels of torch.float32"),
+        (lambda levels, labels: ([], labels), "those of 0 images with 0 anchors"),
     ],
 )
 def test_inputs_that_do_not_fit_are_refused(change, said):
