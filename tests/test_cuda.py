@@ -58,19 +58,26 @@ def test_mixed_precision_keeps_the_loss_in_float32(dtype):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_a_training_step_never_waits_for_the_device():
+def test_labels_and_losses_never_wait_for_the_device():
+    """From the batch on, whose boxes are checked before they are copied to the device."""
     model = make_model("MODEL.DEVICE", "cuda").train()
     batch = make_batch([7, 0])
-    for inputs in batch:  # copying them waits
-        inputs["image"], inputs["instances"] = (
-            inputs[k].to("cuda") for k in ("image", "instances")
-        )
+    images = model.preprocess_image(batch)
+    targets = [inputs["instances"].to("cuda") for inputs in batch]
+    regions = [torch.rand(2, 4, device="cuda") * 99 for _ in batch]
+
+    def step():
+        features = model.backbone(images.tensor)
+        features = [features[name] for name in model.head_in_features]
+        losses = model.forward_training(images, features, model.head(features), targets, regions)
+        sum(losses.values()).backward()
+
     with EventStorage():
-        sum(model(batch).values()).backward()  # what is set up once may wait
+        step()  # what is set up once may wait
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            sum(model(batch).values()).backward()
+            step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

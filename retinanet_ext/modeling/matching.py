@@ -71,7 +71,7 @@ class AnchorMatcher:
         Returns:
             indices of boxes, (R,) int64, and 0 background, -1 ignore or 1 foreground, (R,) int8
         """
-        pairs = PAIRS_CPU if anchors.device.type == "cpu" else PAIRS_GPU
+        pairs = PAIRS_CPU if _is_on_host(anchors) else PAIRS_GPU
         # Coordinates as rows, each contiguous.
         blocks = anchors.T.contiguous().split(max(MIN_BLOCK, pairs // len(boxes)), dim=1)
         near = [_boxes_near(boxes, block) for block in blocks]
@@ -95,12 +95,16 @@ class AnchorMatcher:
         return torch.cat(matches), labels
 
 
+def _is_on_host(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
 def _boxes_near(boxes: Tensor, block: Tensor) -> Tensor:
     """Return the indices, rising, of the boxes that may overlap a block of anchors, (4, S).
 
     The first is always among them: it is the match of anchors that overlap none.
     """
-    if block.device.type != "cpu":  # how many are near, the host would have to wait to know
+    if not _is_on_host(block):  # how many are near, it would have to wait to know
         return torch.arange(len(boxes), device=boxes.device)
     lower, upper = block[:2].amin(1), block[2:].amax(1)
     near = (torch.minimum(boxes[:, 2:], upper) > torch.maximum(boxes[:, :2], lower)).all(1)
@@ -125,7 +129,7 @@ def _best_of_a_box(
     best.masked_fill_(best == 0, torch.inf)  # which no anchor reaches
     masks = []
     for block, index, iou in zip(blocks, near, box_ious, strict=True):
-        if block.device.type == "cpu":
+        if _is_on_host(block):
             index = index[iou == best[index]]  # few boxes have their best anchor in this block
         masks.append((_pairwise_iou(boxes[index], block) == best[index, None]).any(dim=0))
     return torch.cat(masks)

@@ -81,8 +81,14 @@ def assert_equal(rule, policy, anchors, gt_instances):
     assert torch.equal(matches, expected[1])  # of all anchors, background too
 
 
+@pytest.fixture(params=[True, False], ids=["as on a CPU", "as on a GPU"])
+def _on_host(request, monkeypatch):
+    monkeypatch.setattr(matching, "_is_on_host", lambda _: request.param)
+
+
 @pytest.mark.parametrize("policy", LOW_QUALITY_MATCHES)
 @pytest.mark.parametrize("pairs", [2**12, 2**18])
+@pytest.mark.usefixtures("_on_host")
 def test_real_anchors(policy, pairs, anchors, monkeypatch):
     """Images of every number of boxes; many blocks and one."""
     monkeypatch.setattr(matching, "PAIRS_CPU", pairs)
@@ -92,6 +98,7 @@ def test_real_anchors(policy, pairs, anchors, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", LOW_QUALITY_MATCHES)
+@pytest.mark.usefixtures("_on_host")
 def test_ties_of_real_anchors(policy, anchors):
     """Boxes that are anchors, halves of them, the same twice, or between two anchors alike."""
     picked = anchors.tensor[torch.arange(40, len(anchors), 997)]
@@ -115,8 +122,9 @@ grid_boxes = st.lists(st.tuples(corner, corner, side, side), max_size=9)
     rule=st.sampled_from(RULES),
     policy=st.sampled_from(LOW_QUALITY_MATCHES),
     block=st.integers(1, 12),
+    on_host=st.booleans(),
 )
-def test_ties_on_a_grid(images, grid_anchors, rule, policy, block):
+def test_ties_on_a_grid(images, grid_anchors, rule, policy, block, on_host):
     """Whole numbers, so that equal IoUs are the rule; anchors in any order and block."""
 
     def to_boxes(rows):
@@ -126,6 +134,8 @@ def test_ties_on_a_grid(images, grid_anchors, rule, policy, block):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matching, "MIN_BLOCK", block)
         patch.setattr(matching, "PAIRS_CPU", 1)
+        patch.setattr(matching, "PAIRS_GPU", 1)
+        patch.setattr(matching, "_is_on_host", lambda _: on_host)
         gt_instances = [make_gt(to_boxes(rows)) for rows in images]
         assert_equal(rule, policy, Boxes(to_boxes(grid_anchors)), gt_instances)
 
