@@ -17,7 +17,7 @@ setup(
     packages=find_packages(include=["retinanet_ext", "retinanet_ext.*"]),
     package_data={"retinanet_ext.experiments": ["page.css", "page.html"]},
     install_requires=[
-        "torch",
+        "torch>=2.6",
         "torchvision",
         "fvcore",
         "pycocotools",

@@ -49,4 +49,6 @@ def write_file(path: Path, content: str | bytes) -> None:
         InputError: a full disk, a folder that cannot be written; an earlier file is intact
     """
     with replacing(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        # A name of a file need not be UTF-8.
+        is_text = isinstance(content, str)
+        file.write(content.encode(errors="backslashreplace") if is_text else content)

@@ -69,7 +69,9 @@ def restore_logging() -> Iterator[None]:
     """Undo what a command line does to loggers, for the tests that come after it."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     before = [(log.level, log.propagate, log.handlers[:], log.filters[:]) for log in loggers]
+    raises = logging.raiseExceptions
     yield
+    logging.raiseExceptions = raises
     for log, (level, propagate, handlers, filters) in zip(loggers, before, strict=True):
         log.setLevel(level)
         log.propagate = propagate

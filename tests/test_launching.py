@@ -159,6 +159,18 @@ def test_a_process_ended_by_the_system_is_said_so(tmp_path):
     assert "ended by SIGKILL, as a system out of memory does" in line and "--resume" in line
 
 
+def test_a_process_that_loads_images_ended_by_the_system_is_said_so(tmp_path):
+    opts = ["SOLVER.MAX_ITER", 10000, "DATALOADER.NUM_WORKERS", 2]
+    run = start("OUTPUT_DIR", tmp_path, *opts)
+    wait_for_checkpoint(run, tmp_path)
+    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(workers[0]), signal.SIGKILL)
+    output, _ = run.communicate(timeout=240)
+    assert run.returncode == 1
+    assert "a process that loads images was ended by the system" in output.splitlines()[-1]
+    assert "Traceback" not in output
+
+
 def test_machine_that_is_alone(tmp_path):
     addresses = [f"tcp://127.0.0.1:{free_port()}" for _ in "01"]
     waits = ["--rendezvous-timeout", 3, "OUTPUT_DIR", tmp_path]
@@ -192,6 +204,8 @@ def test_the_same_bits_on_one_process(tmp_path):
     assert seed >= 0
     finish(start("OUTPUT_DIR", two, *TRAINING, "SEED", seed))
     assert same(weights(one), weights(two))
-    longer = [*TRAINING, "SEED", -1, "SOLVER.MAX_ITER", 7]
+    # Resumed, it goes on with its own, whatever the config says by now.
+    longer = [*TRAINING, "SEED", seed + 1, "SOLVER.MAX_ITER", 7]
     finish(start("--resume", "OUTPUT_DIR", one, *longer))
+    assert torch.load(one / "model_final.pth")["trainer"]["data"]["seed"] == seed
     assert [(run["seed"], run["resumed"]) for run in starts(one)] == [(seed, False), (seed, True)]

@@ -75,6 +75,7 @@ def measure_imbalance(cfg: CfgNode, json_file: str, *, is_train: bool = True) ->
         features = backbone(padded_batch(cfg, backbone, (height, width), is_train=is_train))
         return Boxes.cat(anchor_generator([features[name] for name in node.IN_FEATURES]))
 
+    ignores = node.IGNORE_OVERLAP if cfg.MODEL.META_ARCHITECTURE == "RetinaNetExt" else 0
     policy = read_policy(cfg.DATASETS.CHECK)
     checked = check_coco(json_file, read_coco_json(json_file), policy)
     checked.raise_refused()
@@ -100,9 +101,9 @@ def measure_imbalance(cfg: CfgNode, json_file: str, *, is_train: bool = True) ->
             instances = Instances(size, gt_boxes=gt_boxes, gt_classes=gt_classes)
             anchors = anchors_of(*size)
             labels, _ = label_anchors(matcher, anchors, [instances], num_classes=1)
-            if is_train and node.IGNORE_OVERLAP:
+            if is_train and ignores:
                 labels = ignore_anchors(
-                    labels, anchors.tensor, [regions.tensor], [size], 1, node.IGNORE_OVERLAP
+                    labels, anchors.tensor, [regions.tensor], [size], 1, ignores
                 )
             num_boxes += len(gt_boxes)
             foreground += int(is_foreground(labels, num_classes=1).sum())

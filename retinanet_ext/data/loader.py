@@ -25,7 +25,7 @@ from detectron2.data.build import _train_loader_from_config, trivial_batch_colla
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from retinanet_ext.errors import InputError
+from retinanet_ext.errors import InputError, LostWorkerError
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
             pin_memory=torch.device(self.cfg.MODEL.DEVICE).type == "cuda",
             generator=torch.Generator(),  # its draw is not to move the generator of the training
         )
-        return iter(loader)
+        return _batches(loader)
 
     def _sampler(self) -> Any:
         """Return Detectron2's sampler; all its randomness is the seed's."""
@@ -127,6 +127,13 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
                 f"{error or type(error).__name__}"
             ) from error
         return parts["sampler"]
+
+
+def _batches(loader: DataLoader) -> Iterator[list[dict[str, Any]]]:
+    try:
+        yield from loader
+    except (EOFError, ConnectionError) as error:  # in the middle of what a worker hands over
+        raise LostWorkerError from error
 
 
 def _check_same_records(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:

@@ -38,8 +38,7 @@ class Checkpointer(DetectionCheckpointer):
 
     - Weights that do not fit are an :class:`InputError`. Detectron2 skips tensors of another shape
       with a warning and goes on with random ones.
-    - No file runs code: ``.pth`` is read with ``weights_only=True``, torch's default, and ``.pkl``
-      for arrays alone.
+    - No file runs code: ``.pth`` is read with ``weights_only=True`` and ``.pkl`` for arrays alone.
     - A checkpoint takes its name once it is whole, so none is lost to a kill or a full disk, and
       one that was damaged later is passed over for the one before.
     """
@@ -121,6 +120,9 @@ class Checkpointer(DetectionCheckpointer):
             else:
                 if zipfile.is_zipfile(filename) and (damage := _find_damage(filename)):
                     raise ValueError(damage)
+                if filename.endswith(".pyth"):  # pycls's, whose names are matched by their ends
+                    weights = self._torch_load(filename)["model_state"]
+                    return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
                 content = super()._load_file(filename)
         except OSError:
             raise
@@ -137,6 +139,10 @@ class Checkpointer(DetectionCheckpointer):
                 "MODEL.WEIGHTS, without --resume, to start from them"
             )
         return content
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        # Said, since an environment variable changes torch's default.
+        return torch.load(f, map_location="cpu", weights_only=True)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         mismatches = self._skipped_by_heuristics(checkpoint)
@@ -322,7 +328,8 @@ def _iteration(checkpoint: Path) -> float:
     if name and name[1] != "final":
         return int(name[1])
     try:
-        return int(torch.load(checkpoint, map_location="cpu", mmap=True)["iteration"])
+        content = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
+        return int(content["iteration"])
     except Exception:  # a damaged file may raise anything
         return math.inf
 
@@ -332,7 +339,7 @@ def _find_damage(path: str | Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             spoilt = archive.testzip()  # which torch does not look for
-        torch.load(path, map_location="cpu", mmap=True)  # all but the tensors
+        torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # all but the tensors
     except (FileNotFoundError, IsADirectoryError):
         return "missing"
     except Exception as error:  # a damaged file may raise anything

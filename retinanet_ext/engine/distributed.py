@@ -389,7 +389,8 @@ def lost_peer(error: BaseException) -> bool:
     The first three are what gloo says, the others NCCL.
     """
     signs = r"closed by peer|Connection reset|Broken pipe|ncclRemoteError|NCCL \w+ was aborted"
-    return bool(re.search(signs, str(error)))
+    # An error of the system is this process's own, such as a pipe that nobody reads.
+    return not isinstance(error, OSError) and bool(re.search(signs, str(error)))
 
 
 def _killed(error: ProcessExitedException) -> str:

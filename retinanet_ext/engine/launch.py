@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import io
 import logging
 import os
 import pickle
@@ -52,7 +53,7 @@ from retinanet_ext.engine.resume import saved_seed
 from retinanet_ext.engine.scaling import scale_schedule
 from retinanet_ext.engine.summary import summarize
 from retinanet_ext.engine.trainer import Trainer
-from retinanet_ext.errors import InputError
+from retinanet_ext.errors import InputError, StoppedError
 
 RESULTS = ("last_checkpoint", "model_*.pth", "metrics.json", "inference")
 """What an earlier training or evaluation leaves in its OUTPUT_DIR, once it has come that far."""
@@ -94,10 +95,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0, or with one line on stderr: 2 for an :class:`InputError`, 3 for a loss that is no
         longer finite, 143 for a training that was stopped and can go on, 130 for an interrupt,
-        1 for a lost process and for results other than ``TEST.EXPECTED_RESULTS``
+        1 for a lost process, for memory that ran out and for results other than
+        ``TEST.EXPECTED_RESULTS``
     """
     parser = argument_parser()
     args = parser.parse_args(argv)
+    _log_what_can_be_logged()
     is_main = True
     try:
         group = find_group(args)
@@ -113,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         code, line = end
         # All processes stop and diverge alike; the others tell of what they alone have met.
-        if line and (is_main or isinstance(error, InputError | GroupError)):
+        if line and (is_main or not isinstance(error, StoppedError | FloatingPointError)):
             print(f"{parser.prog}: error: {line}", file=sys.stderr)
         return code
     return 0
@@ -177,8 +180,11 @@ def _prepare(command: list[str], args: argparse.Namespace, group: Group, names: 
     weights, is_resumed = find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=args.eval_only)
     check_model(cfg, weights, resume=is_resumed, eval_only=args.eval_only)
-    if is_resumed and cfg.DETERMINISTIC and cfg.SEED < 0:
-        cfg.SEED = saved_seed(weights)
+    seed = saved_seed(weights) if is_resumed and not args.eval_only else -1
+    if seed >= 0:
+        if cfg.SEED not in (-1, seed):
+            logger.warning("SEED %d of the run goes on, and not %d", seed, cfg.SEED)
+        cfg.SEED = seed
     unreached = [] if args.eval_only else warn_of_unreached_boxes(cfg)
     for line in [*advise(cfg, weights, eval_only=args.eval_only), *unreached]:
         logger.warning("%s", line)
@@ -188,6 +194,13 @@ def _prepare(command: list[str], args: argparse.Namespace, group: Group, names: 
         _make_output_dir(cfg, eval_only=args.eval_only)
     data = _save_registered(find_sources(cfg, ["TEST"] if args.eval_only else ["TRAIN", "TEST"]))
     return Job(cfg, command, args, weights, is_resumed, names, num_threads, data)
+
+
+def _log_what_can_be_logged() -> None:
+    """Print no traceback for a line that a full disk or a closed pipe keeps out, and any name."""
+    logging.raiseExceptions = False
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _is_own_earlier_run(output_dir: str, names: list[str], eval_only: bool) -> bool:
@@ -319,12 +332,13 @@ def _make_output_dir(cfg: CfgNode, *, eval_only: bool) -> None:
 def _work(job: Job) -> None:
     """Train or evaluate on one process of several, or on the only one."""
     cfg, args = job.cfg, job.args
+    _log_what_can_be_logged()
     torch.set_num_threads(job.num_threads)
     _register(job.data)
     _check_same_everywhere(cfg, Path(job.weights).name if job.is_resumed else "")
     if args.eval_only:
         cfg.OUTPUT_DIR = comm.all_gather(cfg.OUTPUT_DIR)[0]
-    seed_is_drawn = cfg.DETERMINISTIC and cfg.SEED < 0
+    seed_is_drawn = cfg.SEED < 0 and not args.eval_only
     if seed_is_drawn:
         cfg.SEED = comm.shared_random_seed()
     cfg.freeze()
@@ -340,7 +354,7 @@ def _work(job: Job) -> None:
     if cfg.DETERMINISTIC:
         _make_deterministic()
     if seed_is_drawn:
-        logger.info("DETERMINISTIC without a SEED: SEED %d is drawn", cfg.SEED)
+        logger.info("SEED %d is drawn", cfg.SEED)
     if comm.is_main_process():
         write_manifest(
             cfg,

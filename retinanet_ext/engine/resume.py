@@ -66,7 +66,10 @@ class ResumableTrainer(DefaultTrainer):
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
         if resume and comm.is_main_process():
-            set_metrics_aside(Path(self.cfg.OUTPUT_DIR, "metrics.json"), self.start_iter)
+            metrics = Path(self.cfg.OUTPUT_DIR, "metrics.json")
+            has_ended = Path(checkpoint).name == "model_final.pth"
+            is_extended = has_ended and self.start_iter < self.max_iter
+            set_metrics_aside(metrics, self.start_iter, is_extended=is_extended)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"data": self.data_loader.state_dict(self.iter + 1)}
@@ -102,7 +105,7 @@ class ResumableTrainer(DefaultTrainer):
 
 def saved_seed(checkpoint: str | Path) -> int:
     """Return the seed that a checkpoint's run goes on with, -1 where Detectron2 has written it."""
-    trainer = torch.load(checkpoint, map_location="cpu", mmap=True)["trainer"]
+    trainer = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["trainer"]
     return trainer["data"]["seed"] if "data" in trainer else -1
 
 
@@ -159,16 +162,20 @@ class _PreciseBN(hooks.PreciseBN):
         super().update_stats()
 
 
-def set_metrics_aside(metrics: Path, start_iter: int) -> None:
+def set_metrics_aside(metrics: Path, start_iter: int, *, is_extended: bool = False) -> None:
     """Move the lines of iterations that will be run again to ``metrics_superseded.json``.
 
     Args:
         metrics: a file of Detectron2's ``JSONWriter``, which may have it open already
         start_iter: the first iteration that will be run
+        is_extended: the run had ended; its last line is the evaluation then, which Detectron2
+            writes under the iteration after the last
     """
     lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
-    kept = [line for line in lines if _is_before(line, start_iter)]
-    superseded = [line for line in lines if not _is_before(line, start_iter)]
+    kept, superseded = [], []
+    for number, line in enumerate(lines, 1):
+        is_last = is_extended and number == len(lines)
+        (kept if _is_before(line, start_iter + is_last) else superseded).append(line)
     if not superseded:
         return
     aside = metrics.with_name("metrics_superseded.json")
@@ -182,9 +189,6 @@ def set_metrics_aside(metrics: Path, start_iter: int) -> None:
 
 def _is_before(line: bytes, start_iter: int) -> bool:
     try:
-        content = json.loads(line)
+        return json.loads(line)["iteration"] < start_iter
     except ValueError:
         return False  # cut off by a kill
-    # Detectron2 writes the evaluation at the end of a run under the iteration after its last.
-    done = start_iter if "total_loss" in content else start_iter + 1
-    return content["iteration"] < done

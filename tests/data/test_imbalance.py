@@ -84,6 +84,18 @@ def test_equals_what_the_detector_trains_on(
     assert len(labels) > found.background + found.foreground  # some are ignored
 
 
+def test_regions_are_ignored_by_the_detector_that_does_so(bccd: Bccd) -> None:
+    for annotation in bccd.train["annotations"][::2]:
+        annotation["iscrowd"] = 1
+    bccd.write()
+
+    def background(*opts: Any) -> int:
+        return measure_imbalance(quickstart(*opts), str(bccd.train_json)).background
+
+    counted = background("MODEL.RETINANET.IGNORE_OVERLAP", 0.0)
+    assert background() < counted == background("MODEL.META_ARCHITECTURE", "RetinaNet")
+
+
 def test_images_and_sizes_are_those_of_training_or_testing(bccd: Bccd) -> None:
     bccd.train["annotations"] = [a for a in bccd.train["annotations"] if a["image_id"] != 80]
     bccd.write()

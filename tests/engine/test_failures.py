@@ -1,11 +1,21 @@
 """The line that ends a run."""
 
+import errno
+import os
 import pickle
 
 import pytest
+import torch
 
-from retinanet_ext.engine.failures import DIVERGED, INPUT_ERROR, STOPPED, NonFiniteError, explain
-from retinanet_ext.errors import InputError, StoppedError
+from retinanet_ext.engine.failures import (
+    DIVERGED,
+    FAILED,
+    INPUT_ERROR,
+    STOPPED,
+    NonFiniteError,
+    explain,
+)
+from retinanet_ext.errors import InputError, LostWorkerError, StoppedError
 
 
 @pytest.mark.parametrize(
@@ -17,5 +27,43 @@ def test_expected_ends_are_their_message_from_another_process_too(error, code):
     assert explain(received) == (code, "at iteration 41: loss_cls nan")
 
 
+def allocate_too_much():
+    torch.empty(2**48, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    "fail",
+    [
+        allocate_too_much,
+        lambda: bytearray(2**62),
+        lambda: exec("raise torch.OutOfMemoryError('CUDA out of memory. Tried 2 GiB')", globals()),
+    ],
+)
+def test_memory_that_runs_out_is_one_line_with_a_way_out(fail):
+    with pytest.raises((RuntimeError, MemoryError)) as raised:
+        fail()
+    code, line = explain(raised.value)
+    assert code == FAILED and "\n" not in line
+    assert line.startswith("out of memory (") and "SOLVER.ACCUMULATE" in line
+
+
+def test_a_lost_worker_is_told_however_torch_tells_it():
+    line = str(LostWorkerError())
+    for text in (
+        "DataLoader worker (pid 12) is killed by signal: Killed. ",
+        "DataLoader worker (pid(s) 12, 13) exited unexpectedly",
+    ):
+        assert explain(RuntimeError(text)) == (FAILED, line)
+    assert explain(pickle.loads(pickle.dumps(LostWorkerError()))) == (FAILED, line)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_without_room_is_named(number):
+    error = OSError(number, os.strerror(number), "run/metrics.json")
+    expected = f"run/metrics.json cannot be written: {os.strerror(number)}"
+    assert explain(error) == (INPUT_ERROR, expected)
+
+
 def test_other_errors_are_not_explained():
+    assert explain(OSError(errno.ENOENT, "such as a defect")) is None
     assert explain(ValueError("a defect of the program")) is None

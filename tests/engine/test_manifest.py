@@ -25,7 +25,7 @@ def write(tmp_path):
         write_manifest(
             cfg, command=command, weights=weights, resumed=False, eval_only=True, jobs=["slurm 7"]
         )
-        return json.loads((tmp_path / "manifest.json").read_text())
+        return json.loads(Path(cfg.OUTPUT_DIR, "manifest.json").read_text())
 
     return run
 
@@ -81,6 +81,13 @@ def test_nothing_of_the_person(write, monkeypatch, tmp_path):
         assert secret not in text
     for key, config in content["configs"].items():
         assert key == sha256(config.encode())
+
+
+def test_a_folder_whose_name_is_not_utf8(tmp_path, write):
+    folder = tmp_path / "M\udce4use"  # Latin-1, as old file systems have
+    folder.mkdir()
+    (start,) = write("OUTPUT_DIR", str(folder), command=[str(folder)])["starts"]
+    assert start["command"] == [str(folder)]
 
 
 @pytest.mark.parametrize(

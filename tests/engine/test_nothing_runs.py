@@ -115,7 +115,8 @@ def test_code_on_the_command_line_is_text(key, value, capsys, marker):
 
 @pytest.mark.parametrize("name", ["weights.pkl", "weights.PKL", "weights.pth", "weights.pyth"])
 @pytest.mark.parametrize("inside", ["model", "beside the model", "alone"])
-def test_payload_in_weights(name, inside, refused, marker, tmp_path):
+def test_payload_in_weights(name, inside, refused, marker, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # as other libraries ask for
     payload = Payload(marker)
     content = {
         "model": {"model": {"a": payload}},
@@ -129,7 +130,8 @@ def test_payload_in_weights(name, inside, refused, marker, tmp_path):
     assert name in refused(CONFIG, "MODEL.WEIGHTS", str(tmp_path / name))
 
 
-def test_payload_in_the_checkpoint_of_a_run(marker, tmp_path, capsys):
+def test_payload_in_the_checkpoint_of_a_run(marker, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"model": {}, "trainer": Payload(marker)}, tmp_path / "model_0000001.pth")
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     argv = ["--config-file", CONFIG, "--resume", "OUTPUT_DIR", str(tmp_path)]

@@ -164,6 +164,17 @@ def test_lines_set_aside_are_kept_and_never_lost(tmp_path):
     assert metrics.read_text() == lines[1] + lines[0]
 
 
+@pytest.mark.parametrize("is_extended", [False, True])
+def test_an_evaluation_after_the_last_iteration_is_kept_of_a_run_that_had_ended(
+    is_extended, tmp_path
+):
+    metrics = tmp_path / "metrics.json"
+    trained, evaluated = '{"iteration": 24, "total_loss": 1}\n', '{"iteration": 25, "AP": 1}\n'
+    metrics.write_text(trained + evaluated)
+    set_metrics_aside(metrics, 25, is_extended=is_extended)
+    assert metrics.read_text() == trained + evaluated * is_extended
+
+
 def test_a_finished_run_that_is_extended_keeps_its_evaluation(tmp_path):
     images = "tests/fixtures/bccd_mini/images"
     test = {"JSON": "tests/fixtures/bccd_mini/instances_val.json", "IMAGES": images}
@@ -175,6 +186,9 @@ def test_a_finished_run_that_is_extended_keeps_its_evaluation(tmp_path):
     assert read_metrics(tmp_path)[: len(ended)] == ended
     assert [line["iteration"] for line in read_metrics(tmp_path)] == [7, 8, 11, 12]
     assert not (tmp_path / "metrics_superseded.json").exists()
+    make_trainer(tmp_path, *opts, "SOLVER.MAX_ITER", 12, resume=True).train()  # evaluates again
+    assert [line["iteration"] for line in read_metrics(tmp_path)[:-1]] == [7, 8, 11]
+    assert "bbox/AP" in read_metrics(tmp_path)[-1]
 
 
 def test_processes_that_find_other_checkpoints_are_told_apart(tmp_path, monkeypatch):
