@@ -1,30 +1,45 @@
-"""Post-processing: time and memory from the head's output to detections, beside the others'.
+"""Inference, post-processing alone or the whole of it: time and memory beside the others'.
 
     python benchmarks/bench_inference.py [--images 1 8] [--device cuda] [--save]
+    python benchmarks/bench_inference.py --network [--precision bfloat16] [--images 1 8] [--save]
 
-Detectron2's RetinaNet, torchvision's and this detector get the same logits and deltas, of 80
-classes at 608 x 800. Laying them out anchor by anchor is part of each that needs it.
+From the head's output to detections: Detectron2's RetinaNet, torchvision's and this detector get
+the same logits and deltas, of 80 classes at 608 x 800. Laying them out anchor by anchor is part of
+each that needs it. The limit is one reading of logits and deltas.
+
+With ``--network`` from the images to detections, R-50-FPN: ratios are to Detectron2's in float32,
+whose weights are this detector's too. The others get a precision by an autocast around them, this
+detector by ``TEST.PRECISION``. Weights are random, the statistics of BatchNorm those of the images;
+the classifier's last layer is scaled so that the wanted share of scores passes the threshold.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from common import argument_parser, hardware, measure, peak_memory, save
+from bench_train_step import make_detectron2, make_torchvision
+from common import argument_parser, autocast, hardware, measure, peak_memory, save
 from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.structures import ImageList
 from tabulate import tabulate
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Normal
 from torchvision.models.detection import RetinaNet as TorchvisionRetinaNet
 from torchvision.models.detection._utils import BoxCoder
 
 from retinanet_ext.engine import load_config
+from retinanet_ext.modeling.inference import PRECISIONS
 
 STRIDES = [8, 16, 32, 64, 128]
 SPREAD = 1.5  # standard deviation of the logits
+SHARES = [0.5, 0.05, 0.0005]
+BASELINE = "Detectron2"
+CHANNELS_LAST = ("MODEL.CHANNELS_LAST", "True")
 
 
 def torchvision_postprocess(
@@ -50,6 +65,17 @@ def torchvision_postprocess(
 
 def main() -> None:
     """Measure and print the table."""
+    args = parse()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    if args.network:
+        bench_network(args)
+    else:
+        bench_postprocessing(args)
+
+
+def parse() -> argparse.Namespace:
+    """Return the settings."""
     parser = argument_parser(__doc__.splitlines()[0], repeat=7)
     parser.add_argument("--height", type=int, default=608)
     parser.add_argument("--width", type=int, default=800)
@@ -58,13 +84,22 @@ def main() -> None:
         "--shares",
         type=float,
         nargs="+",
-        default=[0.5, 0.05, 0.0005],
-        help="of all scores over the threshold; the last is like a trained detector's",
+        help=f"of all scores over the threshold; {SHARES[-1]} is like a trained detector's, and "
+        "the one of --network",
     )
+    parser.add_argument("--network", action="store_true", help="measure backbone and head too")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="with --network")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
+    args.shares = args.shares or (SHARES[-1:] if args.network else SHARES)
+    if not args.network:
+        if args.precision != "float32":
+            parser.error("--precision is that of --network")
+        del args.precision  # no setting of post-processing, as saved results have it
+    return args
 
+
+def bench_postprocessing(args: argparse.Namespace) -> None:
+    """Measure from the head's output on."""
     models = {}
     for name in ("RetinaNet", "RetinaNetExt"):
         opts = ["MODEL.META_ARCHITECTURE", name, "MODEL.DEVICE", args.device]
@@ -100,6 +135,7 @@ def main() -> None:
                 "retinanet_ext": lambda x=inputs, f=features, i=images: ours.forward_inference(
                     i, f, x
                 ),
+                "limit": lambda x=inputs: [level.sum() for kind in x for level in kind],
             }
             with torch.no_grad():
                 times = measure(calls, args.repeat)
@@ -116,14 +152,118 @@ def main() -> None:
             ]
             ratio = times["retinanet_ext"].median / times["detectron2"].median
             table.append([num_images, share, *times.values(), f"{ratio:.3f}",
-                          *(f"{m / 2**20:.1f}" for m in memory.values())])  # fmt: skip
+                          *(f"{m / 2**20:.1f}" for m in [*memory.values()][:-1])])  # fmt: skip
     print(f"{len(torch.cat(anchors))} anchors an image, {hardware(args.device)}, {args.threads} "
           f"threads; ms, medians (quartiles) of {args.repeat}; peak MiB beyond inputs")  # fmt: skip
     names = ["Detectron2", "torchvision", "ours"]
-    headers = ["images", "over .05", *names, "ours / Detectron2", *(f"MiB {n}" for n in names)]
+    headers = ["images", "over .05", *names, "limit", "ours / Detectron2"]
+    headers += [f"MiB {n}" for n in names]
     print(tabulate(table, headers, disable_numparse=True))
     if args.save:
         print(save("inference", rows, args))
+
+
+@torch.no_grad()
+def make_realistic(
+    detect: Callable[[], object], backbone: nn.Module, cls_score: nn.Module, share: float
+) -> None:
+    """Have BatchNorm fit the images, and that share of the scores exceed .05.
+
+    Args:
+        detect: detects in the images
+        backbone: of the detector, in eval mode
+        cls_score: the layer whose outputs are the logits
+        share: of all logits, above 0
+    """
+    layers = [layer for layer in backbone.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.train().momentum = 1.0  # the statistics of one pass
+    detect()
+    for layer in layers:
+        layer.eval()
+    outputs: list[Tensor] = []
+    hook = cls_score.register_forward_hook(lambda _, inputs, output: outputs.append(output))
+    detect()
+    hook.remove()
+    logits = torch.cat([output.flatten() for output in outputs])
+    lowest = logits.topk(max(round(share * len(logits)), 1)).values[-1]
+    scale = SPREAD / logits.std()
+    threshold = torch.tensor(0.05).logit()
+    cls_score.weight.mul_(scale)
+    cls_score.bias.mul_(scale).add_(threshold.to(scale) - scale * lowest)
+
+
+def bench_network(args: argparse.Namespace) -> None:
+    """Measure from the images on."""
+    device, precision = args.device, args.precision
+    stock = make_detectron2("RetinaNet", device)[0].eval()
+    ours = {
+        name: make_detectron2("RetinaNetExt", device, ("TEST.PRECISION", precision, *opts))[0]
+        for name, opts in {"ours": (), "ours, channels last": CHANNELS_LAST}.items()
+    }
+    torchvision = make_torchvision(args)[0].eval()
+    torchvision.detections_per_img = stock.max_detections_per_image
+
+    def detect(model: nn.Module, batch: list[dict[str, Any]], autocast_to: str) -> object:
+        with autocast(autocast_to, device):
+            if model is torchvision:
+                return model([inputs["image"].to(device) / 255 for inputs in batch])
+            return model(batch)
+
+    ways = {(BASELINE, "float32"): (stock, "float32")}
+    ways[BASELINE, precision] = (stock, precision)  # the same where it is float32
+    ways["torchvision", precision] = (torchvision, precision)
+    for name, model in ours.items():
+        ways[name, precision] = (model.eval(), "float32")  # TEST.PRECISION is its own
+
+    rows, table = [], []
+    for num_images in args.images:
+        size = (3, args.height, args.width)
+        batch = [
+            {"image": torch.randint(0, 256, size, dtype=torch.uint8)} for _ in range(num_images)
+        ]
+        for share in args.shares:
+            for model, layer in (
+                (stock, stock.head.cls_score),
+                (torchvision, torchvision.head.classification_head.cls_logits),
+            ):
+                make_realistic(
+                    lambda model=model, batch=batch: detect(model, batch[:1], "float32"),
+                    model.backbone,
+                    layer,
+                    share,
+                )
+            for model in ours.values():
+                model.load_state_dict(stock.state_dict(), strict=False)  # less the normaliser
+            calls = {
+                way: lambda given=given, batch=batch: detect(given[0], batch, given[1])
+                for way, given in ways.items()
+            }
+            with torch.no_grad():
+                times = measure(calls, args.repeat)
+                memory = {way: peak_memory(call, device) for way, call in calls.items()}
+            for way, time in times.items():
+                name, of = way
+                row = {
+                    "images": num_images,
+                    "share_over_threshold": share,
+                    "name": name,
+                    "precision": of,
+                    "time": time,
+                    "ratio": time.median / times[BASELINE, "float32"].median,
+                    "peak_bytes": memory[way],
+                }
+                rows.append(row)
+                cells = [f"{row['ratio']:.3f}", f"{memory[way] / 2**20:.0f}"]
+                table.append([num_images, share, name, of, time, *cells])
+    print(
+        f"{args.height} x {args.width}, {hardware(device)}, {args.threads} threads; medians "
+        f"(quartiles) of {args.repeat}; peak MiB beyond weights and images"
+    )
+    headers = ["images", "over .05", "", "precision", "ms", "ratio", "peak MiB"]
+    print(tabulate(table, headers, disable_numparse=True))
+    if args.save:
+        print(f"Wrote {save('inference_network', rows, args)}")
 
 
 if __name__ == "__main__":

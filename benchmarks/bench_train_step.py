@@ -12,10 +12,9 @@ without a scaler, which costs all the same. Memory is measured in a step of its 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from common import argument_parser, hardware, measure, peak_memory, save
+from common import argument_parser, autocast, hardware, measure, peak_memory, save
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -136,14 +135,9 @@ def main() -> None:
     detector, optimizer = make_detectron2("RetinaNetExt", args.device)
     ways[LIMIT] = Network(detector), optimizer
 
-    def autocast() -> AbstractContextManager:
-        if args.precision == "float32":
-            return nullcontext()
-        return torch.autocast(args.device.partition(":")[0], getattr(torch, args.precision))
-
     def step(name: str, *inputs: object) -> None:
         model, optimizer = ways[name]
-        with autocast(), EventStorage():
+        with autocast(args.precision, args.device), EventStorage():
             losses = model(*inputs)
         optimizer.zero_grad()
         sum(losses.values()).backward()

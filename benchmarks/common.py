@@ -9,6 +9,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,13 @@ def measure(
             if repetition >= warmup:
                 seconds[name].append(time.perf_counter() - start)
     return {name: Timing(values) for name, values in seconds.items()}
+
+
+def autocast(precision: str, device: str) -> AbstractContextManager:
+    """Return the context in which a network is computed in a precision."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(torch.device(device).type, getattr(torch, precision))
 
 
 def peak_memory(call: Callable[[], object], device: str = "cpu") -> int:

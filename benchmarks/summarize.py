@@ -28,6 +28,9 @@ SIZE="--height 800 --width 1344"
 python benchmarks/bench_loss.py $SIZE --images 16 --dtype bfloat16 --compiled --save
 python benchmarks/bench_matching.py $SIZE --images 16 --save
 python benchmarks/bench_inference.py $SIZE --images 1 16 --save
+for precision in float16 bfloat16; do
+    python benchmarks/bench_inference.py $SIZE --images 1 16 --network --precision $precision --save
+done
 python benchmarks/bench_train_step.py $SIZE --images 16 --precision bfloat16 \\
     --ways ours "ours, all" --save
 ```

@@ -145,7 +145,7 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     cfg.SOLVER.FUSED = False
 
     # With SOLVER.AMP.ENABLED: "float16" (Detectron2's, CUDA alone) or "bfloat16", which needs no
-    # scaling of the loss and runs on the CPU too. Training alone; evaluation is in float32.
+    # scaling of the loss and runs on the CPU too. Training alone; of detection: TEST.PRECISION.
     cfg.SOLVER.AMP.PRECISION = "float16"
 
     # Batches whose gradients make one step. IMS_PER_BATCH is the images of all of them, and a step
@@ -165,6 +165,10 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # What the built-in sample set holds where DATASETS.TRAIN or DATASETS.TEST names it: the fields
     # of data.sample_set.SampleSet. Lengths in pixels, ranges as [least, most].
     cfg.DATASETS.SAMPLE = CfgNode(SampleSet.config_defaults())
+
+    # Backbone and head in evaluation and in Predictor: "float32", "bfloat16", or "float16" (CUDA
+    # alone). Boxes are decoded, scored and suppressed in float32 all the same.
+    cfg.TEST.PRECISION = "float32"
 
     # The picture of test images with ground truth and detections, drawn after an evaluation:
     # how many images (0: no picture) and from which score on detections are drawn.

@@ -22,6 +22,8 @@ from retinanet_ext.config import add_retinanet_ext_config, all_keys, read_key
 from retinanet_ext.engine.failures import first_line
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
+from retinanet_ext.modeling import RetinaNetExt
+from retinanet_ext.modeling.inference import check_precision
 
 NUM_CLASSES_KEY = "MODEL.RETINANET.NUM_CLASSES"
 
@@ -173,6 +175,14 @@ def check_config(cfg: CfgNode, *, num_processes: int, eval_only: bool) -> None:
         raise InputError(
             "MODEL.LOAD_PROPOSALS must be False: this detector has no use for proposals, and "
             "Detectron2 unpickles DATASETS.PROPOSAL_FILES_*, which may run any code"
+        )
+    check_precision(cfg.TEST.PRECISION, cfg.MODEL.DEVICE)
+    architecture = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    ours = isinstance(architecture, type) and issubclass(architecture, RetinaNetExt)
+    if cfg.TEST.PRECISION != "float32" and not ours:
+        raise InputError(
+            f"TEST.PRECISION {cfg.TEST.PRECISION} has no effect on MODEL.META_ARCHITECTURE "
+            f"{cfg.MODEL.META_ARCHITECTURE}; it is RetinaNetExt's: set it to float32"
         )
     _check_pixels(cfg)
     _check_expected_results(cfg.TEST.EXPECTED_RESULTS)

@@ -14,7 +14,11 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
 from torch import Tensor
 
+from retinanet_ext.errors import InputError
 from retinanet_ext.losses.functional import at_least_float32
+
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""What ``TEST.PRECISION`` may be."""
 
 
 class Candidates(NamedTuple):
@@ -23,6 +27,21 @@ class Candidates(NamedTuple):
     boxes: Tensor
     scores: Tensor
     classes: Tensor
+
+
+def check_precision(precision: str, device: str) -> None:
+    """Refuse a ``TEST.PRECISION`` that is unknown, or that ``MODEL.DEVICE`` has no use for.
+
+    Raises:
+        InputError: names the key, its value and what is allowed
+    """
+    if precision not in PRECISIONS:
+        known = ", ".join(map(repr, PRECISIONS))
+        raise InputError(f"TEST.PRECISION {precision!r} is unknown; known: {known}")
+    if precision == "float16" and torch.device(device).type != "cuda":
+        raise InputError(
+            "TEST.PRECISION float16 needs a CUDA device; on the CPU set TEST.PRECISION bfloat16"
+        )
 
 
 def decode_candidates(
@@ -39,7 +58,8 @@ def decode_candidates(
 
     What Detectron2's ``DenseDetector`` does image by image and level by level, for all images
     together and with a sigmoid of the candidates alone. Of equal scores the higher logit counts.
-    A NaN is no candidate.
+    A NaN is no candidate. Boxes and scores are in float32 where predictions are in half precision
+    (``apply_deltas`` widens the deltas).
 
     Args:
         logits: of each level as the head gives them, (N, A K, H, W)

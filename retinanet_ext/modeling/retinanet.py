@@ -6,6 +6,7 @@ Shapes: N images, R anchors over all levels, K classes. Boxes: XYXY in input pix
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
 from retinanet_ext.modeling.criterion import RetinaNetCriterion, log_counts
 from retinanet_ext.modeling.head import RetinaNetExtHead
-from retinanet_ext.modeling.inference import decode_candidates
+from retinanet_ext.modeling.inference import check_precision, decode_candidates
 from retinanet_ext.modeling.matching import (
     AnchorMatcher,
     check_targets,
@@ -55,6 +56,7 @@ class RetinaNetExt(DenseDetector):
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.5,
         max_detections_per_image: int = 100,
+        test_precision: str = "float32",
         pixel_mean: list[float],
         pixel_std: list[float],
         ignore_overlap: float = 0.0,
@@ -75,6 +77,7 @@ class RetinaNetExt(DenseDetector):
             test_topk_candidates: candidates a level before non-maximum suppression
             test_nms_thresh: IoU above which the lower score of the same class is suppressed
             max_detections_per_image: best detections kept
+            test_precision: autocast of backbone and head in inference; "float32": the caller's
             pixel_mean, pixel_std: of each channel in the order of ``INPUT.FORMAT``, 0 to 255
             ignore_overlap: share of an anchor's area in a region to ignore from which on it is no
                 background; 0: such regions are background
@@ -94,6 +97,7 @@ class RetinaNetExt(DenseDetector):
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
         self.max_detections_per_image = max_detections_per_image
+        self.test_precision = test_precision
         self.ignore_overlap = ignore_overlap
         self.pad_multiple = pad_multiple
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -110,6 +114,7 @@ class RetinaNetExt(DenseDetector):
             Interval("[0, 1]").check(f"MODEL.RETINANET.{key}", node[key])
         for key in ("NUM_CLASSES", "TOPK_CANDIDATES_TEST"):
             Interval("[1, inf)").check(f"MODEL.RETINANET.{key}", node[key])
+        check_precision(cfg.TEST.PRECISION, cfg.MODEL.DEVICE)
         backbone = build_backbone(cfg)
         if cfg.INPUT.PAD_MULTIPLE % max(backbone.size_divisibility, 1):
             raise InputError(
@@ -133,6 +138,7 @@ class RetinaNetExt(DenseDetector):
             "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": node.NMS_THRESH_TEST,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            "test_precision": cfg.TEST.PRECISION,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "ignore_overlap": node.IGNORE_OVERLAP,
@@ -150,7 +156,9 @@ class RetinaNetExt(DenseDetector):
             InputError: in training, a box or class that the loss is not defined on
         """
         if not self.training:
-            return super().forward(batched_inputs)
+            # What autocast narrows, convolutions and products, ends with the head.
+            with self._test_autocast():
+                return super().forward(batched_inputs)
         check_targets(batched_inputs, self.num_classes)
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
@@ -158,6 +166,11 @@ class RetinaNetExt(DenseDetector):
         gt_instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
         regions = [inputs.get("ignore_boxes") for inputs in batched_inputs]
         return self.forward_training(images, features, self.head(features), gt_instances, regions)
+
+    def _test_autocast(self) -> AbstractContextManager:
+        if self.test_precision == "float32":
+            return nullcontext()  # a caller's own autocast holds
+        return torch.autocast(self.device.type, getattr(torch, self.test_precision))
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Normalise, pad and batch the images, as Detectron2 does."""
