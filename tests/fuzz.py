@@ -21,6 +21,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -38,6 +40,7 @@ from retinanet_ext.config import all_keys, read_key
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.check import KINDS
 from retinanet_ext.data.mapper import CheckedDatasetMapper
+from retinanet_ext.data.report import check_data
 from retinanet_ext.engine import Checkpointer, load_config, main
 from retinanet_ext.engine.advice import advise
 from retinanet_ext.engine.config import check_config, use_cpu_without_cuda
@@ -170,7 +173,10 @@ def _time_is_up(*_: Any) -> None:
 SPECIAL = [-(10**400), -(2**63), -1, 0, 1, 2, 3, 7, 2**31, 2**64, 10**400]
 SPECIAL_FLOATS = [-1.0, -0.0, 1e-300, 0.5, 1.0, 2.0, 1e30, math.inf, -math.inf, math.nan]
 TEXTS = ["", "a", "None", "cpu", "../..", "/dev/null", "a\0b", "é\n", "[1", "{", "%s", "1e5", "BN"]
+# Half of a surrogate pair may stand in JSON and YAML, and cannot be written.
+HALF_PAIRS = st.text(st.sampled_from("B\ud800\udcff"), min_size=1, max_size=3)
 
+texts = st.sampled_from(TEXTS) | st.text(max_size=8) | HALF_PAIRS
 scalars = (
     st.none()
     | st.booleans()
@@ -178,8 +184,7 @@ scalars = (
     | st.sampled_from(SPECIAL_FLOATS)
     | st.floats()
     | st.integers(-20, 200)
-    | st.sampled_from(TEXTS)
-    | st.text(max_size=8)
+    | texts
 )
 values = st.recursive(
     scalars,
@@ -206,7 +211,7 @@ def like(default: Any) -> st.SearchStrategy[Any]:
     if isinstance(default, list | tuple):
         element = like(default[0]) if default else values
         return st.lists(element | values, max_size=4) | st.just(list(default) * 2)
-    return st.sampled_from(TEXTS) | st.text(max_size=8)
+    return texts
 
 
 def overrides(defaults: CfgNode, *, fixed: tuple[str, ...]) -> st.SearchStrategy[list[Any]]:
@@ -310,14 +315,15 @@ def mutated(draw: Callable[..., Any], tree: Any) -> Any:
     """A tree of dicts and lists with up to four entries removed, replaced, repeated or swapped."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 4))):
+        actions = ["remove", "replace", "replace", "repeat", "number", "text", "swap"]
+        action = draw(st.sampled_from(actions))
         paths = list(_paths(tree))
+        if action == "text":  # which few entries are
+            paths = [path for path in paths if isinstance(reduce(getitem, path, tree), str)]
         if not paths:
             break
         *way, last = draw(st.sampled_from(paths))
-        node = tree
-        for step in way:
-            node = node[step]
-        action = draw(st.sampled_from(["remove", "replace", "replace", "repeat", "number", "swap"]))
+        node = reduce(getitem, way, tree)
         if action == "remove":
             del node[last]
         elif action == "repeat" and isinstance(node, list):
@@ -326,6 +332,8 @@ def mutated(draw: Callable[..., Any], tree: Any) -> Any:
             node[last] = draw(
                 st.sampled_from([*SPECIAL[1:-1], *SPECIAL_FLOATS]) | st.floats(-60, 60)
             )
+        elif action == "text":
+            node[last] = draw(texts)
         elif action == "swap":
             *other_way, other = draw(st.sampled_from(paths))
             found: Any = tree
@@ -366,10 +374,12 @@ def fuzz_annotations(bench: Bench, cases: int) -> None:
         n: "drop" if "drop" in policies else policies[0] for n, policies in choosable.items()
     }
     some = st.fixed_dictionaries({n: st.sampled_from(choosable[n]) for n in choosable})
+    changed = mutated(bench.data).map(lambda tree: json.dumps(tree).encode())
 
     @_settings(cases)
     @given(
-        content=mutated(bench.data).map(lambda tree: json.dumps(tree).encode()) | damaged(whole),
+        # Each half of the cases: "|" would count the ways to damage one by one.
+        content=st.booleans().flatmap(lambda valid: changed if valid else damaged(whole)),
         policy=st.just(lenient) | some,
     )
     def run(content: bytes, policy: dict[str, str]) -> None:
@@ -383,6 +393,7 @@ def _use_annotations(bench: Bench, content: bytes, policy: dict[str, str]) -> No
     cfg.DATASETS.CHECK.update({name.upper(): choice for name, choice in policy.items()})
     file = bench.write("fuzzed.json", content)
     cfg.DATASETS.CUSTOM.TRAIN_JSON = cfg.DATASETS.CUSTOM.TEST_JSON = file
+    print(check_data(cfg).text)
     prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
     mapper = CheckedDatasetMapper(cfg, is_train=True)
     for record in DatasetCatalog.get("custom_train"):
@@ -499,7 +510,7 @@ def bench() -> Iterator[Bench]:
     logging.disable(logging.CRITICAL)
     limit = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, limit[1]))
-    output = io.StringIO()
+    output = io.TextIOWrapper(io.BytesIO(), "utf-8")  # as strict as a terminal
     place = Path.cwd()
     try:
         with tempfile.TemporaryDirectory() as folder:

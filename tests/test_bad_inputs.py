@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from bad_inputs import PAGE, ROWS, attempt, table_line
+from bad_inputs import PAGE, ROWS, VERSIONS, attempt, table_line
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
@@ -14,9 +14,10 @@ pytestmark = pytest.mark.usefixtures("restore_logging")
 def test_bad_input(row, tmp_path):
     line = attempt(row, tmp_path)
     said = table_line(row, line)
-    # The rest may differ with the versions of libraries.
-    assert said.split(" | ")[:3] == written[row.given].split(" | ")[:3], f"{PAGE} is out of date"
-    assert row.expected[:100] in line
+    # What libraries say may differ with their versions.
+    columns = None if VERSIONS in PAGE.read_text() else 3
+    expected = written[row.given].split(" | ")[:columns]
+    assert said.split(" | ")[:columns] == expected, f"{PAGE}: run python tests/bad_inputs.py"
 
 
 LINES = re.findall(r"^\| (?:data|config|checkpoint|environment) .*$", PAGE.read_text(), re.M)

@@ -21,7 +21,12 @@ from typing import Any
 
 from PIL import Image
 
-from retinanet_ext.data.coco_json import find_image_fault, is_region_to_ignore, join_some
+from retinanet_ext.data.coco_json import (
+    find_image_fault,
+    is_region_to_ignore,
+    join_some,
+    printable,
+)
 from retinanet_ext.errors import InputError
 
 MAX_DECODED_IMAGES = 1000
@@ -184,9 +189,19 @@ def _is_box(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
 
 
+def _is_class_name(value: Any) -> bool:
+    """Tell whether it is a text that can be written: not with half of a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() != b""
+    except UnicodeEncodeError:
+        return False
+
+
 _Rule = tuple[str, Callable[[Any], bool]]
 _INTEGER: _Rule = ("an integer", _is_integer)
 _TEXT: _Rule = ("a text that is not empty", lambda value: isinstance(value, str) and value != "")
+# File names need not be Unicode; TensorBoard would refuse such a class once training is over.
+_CLASS_NAME: _Rule = ("a text of valid Unicode that is not empty", _is_class_name)
 _SIZE: _Rule = ("an integer above 0", lambda value: _is_integer(value) and value > 0)
 _FLAG: _Rule = ("0 or 1", lambda value: value in (0, 1))
 _BOX: _Rule = ("4 finite numbers [x, y, width, height]", _is_box)
@@ -194,7 +209,7 @@ _AREA: _Rule = ("a finite number >= 0", lambda value: _is_number(value) and valu
 
 _REQUIRED: dict[str, dict[str, _Rule]] = {
     "images": {"id": _INTEGER, "file_name": _TEXT, "width": _SIZE, "height": _SIZE},
-    "categories": {"id": _INTEGER, "name": _TEXT},
+    "categories": {"id": _INTEGER, "name": _CLASS_NAME},
     "annotations": {"id": _INTEGER, "image_id": _INTEGER, "category_id": _INTEGER},
 }
 _OPTIONAL = {"iscrowd": _FLAG, "area": _AREA, "ignore": _FLAG}
@@ -225,7 +240,7 @@ def find_image_faults(
 
     def check(image: dict[str, Any]) -> Finding | None:
         path = os.path.join(image_root, image["file_name"])
-        where = f"{_printable(path)} (image id {image['id']})"
+        where = f"{printable(path)} (image id {image['id']})"
         if not os.path.isfile(path):
             return Finding("missing_image", f"{where} is missing", image["id"])
         if headers_only and _header_agrees(path, image):
@@ -236,7 +251,7 @@ def find_image_faults(
         # Of an image that can be read, the size is what differs.
         unreadable = find_image_fault({"file_name": path}, image_format)
         kind = "unreadable_image" if unreadable else "image_size"
-        return Finding(kind, f"{where}: {_printable(fault)}", image["id"])
+        return Finding(kind, f"{where}: {printable(fault)}", image["id"])
 
     with ThreadPoolExecutor() as pool:
         return [finding for finding in pool.map(check, images) if finding]
@@ -283,7 +298,7 @@ def check_coco(
     counts = Counter(a["image_id"] for a in annotations if not is_region_to_ignore(a))
     for image in list(images.values()):
         if not counts[image["id"]]:
-            what = f"image {image['id']} ({_printable(image['file_name'])}) has no box"
+            what = f"image {image['id']} ({printable(image['file_name'])}) has no box"
             if not found("empty_image", what, image_id=image["id"]):
                 del images[image["id"]]
     annotations = [a for a in annotations if a["image_id"] in images]
@@ -292,7 +307,7 @@ def check_coco(
         if category["id"] not in used:
             found(
                 "unused_class",
-                f"class {_printable(category['name'])} (category {category['id']}) has no box",
+                f"class {printable(category['name'])} (category {category['id']}) has no box",
             )
     left = {"images": list(images.values()), "categories": categories, "annotations": annotations}
     return CheckedData(json_file, policy, findings, {**content, **left})
@@ -312,7 +327,7 @@ def _check_categories(categories: list[Any], found: _Found) -> _Items:
     for field in ("id", "name"):
         for value, count in Counter(category[field] for category in usable).items():
             if count > 1:
-                what = f"category {field} {_printable(value)} is used {count} times"
+                what = f"category {field} {printable(value)} is used {count} times"
                 found("duplicate_category", what)
     return usable
 
@@ -337,7 +352,7 @@ def _check_images(images: list[Any], found: _Found) -> tuple[dict[int, dict[str,
             usable[image["id"]].append(image)
     for image_id, same in list(usable.items()):
         if len(same) > 1:
-            names = join_some((_printable(image["file_name"]) for image in same), _EXAMPLES)
+            names = join_some((printable(image["file_name"]) for image in same), _EXAMPLES)
             # Which of them the boxes are of cannot be known.
             found(
                 "duplicate_image_id", f"image id {image_id} is used by {names}", image_id=image_id
@@ -383,7 +398,7 @@ def _check_annotations(
             name = _name("annotations", index, annotation)
             own_id, image_id = _id(annotation), _id(annotation, "image_id")
             if own_id is not None and image_id is not None and image_id in images:
-                file_name = _printable(images[image_id]["file_name"])
+                file_name = printable(images[image_id]["file_name"])
                 name = f"annotation {own_id} of image {image_id} ({file_name})"
             for kind, fault in faults:
                 ok &= found(kind, f"{name}: {fault}", image_id=image_id, annotation_id=own_id)
@@ -438,7 +453,7 @@ def _check_duplicate_boxes(
                 image_id = later["image_id"]
                 what = (
                     f"annotations {earlier['id']} and {later['id']} of image {image_id} "
-                    f"({_printable(images[image_id]['file_name'])}): bbox {earlier['bbox']} and "
+                    f"({printable(images[image_id]['file_name'])}): bbox {earlier['bbox']} and "
                     f"{later['bbox']}, IoU {_iou(earlier, later):.2f}"
                 )
                 if not found("duplicate_box", what, image_id=image_id, annotation_id=later["id"]):
@@ -493,12 +508,6 @@ def _name(key: str, index: int, item: Any) -> str:
 def _id(item: Any, field: str = "id") -> int | None:
     value: Any = item.get(field) if isinstance(item, dict) else None
     return int(value) if _is_integer(value) else None
-
-
-def _printable(value: Any) -> str:
-    """Return text from a json in one line that can be printed."""
-    text = str(value)
-    return text if text.isprintable() else repr(text)[1:-1]
 
 
 def _header_agrees(path: str, image: dict[str, Any]) -> bool:

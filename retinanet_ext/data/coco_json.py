@@ -137,3 +137,9 @@ def join_some(items: Iterable[Any], limit: int = 10, *, separator: str = ", ") -
     items = list(items)
     more = [f"and {len(items) - limit} more"] if len(items) > limit else []
     return separator.join([*map(str, items[:limit]), *more])
+
+
+def printable(value: Any) -> str:
+    """Return text from a json in one line that can be printed."""
+    text = str(value)
+    return text if text.isprintable() else repr(text)[1:-1]

@@ -28,7 +28,7 @@ from retinanet_ext.data.check import (
     find_image_faults,
     read_policy,
 )
-from retinanet_ext.data.coco_json import join_some
+from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.data.sample_set import SampleSet, make_sample_set
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import write_file
@@ -190,7 +190,7 @@ def _log(cfg: CfgNode, source: Source, checked: CheckedData) -> None:
         len(objects),
         len(content["annotations"]) - len(objects),
         len(names),
-        join_some(f"{class_name} {counts[label]}" for label, class_name in enumerate(names)),
+        join_some(f"{printable(a_class)} {counts[label]}" for label, a_class in enumerate(names)),
         source.json_file,
     )
     if list(labels) != list(range(1, len(labels) + 1)):
@@ -246,7 +246,7 @@ def _set_num_classes(
     if num_classes_is_set and configured != len(names):
         raise InputError(
             f"MODEL.RETINANET.NUM_CLASSES is {configured}, but {first} has {len(names)} classes "
-            f"({join_some(names)}); leave the key out, it is taken from the data"
+            f"({join_some(map(printable, names))}); leave the key out, it is taken from the data"
         )
     cfg.MODEL.RETINANET.NUM_CLASSES = len(names)
 

@@ -27,6 +27,7 @@ from retinanet_ext.data.coco_json import (
     contiguous_category_ids,
     is_region_to_ignore,
     join_some,
+    printable,
     read_coco_json,
     to_dataset_dicts,
 )
@@ -331,4 +332,5 @@ def _conclude(contents: list[dict[str, Any]], difference: str | None) -> tuple[s
 
 def _table(headers: list[str], rows: Iterable[list[Any]]) -> str:
     align = ["left", *["right"] * (len(headers) - 1)]
-    return tabulate(rows, headers, tablefmt="simple", colalign=align, disable_numparse=True)
+    cells = (map(printable, row) for row in rows)
+    return tabulate(cells, headers, tablefmt="simple", colalign=align, disable_numparse=True)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import io
 import logging
 import math
 import os
 import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
-from typing import Any
+from itertools import chain, pairwise
+from typing import IO, Any
 
 import torch
 import yaml
@@ -29,6 +30,9 @@ NUM_CLASSES_KEY = "MODEL.RETINANET.NUM_CLASSES"
 
 MAX_SIDE = 16384
 """Pixels of an image's side: a batch of more fits no machine."""
+
+MAX_VALUES = 100_000
+"""Of a config file, with its aliases written out; real ones have hundreds."""
 
 logger = logging.getLogger(__name__)
 
@@ -344,7 +348,7 @@ def use_cpu_without_cuda(cfg: CfgNode, *, num_threads: int) -> None:
 
 def _read_yaml(path: str, allow_unsafe: bool) -> dict[str, Any]:
     try:
-        content = CfgNode.load_yaml_with_base(path, allow_unsafe=allow_unsafe)
+        content = _BoundedCfgNode.load_yaml_with_base(path, allow_unsafe=allow_unsafe)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{mark.name}, line {mark.line + 1}" if mark else path
@@ -367,6 +371,38 @@ def _read_yaml(path: str, allow_unsafe: bool) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise InputError(f"{path}: the file and its _BASE_ must hold 'KEY: value' lines")
     return content
+
+
+class _BoundedCfgNode(CfgNode):
+    """Refuses a file, a ``_BASE_`` too, of few bytes whose aliases stand for billions of values."""
+
+    @classmethod
+    def _open_cfg(cls, filename: str) -> IO[str]:
+        with super()._open_cfg(filename) as file:
+            text = io.StringIO(file.read())  # a pipe can be read but once
+        text.name = filename  # for the messages of the parser
+        root = yaml.compose(text, yaml.SafeLoader)  # whose "<<" are not yet written out
+        if root and _count_values(root, {}) > MAX_VALUES:
+            raise InputError(
+                f"{filename}: more than {MAX_VALUES:,} values, with each alias (*name) written out"
+            )
+        text.seek(0)
+        return text
+
+
+def _count_values(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
+    """Return how many values a node stands for, itself included, in time linear in the file.
+
+    Above ``MAX_VALUES`` it is one more; a node within itself is that at once.
+    """
+    if node not in counts:
+        counts[node] = MAX_VALUES + 1
+        children = [] if isinstance(node, yaml.ScalarNode) else node.value
+        if isinstance(node, yaml.MappingNode):
+            children = chain.from_iterable(children)
+        total = 1 + sum(_count_values(child, counts) for child in children)
+        counts[node] = min(total, MAX_VALUES + 1)
+    return counts[node]
 
 
 def _flatten(

@@ -194,6 +194,24 @@ def test_class_lists_that_differ_are_refused(
         prepare(bccd.use(cfg))
 
 
+def test_class_names_of_any_text_are_logged_in_a_line(
+    bccd: Bccd, cfg: CfgNode, log: pytest.LogCaptureFixture
+) -> None:
+    for content in (bccd.train, bccd.val):
+        content["categories"][0]["name"] = "R\nBC"
+    prepare(bccd.use(cfg))
+    assert any("3 classes (R\\nBC 27, WBC 3" in message for message in log.messages)
+    cfg.MODEL.RETINANET.NUM_CLASSES = 80
+    with pytest.raises(InputError, match=r"3 classes \(R\\nBC, WBC"):
+        prepare(cfg, num_classes_is_set=True)
+
+
+def test_class_name_that_cannot_be_written_is_refused(bccd: Bccd, cfg: CfgNode) -> None:
+    bccd.train["categories"][0]["name"] = "R\ud800BC"
+    with pytest.raises(InputError, match=r"\(id 1\): name is 'R\\ud800BC'; it must be a text of"):
+        prepare(bccd.use(cfg))
+
+
 def test_number_of_classes_set_by_hand_must_agree(bccd: Bccd, cfg: CfgNode) -> None:
     cfg.MODEL.RETINANET.NUM_CLASSES = 80
     with pytest.raises(InputError, match=r"NUM_CLASSES is 80, but .*3 classes \(RBC, WBC, Plat"):

@@ -82,6 +82,16 @@ def test_command_ends_with_what_training_would_do(bccd: Bccd, tmp_path: Path) ->
     assert run(*keys, "DATASETS.CHECK.INVERTED_BOX", "drop")[0] == 0
 
 
+def test_class_names_of_any_text_are_printed(bccd: Bccd) -> None:
+    bccd.train["categories"][0]["name"] = "R\ud800BC"  # valid JSON, and no Unicode
+    bccd.train["categories"][1]["name"] = "W\nB\x1bC"
+    report = check_data(bccd.use(small()))
+    text = report.text.encode().decode()
+    assert "categories[0] (id 1): name is 'R\\ud800BC'; it must be a text of valid Uni" in text
+    assert text.count("\nW\\nB\\x1bC ") == 2  # a row of each table
+    assert report.exit_code == 1
+
+
 @pytest.mark.parametrize("case", ["no data", "no json", "no folder", "policy"])
 def test_what_cannot_be_checked_is_one_line(case: str, bccd: Bccd) -> None:
     cfg = bccd.use(small())

@@ -1,5 +1,6 @@
 """A config that cannot be used is answered with one line that says what to change."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,20 @@ from retinanet_ext.errors import InputError
 
 FOCAL = "MODEL.RETINANET.FOCAL_LOSS_GAMMA"
 
+ALIASES = "a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{of}'] * 10)}]\n" for of, name in pairwise("abcdefgh")
+)
+MERGES = "a: &a {k: 1}\n" + "".join(
+    f"{name}: &{name} {{<<: [{', '.join([f'*{of}'] * 10)}]}}\n"
+    for of, name in pairwise("abcdefghi")
+)
+BOMB = [".yaml: more than 100,000 values"]
+
 BAD_FILES = {
+    "aliases of aliases": (f"{ALIASES}SOLVER: {{STEPS: [{'*h, ' * 10}]}}", BOMB),
+    "merges of merges": (MERGES, BOMB),
+    "an alias in what it stands for": ("SOLVER: {STEPS: &a [1, *a]}", BOMB),
+    "a group in itself": ("MODEL: &a {RETINANET: *a}", BOMB),
     "python tag": (
         "MODEL:\n  WEIGHTS: !!python/object/apply:os.system ['touch executed']",
         ["config.yaml, line 2", "python tag", "--allow-unsafe-config"],
@@ -76,6 +90,19 @@ def test_missing_file(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="config file"):
         load_config(path)
+
+
+def test_base_of_endless_values_is_refused(tmp_path):
+    (tmp_path / "base.yaml").write_text("SOLVER: {STEPS: &a [1, *a]}")
+    (tmp_path / "config.yaml").write_text("_BASE_: base.yaml")
+    with pytest.raises(InputError, match=r"/base\.yaml: more than 100,000 values"):
+        load_config(str(tmp_path / "config.yaml"))
+
+
+def test_aliases_of_few_values_are_used(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("DATASETS: {TRAIN: &names [a, b], TEST: *names}")
+    assert load_config(str(file))[0].DATASETS.TEST == ("a", "b")
 
 
 def test_base_is_held_to_the_same_rule(tmp_path):
