@@ -104,9 +104,13 @@ class ResumableTrainer(DefaultTrainer):
 
 
 def saved_seed(checkpoint: str | Path) -> int:
-    """Return the seed that a checkpoint's run goes on with, -1 where Detectron2 has written it."""
+    """Return the seed that a checkpoint's run goes on with, -1 where none is written as here is."""
     trainer = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)["trainer"]
-    return trainer["data"]["seed"] if "data" in trainer else -1
+    try:
+        seed = trainer["data"]["seed"]
+    except (KeyError, TypeError):
+        return -1
+    return seed if isinstance(seed, int) else -1
 
 
 class SeedIterations(HookBase):

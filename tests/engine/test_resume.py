@@ -86,6 +86,12 @@ def test_a_random_seed_travels_in_the_checkpoint(tmp_path):
         )
 
 
+@pytest.mark.parametrize("data", [{}, {"data": 3}, {"data": {}}, {"data": {"seed": "x"}}])
+def test_a_checkpoint_of_another_trainer_has_no_seed(data, tmp_path):
+    torch.save({"trainer": {"iteration": 4, **data}}, tmp_path / SAVED)
+    assert saved_seed(tmp_path / SAVED) == -1
+
+
 def test_random_numbers_of_an_iteration_do_not_depend_on_those_before(tmp_path):
     """Nor on the workers, which draw from the same generators where there are none."""
 
