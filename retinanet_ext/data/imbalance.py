@@ -50,9 +50,8 @@ def measure_imbalance(cfg: CfgNode, json_file: str, *, is_train: bool = True) ->
     """Count anchors as the detector of a config labels them in training, without its images.
 
     Sizes, anchors, thresholds, low-quality matches and, in training, what is ignored in crowd
-    regions are the config's. Each image counts once
-    for each of ``INPUT.MIN_SIZE_TRAIN``, unflipped and uncropped, and is padded as if alone in
-    its batch.
+    regions are the config's. Each image counts once for each of ``INPUT.MIN_SIZE_TRAIN``,
+    unflipped and uncropped, and is padded as if alone in its batch.
 
     Args:
         cfg: the whole config

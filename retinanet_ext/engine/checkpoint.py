@@ -121,7 +121,8 @@ class Checkpointer(DetectionCheckpointer):
                 if zipfile.is_zipfile(filename) and (damage := _find_damage(filename)):
                     raise ValueError(damage)
                 if filename.endswith(".pyth"):  # pycls's, whose names are matched by their ends
-                    weights = self._torch_load(filename)["model_state"]
+                    state = self._torch_load(filename)["model_state"].items()
+                    weights = {k: v for k, v in state if not k.endswith("num_batches_tracked")}
                     return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
                 content = super()._load_file(filename)
         except OSError:

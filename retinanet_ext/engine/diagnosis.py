@@ -121,7 +121,8 @@ def diagnose(model: nn.Module, step: Step) -> Report:
         first = first or one.first_fault()
         images += one.describe_images(number)
     scale = end_step()
-    gradients = {name: gradient * scale for name, gradient in gradients.items()}
+    for name in gradients:  # one in two copies at a time
+        gradients[name] = gradients[name] * scale
     gradient_norm = torch.nn.utils.get_total_norm(gradients.values()).item()
     # From the last layer to the first, as backward goes.
     gradient_fault = _first_not_finite(reversed(gradients.items()))
