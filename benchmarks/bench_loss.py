@@ -105,10 +105,12 @@ def main() -> None:
             torch.mul(level.detach(), 2.0)
 
     calls = {name: (lambda name=name: run(name)) for name in ways}
+    # torchvision computes in the type of the logits.
+    rtol, atol = (1e-3, 1e-6) if dtype == torch.float32 else (2e-2, 1e-4)
     for name, call in calls.items():
         call()
         for found, wanted in zip(results[name], results[BASELINE], strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6, check_dtype=False)
+            torch.testing.assert_close(found, wanted, rtol=rtol, atol=atol, check_dtype=False)
     results.clear()
     timings = measure({**calls, "limit": limit}, args.repeat)
     size = sum(level.numel() * level.element_size() for level in levels)
