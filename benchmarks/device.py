@@ -70,7 +70,7 @@ def make_parts(args: argparse.Namespace) -> dict[str, Part]:
         options = f"{step} --precision {precision}"
         parts[f"step {precision}"] = bench("train_step", options, 60, args.dry_run)
     if not args.dry_run:
-        options = f'{step} --precision bfloat16 --ways|ours, channels last|ours, all'
+        options = f"{step} --precision bfloat16 --ways|ours, channels last|ours, all"
         part = bench("train_step", options, 180, False)
         command = [word.split("|") for word in part.commands["train_step"]]
         parts["step compiled"] = Part({"train_step": sum(command, [])}, 180)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -159,8 +160,23 @@ def _way(device: torch.device, compiled: bool) -> Callable[..., tuple[Tensor, Te
     alpha as in :func:`dense_loss`.
     """
     # Of a GPU's labels, the host would have to wait to know where the positives are.
-    eager = _level_as_background_first if device.type == "cpu" else _level_by_entry
+    eager = _level_as_background_first if device.type == "cpu" else _level_by_kernel
     return functools.partial(_level_compiled, eager=eager) if compiled else eager
+
+
+def _level_by_kernel(
+    loss: BoundLoss, logits: Tensor, labels: Tensor, image_weights: Tensor, alpha_weights: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel written for it; a loss that has none, or float64, goes entry by entry."""
+    if find_spec("triton") and logits.numel():
+        from retinanet_ext import kernels
+
+        if kernels.can_compute(loss, logits):
+            dtype = _gradient_dtype(logits)
+            return kernels.dense_loss_of_level(
+                loss, logits, labels, image_weights, alpha_weights, dtype
+            )
+    return _level_by_entry(loss, logits, labels, image_weights, alpha_weights)
 
 
 def _level_as_background_first(

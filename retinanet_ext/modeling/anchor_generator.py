@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode, configurable, get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.anchor_generator import ANCHOR_GENERATOR_REGISTRY, DefaultAnchorGenerator
+from detectron2.structures import Boxes
+from torch import Tensor
 
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
@@ -48,6 +51,28 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
             for stride in strides
         ]
         super().__init__(sizes=sizes, aspect_ratios=aspect_ratios, strides=strides, offset=offset)
+
+    def forward(self, features: list[Tensor]) -> list[Boxes]:
+        """Return the anchors of each level as Detectron2 does, made on the features' device.
+
+        Detectron2 makes them on the host: each level's copies have it wait for a GPU.
+        """
+        anchors = []
+        for level, stride, cell in zip(features, self.strides, self.cell_anchors, strict=True):
+            x, y = (
+                torch.arange(
+                    self.offset * stride,
+                    size * stride,
+                    stride,
+                    dtype=cell.dtype,
+                    device=cell.device,
+                )
+                for size in level.shape[:-3:-1]
+            )
+            y, x = torch.meshgrid(y, x, indexing="ij")
+            shifts = torch.stack([x, y, x, y], dim=2).view(-1, 1, 4)
+            anchors.append(Boxes((shifts + cell).view(-1, 4)))
+        return anchors
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:

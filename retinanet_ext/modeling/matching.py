@@ -7,11 +7,13 @@ Boxes: XYXY in input pixels. Labels: -1 ignore, 0..K-1 class, K background.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from retinanet_ext.errors import InputError
 
@@ -177,6 +179,8 @@ def label_anchors(
     """
     if isinstance(matcher, Matcher):
         matcher = AnchorMatcher.from_detectron2(matcher)
+    if not _is_on_host(anchors.tensor) and find_spec("triton"):
+        return _label_anchors_by_kernel(matcher, anchors.tensor, gt_instances, num_classes)
     labels, matches = [], []
     first = 0
     for instances in gt_instances:
@@ -193,6 +197,24 @@ def label_anchors(
         matches.append(match)  # of an image without boxes, the batch's first box
         first += len(instances)
     return torch.stack(labels), torch.stack(matches)
+
+
+def _label_anchors_by_kernel(
+    matcher: AnchorMatcher, anchors: Tensor, gt_instances: list[Instances], num_classes: int
+) -> tuple[Tensor, Tensor]:
+    from retinanet_ext import kernels
+
+    classes = [instances.gt_classes for instances in gt_instances]
+    return kernels.label_anchors(
+        anchors,
+        pad_sequence([instances.gt_boxes.tensor for instances in gt_instances], batch_first=True),
+        pad_sequence(classes, batch_first=True),
+        torch.cat([labels.new_full((1,), len(labels)) for labels in classes]),
+        num_classes=num_classes,
+        thresholds=matcher.thresholds,
+        threshold_labels=matcher.labels,
+        low_quality={"none": 0, "ignored_band": 1, "all": 2}[matcher.low_quality_matches],
+    )
 
 
 @torch.no_grad()

@@ -241,7 +241,7 @@ def test_closed_form_equals_autograd_of_the_formula(name, dtype):
 
 
 @pytest.mark.parametrize(
-    ("device", "first"), [("cpu", "_level_as_background_first"), ("cuda", "_level_by_entry")]
+    ("device", "first"), [("cpu", "_level_as_background_first"), ("cuda", "_level_by_kernel")]
 )
 def test_way_of_a_device(device, first):
     eager = dense._way(torch.device(device), compiled=False)
