@@ -24,6 +24,10 @@ FORMULAS = {"focal": 0, "cross_entropy": 1, "focal_star": 2, "hinge": 3}
 """The losses that there is code for, by their number in :func:`_value_and_grad`."""
 
 
+BLOCK_CELLS_FIRST, BLOCK_CLASSES_FIRST = (256, 4), (64, 16)
+"""Cells and classes of a block, for logits that are contiguous and for channels last."""
+
+
 @triton.jit
 def _value_and_grad(x_t, gamma, shift, FORMULA: tl.constexpr, GAMMA: tl.constexpr):
     """Return a loss and its derivative by x_t, as the ``value_and_grad`` of each loss does.
@@ -163,7 +167,7 @@ def dense_loss_of_level(
         gradient = torch.empty_like(logits, dtype=gradient_dtype)
     num_cells = height * width
     # Neighbours in memory are neighbours in a block: cells, or the classes of a cell.
-    cells, classes = (256, 4) if logits.stride(4) == 1 else (64, 16)
+    cells, classes = BLOCK_CELLS_FIRST if logits.stride(4) == 1 else BLOCK_CLASSES_FIRST
     cells = min(triton.next_power_of_2(num_cells), cells)
     classes = min(triton.next_power_of_2(num_classes), classes)
     num_programs = num_images * num_anchors * triton.cdiv(num_cells, cells)

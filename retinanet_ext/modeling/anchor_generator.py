@@ -60,13 +60,7 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
         anchors = []
         for level, stride, cell in zip(features, self.strides, self.cell_anchors, strict=True):
             x, y = (
-                torch.arange(
-                    self.offset * stride,
-                    size * stride,
-                    stride,
-                    dtype=cell.dtype,
-                    device=cell.device,
-                )
+                torch.arange(self.offset * stride, size * stride, stride, device=cell.device)
                 for size in level.shape[:-3:-1]
             )
             y, x = torch.meshgrid(y, x, indexing="ij")
