@@ -19,21 +19,15 @@ Made by `python benchmarks/summarize.py` from the files in [results](results/), 
 writes; every ratio is of one run, beside the baseline in the same process. Times in milliseconds,
 median (quartiles). What each measures is said at its top: {files}.
 """
-NO_CUDA = """## CUDA
+CUDA = """## On a CUDA device
 
-Not measured: no result of a CUDA device has been saved. On one:
+All of it in one go, with the tests and trainings that need one, in eight minutes on an H100:
 
 ```bash
-SIZE="--height 800 --width 1344"
-python benchmarks/bench_loss.py $SIZE --images 16 --dtype bfloat16 --compiled --save
-python benchmarks/bench_matching.py $SIZE --images 16 --save
-python benchmarks/bench_inference.py $SIZE --images 1 16 --save
-for precision in float16 bfloat16; do
-    python benchmarks/bench_inference.py $SIZE --images 1 16 --network --precision $precision --save
-done
-python benchmarks/bench_train_step.py $SIZE --images 16 --precision bfloat16 \\
-    --ways ours "ours, all" --save
+python benchmarks/device.py --data FOLDER
 ```
+
+FOLDER holds `instances_train.json`, `instances_val.json` and `images`.
 """
 
 
@@ -54,9 +48,7 @@ def summarize() -> str:
     scripts = sorted(path.name for path in README.parent.glob("bench_*.py"))
     head = HEAD.format(files=", ".join(f"[{name}]({name})" for name in scripts))
     sections = [_section(content) for _, content in sorted(newest.items())]
-    if all(content["settings"]["device"] == "cpu" for content in newest.values()):
-        sections.append(NO_CUDA)
-    return "\n".join([head, *sections])
+    return "\n".join([head, *sections, CUDA])
 
 
 def _age(path: Path) -> tuple[str, int]:

@@ -24,7 +24,7 @@ FORMULAS = {"focal": 0, "cross_entropy": 1, "focal_star": 2, "hinge": 3}
 """The losses that there is code for, by their number in :func:`_value_and_grad`."""
 
 
-BLOCK_CELLS_FIRST, BLOCK_CLASSES_FIRST = (256, 4), (64, 16)
+BLOCK_CELLS_FIRST, BLOCK_CLASSES_FIRST = (128, 4), (32, 16)
 """Cells and classes of a block, for logits that are contiguous and for channels last."""
 
 

@@ -23,6 +23,8 @@ from retinanet_ext.errors import InputError
 from retinanet_ext.losses.functional import at_least_float32
 from retinanet_ext.losses.registry import BoundLoss
 
+HAS_TRITON = find_spec("triton") is not None
+
 BLOCK_OF_A_THREAD, BLOCK_GPU = 2**16, 2**24
 """Logits at a time: what a core's cache holds, what fills a GPU."""
 
@@ -168,7 +170,7 @@ def _level_by_kernel(
     loss: BoundLoss, logits: Tensor, labels: Tensor, image_weights: Tensor, alpha_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel written for it; a loss that has none, or float64, goes entry by entry."""
-    if find_spec("triton") and logits.numel():
+    if HAS_TRITON and logits.numel():
         from retinanet_ext import kernels
 
         if kernels.can_compute(loss, logits):

@@ -7,7 +7,6 @@ Boxes: XYXY in input pixels. Labels: -1 ignore, 0..K-1 class, K background.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 
 import torch
 from detectron2.modeling.matcher import Matcher
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from retinanet_ext.errors import InputError
+from retinanet_ext.losses.dense import HAS_TRITON
 
 LOW_QUALITY_MATCHES = ("all", "ignored_band", "none")
 
@@ -179,7 +179,7 @@ def label_anchors(
     """
     if isinstance(matcher, Matcher):
         matcher = AnchorMatcher.from_detectron2(matcher)
-    if not _is_on_host(anchors.tensor) and find_spec("triton"):
+    if not _is_on_host(anchors.tensor) and HAS_TRITON:
         return _label_anchors_by_kernel(matcher, anchors.tensor, gt_instances, num_classes)
     labels, matches = [], []
     first = 0
