@@ -179,7 +179,7 @@ def label_anchors(
     """
     if isinstance(matcher, Matcher):
         matcher = AnchorMatcher.from_detectron2(matcher)
-    if not _is_on_host(anchors.tensor) and HAS_TRITON:
+    if anchors.tensor.is_cuda and HAS_TRITON:
         return _label_anchors_by_kernel(matcher, anchors.tensor, gt_instances, num_classes)
     labels, matches = [], []
     first = 0
