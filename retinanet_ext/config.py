@@ -6,15 +6,18 @@ Detectron2's own keys keep their defaults and meaning. Focal loss reads Detectro
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from detectron2.config import CfgNode
 
 from retinanet_ext.data import check
 from retinanet_ext.data.sample_set import SampleSet
+from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES
-from retinanet_ext.losses.registry import Loss
+from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, Loss
+
+CLASS_ALPHA = "MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA"
 
 # Parameters of losses that Detectron2 has keys for.
 _DETECTRON2_KEYS = {
@@ -46,6 +49,100 @@ def all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
+_OURS = ("MODEL.META_ARCHITECTURE", ("RetinaNetExt",))
+_LOSS_NAME = "MODEL.RETINANET.CLS_LOSS.NAME"
+
+COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
+    # Of this detector, and not of Detectron2's RetinaNet.
+    **dict.fromkeys(
+        (
+            "MODEL.RETINANET.CLS_LOSS.",
+            "MODEL.RETINANET.SELECTION.",
+            "MODEL.RETINANET.LOSS_NORMALIZER",
+            "MODEL.RETINANET.LOW_QUALITY_MATCHES",
+            "MODEL.RETINANET.IGNORE_OVERLAP",
+            "MODEL.RETINANET.PRIOR_INIT",
+            "MODEL.COMPILE",
+            "MODEL.CHANNELS_LAST",
+            "INPUT.PAD_MULTIPLE",
+        ),
+        _OURS,
+    ),
+    **{
+        key: (_LOSS_NAME, (name,))
+        for name, loss in LOSSES.items()
+        for key in loss_parameter_keys(loss).values()
+    },
+    "MODEL.RETINANET.CLS_LOSS.COMPILE": ("MODEL.RETINANET.SELECTION.NAME", ("all",)),
+    "MODEL.RETINANET.SELECTION.OHEM.": ("MODEL.RETINANET.SELECTION.NAME", ("ohem",)),
+    "MODEL.RETINANET.PRIOR_PROB": ("MODEL.RETINANET.PRIOR_INIT", (True,)),
+    "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": (
+        "MODEL.RETINANET.BBOX_REG_LOSS_TYPE",
+        ("smooth_l1",),
+    ),
+    **dict.fromkeys(
+        ("MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE", "MODEL.ANCHOR_GENERATOR.BASE_SCALE"),
+        ("MODEL.ANCHOR_GENERATOR.NAME", ("OctaveAnchorGenerator",)),
+    ),
+    "MODEL.ANCHOR_GENERATOR.ANGLES": ("MODEL.ANCHOR_GENERATOR.NAME", ("RotatedAnchorGenerator",)),
+    "DATALOADER.REPEAT_THRESHOLD": ("DATALOADER.SAMPLER_TRAIN", ("RepeatFactorTrainingSampler",)),
+    "INPUT.CROP.TYPE": ("INPUT.CROP.ENABLED", (True,)),
+    "INPUT.CROP.SIZE": ("INPUT.CROP.ENABLED", (True,)),
+    "SOLVER.AMP.PRECISION": ("SOLVER.AMP.ENABLED", (True,)),
+    "SOLVER.BASE_LR_END": ("SOLVER.LR_SCHEDULER_NAME", ("WarmupCosineLR",)),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("SOLVER.CLIP_GRADIENTS.ENABLED", (True,)),
+    "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": ("SOLVER.CLIP_GRADIENTS.ENABLED", (True,)),
+    "SOLVER.CLIP_GRADIENTS.NORM_TYPE": ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("norm",)),
+    "SOLVER.GAMMA": (
+        "SOLVER.LR_SCHEDULER_NAME",
+        ("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR"),
+    ),
+    "SOLVER.NON_FINITE.MAX_SKIPPED": ("SOLVER.NON_FINITE.POLICY", ("skip",)),
+    "SOLVER.NUM_DECAYS": ("SOLVER.LR_SCHEDULER_NAME", ("WarmupStepWithFixedGammaLR",)),
+    "SOLVER.STEPS": ("SOLVER.LR_SCHEDULER_NAME", ("WarmupMultiStepLR",)),
+    "DATASETS.SAMPLE.": ("DATASETS.TRAIN", ("retinanet_ext_sample_train",)),
+    "TEST.PRECISE_BN.NUM_ITER": ("TEST.PRECISE_BN.ENABLED", (True,)),
+}
+"""A key, or how a group of keys begins -> the key and its values beside which it has an effect."""
+
+
+def resolve_class_alpha(cfg: CfgNode, class_names: Sequence[str]) -> None:
+    """Replace the pairs of class name and alpha in ``CLS_LOSS.CLASS_ALPHA`` by K numbers.
+
+    So that the config that a run saves builds the model wherever it is read, without the data.
+
+    Raises:
+        InputError: an unknown class, a value out of range, or another number of values than classes
+    """
+    node = cfg.MODEL.RETINANET.CLS_LOSS
+    given, key = node.CLASS_ALPHA, CLASS_ALPHA
+    if not given or node.NAME not in LOSSES or LOSSES[node.NAME].alpha is None:
+        return  # the model refuses the latter two
+    if not any(isinstance(item, (list, tuple)) for item in given):
+        if len(given) != len(class_names):
+            raise InputError(
+                f"{key} has {len(given)} values for {len(class_names)} classes: "
+                f"{', '.join(class_names)}"
+            )
+        return
+    default_key = loss_parameter_keys(LOSSES[node.NAME])["alpha"]
+    alphas = dict.fromkeys(class_names, read_key(cfg, default_key))
+    for item in given:
+        if not isinstance(item, (list, tuple)) or len(item) != 2 or item[0] not in alphas:
+            raise InputError(
+                f"{key} takes pairs of a class name and a number, got {item!r}; "
+                f"classes: {', '.join(class_names)}"
+            )
+        alphas[item[0]] = ALPHA_RANGE.check(f"{key}[{item[0]!r}]", item[1])
+    left_out = [name for name, value in alphas.items() if value == UNBALANCED]
+    if left_out:
+        raise InputError(
+            f"{key} leaves out {', '.join(left_out)}, and {default_key} is -1: "
+            "name every class or set it"
+        )
+    node.CLASS_ALPHA = list(alphas.values())
+
+
 def add_retinanet_ext_config(cfg: CfgNode) -> None:
     """Add the plugin's keys to a Detectron2 config and register the plugin's classes.
 
@@ -59,7 +156,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # The classification loss by name; its parameters in the node of the same name.
     retinanet.CLS_LOSS = CfgNode({"NAME": "focal"})
     # Alpha of each class in place of one number: K values in the order of the classes, or pairs
-    # [["Platelets", 0.75], ...], the other classes keeping the loss's own alpha. Empty: off.
+    # [["Platelets", 0.75], ...], the other classes keeping the loss's own alpha; prepare_datasets
+    # makes numbers of names. Empty: off.
     retinanet.CLS_LOSS.CLASS_ALPHA = []
     # Generate code for the loss and its gradient at the first iteration (about half a minute).
     retinanet.CLS_LOSS.COMPILE = False

@@ -18,7 +18,7 @@ def make_cfg(*opts, depth=18, num_classes=4):
     values = ["DEVICE", "cpu", "RESNETS.DEPTH", depth, "RETINANET.NUM_CLASSES", num_classes, *small]
     # Detectron2's settings, where the paper's recipe differs.
     values += ["RETINANET.LOSS_NORMALIZER", "foreground_ema", "RETINANET.LOW_QUALITY_MATCHES"]
-    values += ["all", "RETINANET.SMOOTH_L1_LOSS_BETA", 0.0]
+    values += ["all", "RETINANET.SMOOTH_L1_LOSS_BETA", 0.0, "ANCHOR_GENERATOR.OFFSET", 0.0]
     keys = [f"MODEL.{key}" if i % 2 == 0 else key for i, key in enumerate(values)]
     cfg.merge_from_list([*keys, "DATASETS.TRAIN", [], "DATASETS.TEST", [], *opts])
     return cfg

@@ -66,7 +66,8 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
     ``DATASETS.CUSTOM`` becomes the data sets "custom_train" and "custom_test" and replaces
     ``DATASETS.TRAIN`` and ``DATASETS.TEST``. The sample set is made at its first use.
     ``DATASETS.CHECK`` says what happens to what is wrong with either.
-    ``MODEL.RETINANET.NUM_CLASSES`` is set to the number of class names.
+    ``MODEL.RETINANET.NUM_CLASSES`` is set to the number of class names, and in
+    ``CLS_LOSS.CLASS_ALPHA`` names become numbers.
 
     Args:
         cfg: changed in place. Calling again, in this or another process, changes nothing more.
@@ -79,6 +80,8 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
         InputError: a data set is unknown, missing, empty, or has a fault that is refused, class
             lists differ, or NUM_CLASSES disagrees with them.
     """
+    from retinanet_ext.config import resolve_class_alpha  # it imports this package
+
     needed = "TEST" if eval_only else "TRAIN"
     sources = find_sources(cfg, ["TEST"] if eval_only else ["TRAIN", "TEST"])
     if not any(source.split == needed for source in sources):
@@ -97,6 +100,8 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
     known = {name: labels for name, labels in classes.items() if labels is not None}
     if known:  # else registered by code that reads its data only when training starts
         _set_num_classes(cfg, known, num_classes_is_set=num_classes_is_set)
+    indices = [str(index) for index in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
+    resolve_class_alpha(cfg, next(iter(known.values()), indices))
     for source in sources:
         _check_files_exist(source)
 

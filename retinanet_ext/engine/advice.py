@@ -11,7 +11,7 @@ import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 
-from retinanet_ext.config import all_keys, read_key
+from retinanet_ext.config import COUNTS_ONLY_IF, add_retinanet_ext_config, all_keys, read_key
 
 FOREIGN_GROUPS = (
     "MODEL.ROI_",
@@ -27,6 +27,9 @@ FOREIGN_GROUPS = (
     "TEST.AUG.",
 )
 """How the keys begin that no RetinaNet reads."""
+
+_OURS_ALONE = ("MODEL.RETINANET.CLS_LOSS.NAME", "MODEL.RETINANET.SELECTION.NAME")
+"""Keys that only this detector reads: beside another they decide nothing."""
 
 _RENAMED = {
     "SMOOTH_L1_BETA": "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA",
@@ -62,7 +65,7 @@ def advise(cfg: CfgNode, weights: str, *, eval_only: bool) -> list[str]:
         weights: as in :func:`advise_on_model`
         eval_only: leave out what concerns training alone
     """
-    lines = advise_on_model(cfg, weights)
+    lines = advise_on_model(cfg, weights, eval_only=eval_only)
     if not eval_only:
         counts = [
             sum(MetadataCatalog.get(name).get(count, 0) for name in cfg.DATASETS.TRAIN)
@@ -72,14 +75,16 @@ def advise(cfg: CfgNode, weights: str, *, eval_only: bool) -> list[str]:
     return lines
 
 
-def advise_on_model(cfg: CfgNode, weights: str) -> list[str]:
+def advise_on_model(cfg: CfgNode, weights: str, *, eval_only: bool = False) -> list[str]:
     """Return a line for each setting of the model that training or evaluation would ignore or miss.
 
     Args:
         cfg: a checked config
         weights: the file or URL that will be loaded; empty: the model starts from random weights
+        eval_only: leave out what concerns training alone
     """
-    return [*_foreign_keys(cfg), *_pixels(cfg, weights)]
+    ineffective = ineffective_keys(cfg, eval_only=eval_only)
+    return [*ineffective, *_pixels(cfg, weights), *_anchors(cfg, weights)]
 
 
 def advise_on_training(
@@ -134,19 +139,57 @@ def _learning_rate(cfg: CfgNode) -> Advice:
         )
 
 
-def _foreign_keys(cfg: CfgNode) -> Advice:
-    name = cfg.MODEL.META_ARCHITECTURE
-    if name not in ("RetinaNet", "RetinaNetExt"):
-        return
+def ineffective_keys(cfg: CfgNode, *, eval_only: bool = False) -> list[str]:
+    """Return a line for each key that is set, and that nothing reads beside the other settings.
+
+    Set is what differs from its default: a config that was saved holds all keys.
+
+    Args:
+        cfg: whole, its data sets registered or not
+        eval_only: leave out what concerns training alone
+    """
     defaults = get_cfg()
-    for key in all_keys(defaults):
-        # As json, for a config that was saved holds lists where the default has tuples.
-        value, default = (json.dumps(read_key(node, key)) for node in (cfg, defaults))
-        if key.startswith(FOREIGN_GROUPS) and value != default:
-            last = key.rpartition(".")[2]
-            own = _RENAMED.get(last, f"MODEL.RETINANET.{last}")
-            meant = own in all_keys(cfg) and f"; {own} {read_key(cfg, own)} is what counts"
-            yield f"{key} {read_key(cfg, key)} has no effect: {name} does not read it{meant or ''}"
+    add_retinanet_ext_config(defaults)
+    own = ("MODEL.ANCHOR_GENERATOR.", "TEST.") if eval_only else ("",)
+    # As json, for a config that was saved holds lists where the default has tuples.
+    keys = [
+        key
+        for key in all_keys(defaults)
+        if json.dumps(read_key(cfg, key)) != json.dumps(read_key(defaults, key))
+    ]
+    lines = [line for key in keys if key.startswith(own) for line in _without_effect(cfg, key)]
+    return [*lines, *(line for key in keys for line in _foreign(cfg, key))]
+
+
+def _without_effect(cfg: CfgNode, key: str) -> Advice:
+    """Yield in a line which other key would have to be set otherwise, if one."""
+    for start, (other, values) in COUNTS_ONLY_IF.items():
+        if not (key == start or (start.endswith(".") and key.startswith(start))):
+            continue
+        if key == other or (other in _OURS_ALONE and not _is_ours(cfg)):
+            continue
+        found = read_key(cfg, other)
+        counts = found in values if not isinstance(found, list | tuple) else {*found} & {*values}
+        if not counts:
+            given = json.dumps(found) if isinstance(found, list | tuple) else found
+            yield (
+                f"{key} {read_key(cfg, key)} has no effect with {other} {given}; it counts with "
+                f"{other} {' or '.join(map(str, values))}"
+            )
+            return
+
+
+def _is_ours(cfg: CfgNode) -> bool:
+    return cfg.MODEL.META_ARCHITECTURE == "RetinaNetExt"
+
+
+def _foreign(cfg: CfgNode, key: str) -> Advice:
+    name = cfg.MODEL.META_ARCHITECTURE
+    if name in ("RetinaNet", "RetinaNetExt") and key.startswith(FOREIGN_GROUPS):
+        last = key.rpartition(".")[2]
+        own = _RENAMED.get(last, f"MODEL.RETINANET.{last}")
+        meant = own in all_keys(cfg) and f"; {own} {read_key(cfg, own)} is what counts"
+        yield f"{key} {read_key(cfg, key)} has no effect: {name} does not read it{meant or ''}"
 
 
 def _pixels(cfg: CfgNode, weights: str) -> Advice:
@@ -175,6 +218,15 @@ def _pixels(cfg: CfgNode, weights: str) -> Advice:
         yield (
             f"MODEL.PIXEL_STD {std} leaves pixels in the range of 0 to 255, which suits weights "
             f"that were trained so; for random weights (MODEL.WEIGHTS is empty) set {_BGR_STD}"
+        )
+
+
+def _anchors(cfg: CfgNode, weights: str) -> Advice:
+    offset = cfg.MODEL.ANCHOR_GENERATOR.OFFSET
+    if offset != 0 and re.search(r"COCO-Detection/retinanet_R_", weights):
+        yield (
+            f"MODEL.ANCHOR_GENERATOR.OFFSET {offset} does not fit the weights {weights}, which "
+            "were trained with 0.0: boxes would be off by up to half a stride"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from retinanet_ext.engine import load_config
+from retinanet_ext.engine.advice import ineffective_keys
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.tables import TABLES, Row, Table
 
@@ -156,7 +157,14 @@ def row_config(
         seed: of weights, order of the data and augmentation
         opts: alternating keys and values of the command line
         configs: the folder ``configs/``
+
+    Raises:
+        InputError: a key that is unknown, or has no effect beside the row's other settings
     """
-    return load_config(
+    cfg, num_classes_is_set = load_config(
         str(configs / preset.configs[row.model]), row_arguments(preset, row, seed, opts)
     )
+    # In a sweep every row would come out alike.
+    if ineffective := ineffective_keys(cfg):
+        raise InputError(f"row {row.name}: {ineffective[0]}")
+    return cfg, num_classes_is_set

@@ -11,7 +11,7 @@ from retinanet_ext.losses.cross_entropy import sigmoid_cross_entropy_loss
 from retinanet_ext.losses.focal import sigmoid_focal_loss
 from retinanet_ext.losses.focal_star import sigmoid_focal_loss_star
 from retinanet_ext.losses.hinge import sigmoid_hinge_loss
-from retinanet_ext.losses.registry import LOSSES, Interval, register_loss
+from retinanet_ext.losses.registry import LOSSES, Interval, bind_loss, register_loss
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")
@@ -19,6 +19,7 @@ for _module in iter_modules(__path__):
 __all__ = [
     "LOSSES",
     "Interval",
+    "bind_loss",
     "register_loss",
     "sigmoid_cross_entropy_loss",
     "sigmoid_focal_loss",

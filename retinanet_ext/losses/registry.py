@@ -157,6 +157,15 @@ class LossRegistry(Mapping[str, Loss]):
 LOSSES = LossRegistry()
 
 
+def bind_loss(name: str, **values: float) -> BoundLoss:
+    """Return the registered loss of a name as a function of x_t, its parameters set.
+
+    Raises:
+        InputError: an unknown name, or a value out of range
+    """
+    return LOSSES[name].bind(**values)
+
+
 def register_loss(
     name: str,
     *,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
         Interval("[1, 64]").check("MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE", scales_per_octave)
         Interval("(0, inf)").check("MODEL.ANCHOR_GENERATOR.BASE_SCALE", base_scale)
         for level in aspect_ratios:
-            for ratio in level if isinstance(level, (list, tuple)) else [level]:
+            for ratio in level if isinstance(level, Sequence) else [level]:
                 Interval("(0, inf)").check("MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS", ratio)
         sizes = [
             [base_scale * stride * 2 ** (k / scales_per_octave) for k in range(scales_per_octave)]

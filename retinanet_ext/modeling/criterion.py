@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
 from detectron2.layers import ciou_loss, diou_loss
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
@@ -20,7 +19,7 @@ from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import giou_loss, smooth_l1_loss
 from torch import Tensor, nn
 
-from retinanet_ext.config import loss_parameter_keys, read_key
+from retinanet_ext.config import CLASS_ALPHA, loss_parameter_keys, read_key
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES, Interval
 from retinanet_ext.losses.dense import dense_loss
@@ -31,7 +30,6 @@ from retinanet_ext.selection import OHEM, SELECTIONS, SelectAll
 
 NORMALIZERS = ("foreground_ema", "foreground", "foreground_batch", "selected")
 BOX_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
-CLASS_ALPHA = "MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA"
 LOG_PERIOD = 20  # iterations; Detectron2's writers' own
 
 
@@ -329,8 +327,19 @@ def build_cls_loss(cfg: CfgNode) -> tuple[BoundLoss, Alpha]:
     if node.CLASS_ALPHA:
         if loss.alpha is None:
             raise InputError(f"{CLASS_ALPHA} is set, but loss {loss.name!r} has no alpha")
-        alpha = _class_alpha(node.CLASS_ALPHA, alpha, keys["alpha"], _class_names(cfg))
+        alpha = _class_alpha(node.CLASS_ALPHA, cfg.MODEL.RETINANET.NUM_CLASSES)
     return loss.bind(**values), alpha
+
+
+def _class_alpha(given: Sequence[Any], num_classes: int) -> list[float]:
+    if len(given) != num_classes:
+        raise InputError(f"{CLASS_ALPHA} has {len(given)} values for {num_classes} classes")
+    if any(isinstance(value, (list, tuple)) for value in given):
+        raise InputError(
+            f"{CLASS_ALPHA} names classes, which the data tell: train_net.py makes numbers of "
+            f"them; give {num_classes} numbers, in the order of the classes"
+        )
+    return [ALPHA_RANGE.check(f"{CLASS_ALPHA}[{i}]", value) for i, value in enumerate(given)]
 
 
 def build_selection(cfg: CfgNode) -> SelectAll | OHEM:
@@ -346,39 +355,3 @@ def build_selection(cfg: CfgNode) -> SelectAll | OHEM:
         return SELECTIONS[node.NAME](**{key.lower(): value for key, value in parameters.items()})
     except InputError as error:
         raise InputError(f"MODEL.RETINANET.SELECTION.{node.NAME.upper()}: {error}") from None
-
-
-def _class_names(cfg: CfgNode) -> list[str]:
-    for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
-        # Evaluation registers the test data alone.
-        if name in MetadataCatalog and "thing_classes" in MetadataCatalog.get(name).as_dict():
-            return MetadataCatalog.get(name).thing_classes
-    return [str(index) for index in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
-
-
-def _class_alpha(
-    given: Sequence[Any], default: float, default_key: str, class_names: list[str]
-) -> list[float]:
-    """Return K alphas out of K numbers or (class name, number) pairs."""
-    if not all(isinstance(item, (list, tuple)) for item in given):
-        if len(given) != len(class_names):
-            raise InputError(
-                f"{CLASS_ALPHA} has {len(given)} values for {len(class_names)} classes: "
-                f"{', '.join(class_names)}"
-            )
-        return [ALPHA_RANGE.check(f"{CLASS_ALPHA}[{i}]", value) for i, value in enumerate(given)]
-    alphas = dict.fromkeys(class_names, default)
-    for item in given:
-        if len(item) != 2 or item[0] not in alphas:
-            raise InputError(
-                f"{CLASS_ALPHA} takes pairs of a class name and a number, got {item!r}; "
-                f"classes: {', '.join(class_names)}"
-            )
-        alphas[item[0]] = ALPHA_RANGE.check(f"{CLASS_ALPHA}[{item[0]!r}]", item[1])
-    left_out = [name for name, value in alphas.items() if value == UNBALANCED]
-    if left_out:
-        raise InputError(
-            f"{CLASS_ALPHA} leaves out {', '.join(left_out)}, and {default_key} is -1: "
-            "name every class or set it"
-        )
-    return list(alphas.values())

@@ -310,3 +310,48 @@ def test_relative_paths_are_those_of_the_working_directory(
     cfg.DATASETS.CUSTOM.TEST_IMAGES = "images"
     prepare(cfg, eval_only=True)
     assert len(DatasetCatalog.get("custom_test")) == 2
+
+
+ALPHA = "MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA"
+
+
+def test_names_in_class_alpha_become_numbers_that_a_fresh_process_reads(
+    bccd: Bccd, cfg: CfgNode, tmp_path: Path
+) -> None:
+    cfg.merge_from_file("configs/small_R18_FPN.yaml", allow_unsafe=False)
+    cfg.merge_from_list([ALPHA, [["Platelets", 0.75]], "MODEL.DEVICE", "cpu"])
+    prepare(bccd.use(cfg))
+    assert cfg.MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA == [0.25, 0.25, 0.75]
+    prepare(cfg)  # numbers stay
+    (tmp_path / "config.yaml").write_text(cfg.dump())
+    program = f"""
+from detectron2.modeling import build_model
+from retinanet_ext.engine import load_config
+cfg, _ = load_config({str(tmp_path / "config.yaml")!r})
+print(build_model(cfg).criterion.alpha_weights[0].tolist())
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "[0.25, 0.25, 0.75]", run.stderr
+
+
+@pytest.mark.parametrize(
+    ("alpha", "said"),
+    [
+        ([["Platelet", 0.5]], "Platelet.*classes: RBC, WBC, Platelets"),
+        ([["WBC", 3.0]], r"CLASS_ALPHA\['WBC'\] must be a number in \[0, 1\], got 3.0"),
+        ([0.1, 0.2], "2 values for 3 classes: RBC, WBC, Platelets"),
+        ([0.1, ["WBC", 0.2]], "pairs of a class name and a number, got 0.1"),
+    ],
+)
+def test_class_alpha_that_does_not_fit_the_classes(
+    alpha: list[Any], said: str, bccd: Bccd, cfg: CfgNode
+) -> None:
+    cfg.MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA = alpha
+    with pytest.raises(InputError, match=said):
+        prepare(bccd.use(cfg))
+
+
+def test_class_alpha_needs_every_name_where_the_loss_has_no_alpha(bccd: Bccd, cfg: CfgNode) -> None:
+    cfg.merge_from_list(["MODEL.RETINANET.CLS_LOSS.NAME", "cross_entropy", ALPHA, [["WBC", 0.5]]])
+    with pytest.raises(InputError, match=r"leaves out RBC, Platelets, and .*ALPHA is -1"):
+        prepare(bccd.use(cfg))

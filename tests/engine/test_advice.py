@@ -2,8 +2,9 @@
 
 import pytest
 
+from retinanet_ext.config import COUNTS_ONLY_IF, all_keys
 from retinanet_ext.engine import main
-from retinanet_ext.engine.advice import advise_on_model, advise_on_training
+from retinanet_ext.engine.advice import advise_on_model, advise_on_training, ineffective_keys
 from retinanet_ext.engine.config import load_config
 
 R50 = "configs/retinanet_R50_FPN.yaml"
@@ -136,19 +137,80 @@ QUIET = {
         ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.REFERENCE_BATCH", "2"],
     ),
     "another architecture that reads its keys": (
-        R50,
+        R18,
         ["MODEL.META_ARCHITECTURE", "GeneralizedRCNN", "MODEL.ROI_HEADS.NUM_CLASSES", "3"],
     ),
     "torchvision's weights with their mean": (R50, ["MODEL.WEIGHTS", TORCHVISION, *RGB]),
     "a mean that is rounded": (R50, ["MODEL.PIXEL_MEAN", "[104, 116, 124]"]),
     "unknown weights with raw pixels": (R50, ["MODEL.WEIGHTS", "mine.pth"]),
-    "steps after the end of a schedule without them": (R18, ["SOLVER.STEPS", "(1000,)"]),
 }
 
 
 @pytest.mark.parametrize(("config", "opts"), QUIET.values(), ids=QUIET)
 def test_no_word_where_it_fits(config, opts):
     assert advise(config, *opts) == []
+
+
+CLS = "MODEL.RETINANET.CLS_LOSS."
+OHEM = "MODEL.RETINANET.SELECTION."
+WITHOUT_EFFECT = [
+    ([CLS + "NAME", "focal_star", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "5.0"], CLS + "NAME focal"),
+    ([CLS + "CROSS_ENTROPY.ALPHA", "0.75"], CLS + "NAME cross_entropy"),
+    ([OHEM + "OHEM.BATCH_SIZE", "512"], OHEM + "NAME ohem"),
+    (["MODEL.META_ARCHITECTURE", "RetinaNet", CLS + "NAME", "hinge"], "RetinaNetExt"),
+    (["MODEL.META_ARCHITECTURE", "RetinaNet", OHEM + "OHEM.BATCH_SIZE", "64"], "RetinaNetExt"),
+    (["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.COMPILE", "True"], "RetinaNetExt"),
+    (
+        [
+            *("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator"),
+            *("MODEL.ANCHOR_GENERATOR.BASE_SCALE", "2.0"),
+        ],
+        "MODEL.ANCHOR_GENERATOR.NAME OctaveAnchorGenerator",
+    ),
+    (["SOLVER.AMP.PRECISION", "bfloat16"], "SOLVER.AMP.ENABLED True"),
+    (["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "5.0"], "SOLVER.CLIP_GRADIENTS.ENABLED True"),
+    (["SOLVER.NON_FINITE.MAX_SKIPPED", "9"], "SOLVER.NON_FINITE.POLICY skip"),
+    (["SOLVER.STEPS", "(100,)"], "SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR"),
+    (["INPUT.CROP.SIZE", "[0.5, 0.5]"], "INPUT.CROP.ENABLED True"),
+    (
+        [
+            *("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou"),
+            *("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", "0.2"),
+        ],
+        "MODEL.RETINANET.BBOX_REG_LOSS_TYPE smooth_l1",
+    ),
+    (["DATASETS.SAMPLE.NUM_TRAIN", "9"], "DATASETS.TRAIN retinanet_ext_sample_train"),
+    ([OHEM + "NAME", "ohem", CLS + "COMPILE", "True"], OHEM + "NAME all"),
+    (["DATALOADER.REPEAT_THRESHOLD", "0.5"], "DATALOADER.SAMPLER_TRAIN RepeatFactor"),
+]
+
+
+@pytest.mark.parametrize(("opts", "counts_with"), WITHOUT_EFFECT)
+def test_a_key_that_has_no_effect_is_named_with_the_one_that_would_make_it_count(opts, counts_with):
+    key, value = opts[-2:]
+    (line,) = advise_on_model(load_config(R18, opts)[0], "mine.pth")
+    assert line.startswith(f"{key} {value} has no effect with ") and counts_with in line
+
+
+def test_conditions_name_keys_that_exist():
+    cfg, _ = load_config(R18)
+    for start, (other, _) in COUNTS_ONLY_IF.items():
+        assert other in all_keys(cfg)
+        assert any(key == start or key.startswith(start) for key in all_keys(cfg)), start
+
+
+def test_keys_of_training_are_not_missed_in_an_evaluation():
+    cfg, _ = load_config(R18, ["SOLVER.AMP.PRECISION", "bfloat16"])
+    assert ineffective_keys(cfg) and not ineffective_keys(cfg, eval_only=True)
+
+
+def test_published_weights_have_anchors_at_the_corner():
+    weights = "detectron2://COCO-Detection/retinanet_R_50_FPN_3x/190397829/model_final_5bd44e.pkl"
+    cfg, _ = load_config(R50)
+    (line,) = advise_on_model(cfg, weights)
+    assert "MODEL.ANCHOR_GENERATOR.OFFSET 0.5 does not fit" in line
+    cfg, _ = load_config(R50, ["MODEL.ANCHOR_GENERATOR.OFFSET", "0.0"])
+    assert advise_on_model(cfg, weights) == []
 
 
 def test_weights_that_are_resumed_are_not_random():
@@ -168,7 +230,7 @@ def test_crowd_regions_as_background():
     assert advise(R50, *off) == []
     assert advise(R50, "MODEL.RETINANET.IGNORE_OVERLAP", "0.5", num_crowd_regions=7) == []
     stock = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
-    (line,) = advise(R50, *stock, num_crowd_regions=7)
+    (line,) = advise(R18, *stock, num_crowd_regions=7)
     assert "META_ARCHITECTURE RetinaNetExt" in line
 
 
