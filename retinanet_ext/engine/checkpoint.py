@@ -18,13 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
-from retinanet_ext.data.coco_json import join_some, printable
-from retinanet_ext.engine.class_matching import (
-    describe_classes,
-    have_same_names,
-    match_weights,
-    saved_class_names,
-)
+from retinanet_ext.engine.class_matching import match_checkpoint, saved_class_names
 from retinanet_ext.engine.failures import first_line
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import replacing, write_file
@@ -179,29 +173,6 @@ class Checkpointer(DetectionCheckpointer):
         return incompatible
 
     def _match_classes(self, checkpoint: dict[str, Any]) -> None:
-        """Put the classifier's outputs in the order of the data's classes, by their names."""
-        saved, wanted = saved_class_names(checkpoint), self.class_names
-        if not saved or not wanted or saved == wanted:
-            return
-        if have_same_names(saved, wanted):
-            logger.info(
-                "The classes of %s are in another order than the data's; the classifier's outputs "
-                "are matched by class name",
-                self._path,
-            )
-        elif self.reinit_mismatched and not (self._resuming or self.complete):
-            logger.warning(
-                "%s has other classes than the data; the classifier's outputs are kept for: %s; "
-                "they start anew for: %s",
-                self._path,
-                join_some(printable(name) for name in wanted if name in saved) or "none",
-                join_some(printable(name) for name in wanted if name not in saved) or "none",
-            )
-        else:
-            self._refuse_classes(saved)
-        match_weights(checkpoint["model"], saved, wanted, self.model)
-
-    def _refuse_classes(self, saved: list[str]) -> None:
         if self._resuming:
             remedy = "resume with the data the run was started with"
         elif self.complete:
@@ -211,9 +182,10 @@ class Checkpointer(DetectionCheckpointer):
                 "MODEL.RETINANET.REINIT_MISMATCHED True keeps the classifier's outputs of classes "
                 "of the same name and starts the others anew"
             )
-        raise InputError(
-            f"weights {self._path} are of {describe_classes(saved, self.class_names)}, but the "
-            f"data have {describe_classes(self.class_names, saved)}; {remedy}"
+        reinit = self.reinit_mismatched and not (self._resuming or self.complete)
+        source = f"weights {self._path}"
+        match_checkpoint(
+            checkpoint, self.class_names, self.model, source, reinit=reinit, remedy=remedy
         )
 
     def _skipped_by_heuristics(self, checkpoint: dict[str, Any]) -> list[Mismatch]:

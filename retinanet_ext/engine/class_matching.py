@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from retinanet_ext.data.coco_json import join_some, printable
+from retinanet_ext.errors import InputError
 
 CLASSIFIER = ("head.cls_score.weight", "head.cls_score.bias")
 """The parameters that have outputs for each class, here and in Detectron2's RetinaNet."""
+
+logger = logging.getLogger(__name__)
 
 
 def saved_class_names(content: Mapping[str, Any]) -> list[str]:
@@ -21,9 +25,70 @@ def saved_class_names(content: Mapping[str, Any]) -> list[str]:
     return list(names) if is_list else []
 
 
-def have_same_names(saved: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Tell whether two lists name the same classes in some order, each once."""
-    return sorted(saved) == sorted(wanted) and len(set(wanted)) == len(wanted)
+def match_checkpoint(
+    checkpoint: dict[str, Any],
+    wanted: Sequence[str],
+    model: nn.Module,
+    source: str,
+    *,
+    reinit: bool,
+    remedy: str,
+) -> None:
+    """Put the outputs of a checkpoint's classifier in the order of other class names.
+
+    Nothing is done where the names are the same or either are not known.
+
+    Args:
+        checkpoint: with the weights under "model", where the classifier's are replaced
+        wanted: names of classes 0..K-1 of the model
+        model: that the weights will be loaded into
+        source: of the weights, for messages
+        reinit: classes that the checkpoint does not name start as the model has them
+        remedy: what to do about other names without ``reinit``, for the message
+
+    Raises:
+        InputError: the names differ in more than their order, without ``reinit``
+    """
+    saved = saved_class_names(checkpoint)
+    if not saved or not wanted or saved == list(wanted):
+        return
+    if sorted(saved) == sorted(wanted) and len(set(wanted)) == len(wanted):
+        logger.info(
+            "The classes of %s are in another order than the data's; the classifier's outputs are "
+            "matched by class name",
+            source,
+        )
+    elif reinit:
+        logger.warning(
+            "The classes of %s are not the data's; the classifier's outputs are kept for: %s; they "
+            "start anew for: %s",
+            source,
+            join_some(printable(name) for name in wanted if name in saved) or "none",
+            join_some(printable(name) for name in wanted if name not in saved) or "none",
+        )
+    else:
+        raise InputError(
+            f"{source} are of {_describe(saved, wanted)}, but the data have "
+            f"{_describe(wanted, saved)}; {remedy}"
+        )
+    _match_weights(checkpoint["model"], saved, wanted, model)
+
+
+def _match_weights(
+    weights: dict[str, Tensor], saved: Sequence[str], wanted: Sequence[str], model: nn.Module
+) -> None:
+    """Replace what has outputs for each class, but where other dimensions do not fit the model."""
+    own = model.state_dict()
+    for name in CLASSIFIER:
+        if name not in weights or name not in own:
+            continue
+        (rows, *shape), (own_rows, *own_shape) = weights[name].shape, own[name].shape
+        if shape == own_shape and rows * len(wanted) == own_rows * len(saved):
+            weights[name] = match_classes(weights[name], saved, wanted, own[name])
+        elif weights[name].shape == own[name].shape:
+            del weights[
+                name
+            ]  # fits by chance: other anchors per cell and another number of classes
 
 
 def match_classes(
@@ -46,27 +111,6 @@ def match_classes(
     return matched.flatten(0, 1)
 
 
-def match_weights(
-    weights: dict[str, Tensor], saved: Sequence[str], wanted: Sequence[str], model: nn.Module
-) -> None:
-    """Apply :func:`match_classes` to the classifier in ``weights``, which is replaced there.
-
-    Left as it is where its shape does not fit the model's for another reason than the number of
-    classes.
-    """
-    own = model.state_dict()
-    for name in CLASSIFIER:
-        if name not in weights or name not in own:
-            continue
-        (rows, *shape), (own_rows, *own_shape) = weights[name].shape, own[name].shape
-        if shape == own_shape and rows * len(wanted) == own_rows * len(saved):
-            weights[name] = match_classes(weights[name], saved, wanted, own[name])
-        elif weights[name].shape == own[name].shape:
-            del weights[
-                name
-            ]  # fits by chance: other anchors per cell and another number of classes
-
-
 def match_optimizer_state(
     optimizer: torch.optim.Optimizer, saved: Sequence[str], wanted: Sequence[str], model: nn.Module
 ) -> None:
@@ -81,7 +125,7 @@ def match_optimizer_state(
                 state[key] = match_classes(value, saved, wanted, value)
 
 
-def describe_classes(names: Sequence[str], others: Sequence[str]) -> str:
+def _describe(names: Sequence[str], others: Sequence[str]) -> str:
     """Return the first class names as text, those that are not among the others before all."""
     first = sorted(names, key=lambda name: name in others)
     return f"{len(names)} classes ({join_some(map(printable, first), 5)})"
