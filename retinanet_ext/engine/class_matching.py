@@ -128,4 +128,5 @@ def match_optimizer_state(
 def _describe(names: Sequence[str], others: Sequence[str]) -> str:
     """Return the first class names as text, those that are not among the others before all."""
     first = sorted(names, key=lambda name: name in others)
-    return f"{len(names)} classes ({join_some(map(printable, first), 5)})"
+    noun = "class" if len(names) == 1 else "classes"
+    return f"{len(names)} {noun} ({join_some(map(printable, first), 5)})"
