@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import re
 import statistics
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from retinanet_ext.files import to_json
 from retinanet_ext.provenance import commit, cpu_name
 
 RESULTS = Path(__file__).parent / "results"
@@ -143,7 +143,7 @@ def save(what: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> Pat
         number += 1
         path = RESULTS / f"{stem}_{number}.json"
     RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2, default=_as_json) + "\n")
+    path.write_text(to_json(content, indent=2, default=_as_json) + "\n")
     return path
 
 

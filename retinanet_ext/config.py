@@ -206,8 +206,9 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # Start the classifier at PRIOR_PROB (pi in section 3.3); False: at probability one half.
     retinanet.PRIOR_INIT = True
 
-    # Layers whose shape differs from MODEL.WEIGHTS's start anew, to fine-tune to other classes;
-    # False: such weights are refused.
+    # To fine-tune to other classes: layers whose shape differs from MODEL.WEIGHTS's start anew, and
+    # so do the classifier's outputs of classes that the weights do not name. Outputs of classes of
+    # the same name are kept. False: such weights are refused.
     retinanet.REINIT_MISMATCHED = False
 
     # Generate code for backbone and head, by torch.compile, at the first iteration (minutes).

@@ -1,13 +1,15 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and JSON that strict readers take."""
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from retinanet_ext.errors import InputError
 
@@ -52,3 +54,21 @@ def write_file(path: Path, content: str | bytes) -> None:
         # A name of a file need not be UTF-8.
         is_text = isinstance(content, str)
         file.write(content.encode(errors="backslashreplace") if is_text else content)
+
+
+def to_json(content: Any, **options: Any) -> str:
+    """Return strict JSON: null in place of NaN and infinity, for which JSON has no number.
+
+    Args:
+        content: as for ``json.dumps``
+        options: of ``json.dumps``
+    """
+    return json.dumps(_without_non_finite(content), allow_nan=False, **options)
+
+
+def _without_non_finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_non_finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_non_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

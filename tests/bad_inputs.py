@@ -662,6 +662,15 @@ CHECKPOINT = [
         weights(lambda c: c.save("w.pth", model_weights(MODEL__RETINANET__NUM_CLASSES=4))),
     ),
     (
+        "weights of classes of other names",
+        "are of 3 classes (cat, dog, fox), but the data have 3 classes (RBC, WBC, Platelets)",
+        weights(
+            lambda c: c.save(
+                "w.pth", {"model": model_weights(), "class_names": ["cat", "dog", "fox"]}
+            )
+        ),
+    ),
+    (
         "weights of another width",
         "have other shapes",
         weights(lambda c: c.save("w.pth", model_weights(MODEL__FPN__OUT_CHANNELS=32))),

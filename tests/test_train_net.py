@@ -64,7 +64,7 @@ def test_two_processes_train_and_evaluate(trained):
     assert "bbox/AP50" in metrics[-1]
     # The result ends the output.
     _, _, end = run.stdout.partition("Finished.")
-    assert re.search(r"AP +AP50 +AP75 +APs +APm +APl|custom_test: no AP", end)
+    assert re.search(r"AP +AP50 +AP75 +APs +APm +APl|custom_test: no detections", end)
     assert str(folder / "detections.png") in end and str(folder / "model_final.pth") in end
 
 

@@ -20,7 +20,7 @@ def main() -> None:
         report = replay_step(args.file)
     except InputError as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    print(json.dumps(report, indent=2))
+    print(json.dumps(report, indent=2, allow_nan=False))
     if not report["reproduced"]:
         parser.exit(1, "not reproduced: loss and gradient are finite this time\n")
     print(f"reproduced: {report['cause']}")

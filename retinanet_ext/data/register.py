@@ -163,13 +163,16 @@ def _register(cfg: CfgNode, source: Source) -> None:
         catalog.pop(source.name, None)
     # Kept as bytes: small, and each reader gets a copy of its own.
     records = pickle.dumps(coco_json.to_dataset_dicts(checked.content, source.image_root))
+    annotations = checked.content["annotations"]
+    objects = Counter(a["image_id"] for a in annotations if not coco_json.is_region_to_ignore(a))
     DatasetCatalog.register(source.name, partial(pickle.loads, records))
     MetadataCatalog.get(source.name).set(
         evaluator_type="coco",
         json_file=_for_evaluation(checked) if source.split == "TEST" else source.json_file,
         image_root=source.image_root,
         num_images=len(checked.content["images"]),
-        num_crowd_regions=sum(map(coco_json.is_region_to_ignore, checked.content["annotations"])),
+        num_crowd_regions=sum(map(coco_json.is_region_to_ignore, annotations)),
+        images_by_num_objects=dict(Counter(objects.values())),
         thing_classes=coco_json.class_names(checked.content),
         thing_dataset_id_to_contiguous_id=coco_json.contiguous_category_ids(checked.content),
     )
@@ -254,6 +257,23 @@ def _set_num_classes(
             f"({join_some(map(printable, names))}); leave the key out, it is taken from the data"
         )
     cfg.MODEL.RETINANET.NUM_CLASSES = len(names)
+
+
+def registered_classes(cfg: CfgNode, split: str, *, read: bool = False) -> list[str]:
+    """Return the class names of the data of a split, empty where they are not known.
+
+    Args:
+        cfg: whose data sets are registered
+        split: "TRAIN" or "TEST"
+        read: read data of other code that names its classes only then, as Detectron2's
+            ``register_coco_instances`` does
+    """
+    names = [name for name in cfg.DATASETS[split] if name in DatasetCatalog]
+    if not names:
+        return []
+    if read and "thing_classes" not in MetadataCatalog.get(names[0]).as_dict():
+        DatasetCatalog.get(names[0])
+    return list(MetadataCatalog.get(names[0]).get("thing_classes") or [])
 
 
 def compare_classes(classes: Mapping[str, Sequence[str]]) -> str | None:

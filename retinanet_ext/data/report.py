@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from collections.abc import Iterable
@@ -40,7 +39,7 @@ from retinanet_ext.data.coverage import (
 )
 from retinanet_ext.data.register import Source, compare_classes, find_sources
 from retinanet_ext.errors import InputError
-from retinanet_ext.files import write_file
+from retinanet_ext.files import to_json, write_file
 
 FORMAT = 1
 SHOWN = 5  # findings of a kind in the text; the JSON has all
@@ -69,7 +68,7 @@ class Report:
             InputError: there is a file of this name, or it cannot be written
         """
         refuse_existing(path)
-        write_file(path, json.dumps(self.content, indent=1) + "\n")
+        write_file(path, to_json(self.content, indent=1) + "\n")
 
 
 def refuse_existing(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,10 @@ def advise(cfg: CfgNode, weights: str, *, eval_only: bool) -> list[str]:
         weights: as in :func:`advise_on_model`
         eval_only: leave out what concerns training alone
     """
-    lines = advise_on_model(cfg, weights, eval_only=eval_only)
+    lines = [
+        *advise_on_model(cfg, weights, eval_only=eval_only),
+        *_crowded_images(cfg, ["TEST"] if eval_only else ["TRAIN", "TEST"]),
+    ]
     if not eval_only:
         counts = [
             sum(MetadataCatalog.get(name).get(count, 0) for name in cfg.DATASETS.TRAIN)
@@ -259,6 +262,25 @@ def _crowd(cfg: CfgNode, num_crowd_regions: int) -> Advice:
     else:
         return
     yield f"{num_crowd_regions} crowd or ignored regions are trained as background; {remedy}"
+
+
+def _crowded_images(cfg: CfgNode, splits: Sequence[str]) -> Advice:
+    """Tell of images with more objects than the detector may return."""
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    for name in dict.fromkeys(name for split in splits for name in cfg.DATASETS[split]):
+        images_by_num_objects = MetadataCatalog.get(name).get("images_by_num_objects", {})
+        crowded = {num: images for num, images in images_by_num_objects.items() if num > limit}
+        if not crowded:
+            continue
+        role = "trained on in full, but " if name in cfg.DATASETS.TRAIN else ""
+        most = max(crowded)
+        yield (
+            f"{name}: images with more objects than TEST.DETECTIONS_PER_IMAGE {limit}: "
+            f"{sum(crowded.values())}, the fullest with {most}: {role}no more than {limit} are "
+            "found per image, which bounds recall and AP; set TEST.DETECTIONS_PER_IMAGE above "
+            f"{most}"
+            + (" (AP then counts as many detections, COCO's counts 100)" if most >= 100 else "")
+        )
 
 
 def _schedule(cfg: CfgNode, num_images: int) -> Advice:

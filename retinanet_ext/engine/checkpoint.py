@@ -7,6 +7,7 @@ import math
 import pickle
 import re
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.utils.file_io import PathManager
 from torch import nn
 
+from retinanet_ext.engine.class_matching import match_checkpoint, saved_class_names
 from retinanet_ext.engine.failures import first_line
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import replacing, write_file
@@ -38,6 +40,8 @@ class Checkpointer(DetectionCheckpointer):
 
     - Weights that do not fit are an :class:`InputError`. Detectron2 skips tensors of another shape
       with a warning and goes on with random ones.
+    - Class names are saved. Outputs of the classifier are matched to the data's classes by name;
+      weights of other classes are an :class:`InputError`.
     - No file runs code: ``.pth`` is read with ``weights_only=True`` and ``.pkl`` for arrays alone.
     - A checkpoint takes its name once it is whole, so none is lost to a kill or a full disk, and
       one that was damaged later is passed over for the one before.
@@ -50,21 +54,25 @@ class Checkpointer(DetectionCheckpointer):
         *,
         reinit_mismatched: bool = False,
         complete: bool = False,
+        class_names: Sequence[str] = (),
         **checkpointables: Any,
     ) -> None:
         """
         Args:
             model: the model to load into and to save
             save_dir: folder of the run's checkpoints
-            reinit_mismatched: leave layers of another shape as they are initialised; not when
-                resuming, where the optimizer's state would not fit either
+            reinit_mismatched: leave layers of another shape, and the classifier's outputs of
+                classes that the weights do not name, as they are initialised; not when resuming,
+                where the optimizer's state would not fit either
             complete: the weights must fill the whole model and all belong to it, as evaluation
                 needs; training starts what is missing anew, as with a backbone alone
+            class_names: of the data's classes 0..K-1; empty: not known, so nothing is compared
             checkpointables: as in Detectron2
         """
         super().__init__(model, save_dir, **checkpointables)
         self.reinit_mismatched = reinit_mismatched
         self.complete = complete
+        self.class_names = [str(name) for name in class_names]
 
     def save(self, name: str, **kwargs: Any) -> None:
         """Write ``<name>.pth`` whole or not at all, and then its name into ``last_checkpoint``.
@@ -76,6 +84,8 @@ class Checkpointer(DetectionCheckpointer):
             return
         states = {key: saved.state_dict() for key, saved in self.checkpointables.items()}
         content = {"model": self.model.state_dict(), **states, **kwargs}
+        if self.class_names:
+            content["class_names"] = self.class_names
         file = Path(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", file)
         # One name for all: what a killed process left there does not fill the disk.
@@ -146,6 +156,7 @@ class Checkpointer(DetectionCheckpointer):
         return torch.load(f, map_location="cpu", weights_only=True)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        self._match_classes(checkpoint)
         mismatches = self._skipped_by_heuristics(checkpoint)
         incompatible = super()._load_model(checkpoint)
         mismatches += incompatible.incorrect_shapes
@@ -160,6 +171,22 @@ class Checkpointer(DetectionCheckpointer):
         if self.complete:
             self._check_complete(sorted(skipped), incompatible.unexpected_keys)
         return incompatible
+
+    def _match_classes(self, checkpoint: dict[str, Any]) -> None:
+        if self._resuming:
+            remedy = "resume with the data the run was started with"
+        elif self.complete:
+            remedy = "name the data's classes as those that the weights were trained on"
+        else:
+            remedy = (
+                "MODEL.RETINANET.REINIT_MISMATCHED True keeps the classifier's outputs of classes "
+                "of the same name and starts the others anew"
+            )
+        reinit = self.reinit_mismatched and not (self._resuming or self.complete)
+        source = f"weights {self._path}"
+        match_checkpoint(
+            checkpoint, self.class_names, self.model, source, reinit=reinit, remedy=remedy
+        )
 
     def _skipped_by_heuristics(self, checkpoint: dict[str, Any]) -> list[Mismatch]:
         """Return what Detectron2's matching by the end of names would skip for its shape."""
@@ -351,7 +378,8 @@ def _find_damage(path: str | Path) -> str:
 def export_weights(checkpoint: str | Path, output: str | Path) -> None:
     """Write the weights of a checkpoint under the names of Detectron2's ``RetinaNet``.
 
-    The file holds them under "model", as Detectron2's checkpoints do, and nothing else.
+    The file holds them under "model", as Detectron2's checkpoints do, and the class names where
+    the checkpoint has them, and nothing else.
 
     Raises:
         InputError: the checkpoint cannot be read, or the output exists
@@ -359,13 +387,15 @@ def export_weights(checkpoint: str | Path, output: str | Path) -> None:
     try:
         content = torch.load(checkpoint, map_location="cpu", weights_only=True)
         weights = to_detectron2_state_dict(content.get("model", content))
+        names = saved_class_names(content)
+        classes = {"class_names": names} if names else {}
     except Exception as error:  # pickle's documentation: a damaged file may raise anything
         raise InputError(
             f"{checkpoint} is missing, damaged or no checkpoint ({type(error).__name__})"
         ) from error
     try:
         with open(output, "xb") as file:
-            torch.save({"model": weights}, file)
+            torch.save({"model": weights} | classes, file)
     except FileExistsError:
         raise InputError(f"{output} exists; choose another name") from None
     except OSError as error:

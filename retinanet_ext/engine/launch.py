@@ -32,7 +32,7 @@ from torch import nn
 from retinanet_ext.config import all_keys, read_key
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.coverage import warn_of_unreached_boxes
-from retinanet_ext.data.register import Source, find_sources
+from retinanet_ext.data.register import Source, find_sources, registered_classes
 from retinanet_ext.engine.advice import advise
 from retinanet_ext.engine.checkpoint import Checkpointer, find_weights
 from retinanet_ext.engine.config import check_config, load_config, use_cpu_without_cuda
@@ -285,9 +285,15 @@ def check_model(cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool) ->
         _check_deformable(model, cfg.MODEL.DEVICE, eval_only)
         if weights:
             reinit = cfg.MODEL.RETINANET.REINIT_MISMATCHED and not saved
-            Checkpointer(model, reinit_mismatched=reinit, complete=eval_only, **saved).load(
-                weights, None if saved else []
-            )
+            Checkpointer(
+                model,
+                reinit_mismatched=reinit,
+                complete=eval_only,
+                class_names=registered_classes(
+                    cfg, "TEST" if eval_only else "TRAIN", read=eval_only
+                ),
+                **saved,
+            ).load(weights, None if saved else [])
     finally:
         logging.disable(logging.NOTSET)
 
@@ -385,7 +391,8 @@ def _work(job: Job) -> None:
 def _train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> Any:
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        Checkpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
+        class_names = registered_classes(cfg, "TEST", read=True)
+        Checkpointer(model, complete=True, class_names=class_names).load(cfg.MODEL.WEIGHTS)
         return Trainer.test(cfg, model)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)

@@ -23,7 +23,7 @@ from torch.utils import collect_env
 
 from retinanet_ext.data.register import Source, find_sources
 from retinanet_ext.errors import InputError
-from retinanet_ext.files import write_file
+from retinanet_ext.files import to_json, write_file
 from retinanet_ext.provenance import commit, cpu_name, versions
 
 FORMAT = 1
@@ -100,7 +100,7 @@ def write_manifest(
     }
     manifest["configs"][key] = config
     manifest["starts"].append(_without_person(start))
-    content = json.dumps(manifest, indent=1, ensure_ascii=False)
+    content = to_json(manifest, indent=1, ensure_ascii=False)
     write_file(Path(cfg.OUTPUT_DIR, MANIFEST), content + "\n")
 
 

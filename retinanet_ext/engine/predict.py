@@ -16,6 +16,7 @@ from detectron2.structures import Instances
 from torch import nn
 
 from retinanet_ext.engine.checkpoint import Checkpointer
+from retinanet_ext.engine.class_matching import saved_class_names
 from retinanet_ext.engine.failures import first_line
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
@@ -38,10 +39,15 @@ class Predictor:
         Args:
             cfg: the model and how test images are resized
             model: a detector of that config; by default it is built, with ``MODEL.WEIGHTS``
+
+        Attributes:
+            class_names: of classes 0..K-1, where the weights' file names them; else empty
         """
+        self.class_names: list[str] = []
         if model is None:
             model = build_model(cfg)
-            Checkpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
+            content = Checkpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
+            self.class_names = saved_class_names(content)
         self.model = model.eval()
         self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         self.input_format = cfg.INPUT.FORMAT

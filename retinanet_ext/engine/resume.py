@@ -16,6 +16,7 @@ from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.utils import comm
 
 from retinanet_ext.data.loader import seed_generators
+from retinanet_ext.engine.class_matching import match_optimizer_state, saved_class_names
 from retinanet_ext.errors import InputError, StoppedError
 from retinanet_ext.files import replacing
 
@@ -61,7 +62,11 @@ class ResumableTrainer(DefaultTrainer):
                 f"{next(name for name in found if name != found[0]) or 'none'}"
             )
         if checkpoint:
-            self.checkpointer.load(checkpoint)
+            content = self.checkpointer.load(checkpoint)
+            saved, wanted = saved_class_names(content), self.checkpointer.class_names
+            if saved and wanted and saved != wanted:
+                model = self.checkpointer.model
+                match_optimizer_state(self.optimizer, saved, wanted, model)
             self.start_iter = self.iter + 1
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])

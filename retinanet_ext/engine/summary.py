@@ -10,7 +10,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from retinanet_ext.engine.trainer import grid_path, inference_dir
+from retinanet_ext.engine.trainer import DETECTIONS, grid_path, inference_dir
+from retinanet_ext.evaluation import COCO_MAX_DETECTIONS
 
 CLASS_COLUMNS = 4
 
@@ -25,17 +26,30 @@ def summarize(cfg: CfgNode, results: Mapping[str, Any]) -> str:
     """
     names = cfg.DATASETS.TEST
     by_name = {names[0]: results} if len(names) == 1 else results
-    parts = [_table(name, by_name.get(name, {}).get("bbox", {})) for name in names]
+    parts = [_table(cfg, name, by_name.get(name, {}).get("bbox", {})) for name in names]
     return "\n\n".join(["Finished.", *parts, _files(cfg)])
 
 
-def _table(name: str, metrics: Mapping[str, float]) -> str:
+def _table(cfg: CfgNode, name: str, metrics: Mapping[str, float]) -> str:
     if not metrics:
         return f"{name}: not evaluated, as it has no annotations"
     prefix = "AP-"
     overall = {key: value for key, value in metrics.items() if not key.startswith(prefix)}
-    if all(math.isnan(value) for value in overall.values()):
-        return f"{name}: no AP, for there are no detections or no objects"
+    if all(map(math.isnan, overall.values())):
+        return f"{name}: no objects in the test data: AP cannot be computed"
+    detections = inference_dir(cfg, name) / DETECTIONS
+    if detections.is_file() and detections.stat().st_size <= len("[]"):
+        thresh = cfg.MODEL.RETINANET.SCORE_THRESH_TEST
+        return f"{name}: no detections above MODEL.RETINANET.SCORE_THRESH_TEST {thresh:g}: AP is 0"
+    limit = cfg.TEST.DETECTIONS_PER_IMAGE
+    notes = []
+    if limit > COCO_MAX_DETECTIONS:
+        notes.append(
+            f"AP of up to {limit} detections per image (TEST.DETECTIONS_PER_IMAGE): not COCO's, "
+            f"which counts {COCO_MAX_DETECTIONS}"
+        )
+    if any(map(math.isnan, metrics.values())):
+        notes.append("-: no such objects in the test data")
     text = f"Box AP on {name}, in percent\n" + tabulate(
         [[_number(value) for value in overall.values()]],
         list(overall),
@@ -47,20 +61,21 @@ def _table(name: str, metrics: Mapping[str, float]) -> str:
         for key, value in metrics.items()
         if key.startswith(prefix)
     ]
-    if not classes:  # Detectron2 gives none where there is one class or no detection
-        return text
+    if not classes:  # Detectron2 gives none where there is one class
+        return "\n\n".join([text, *notes])
     num_rows = math.ceil(len(classes) / CLASS_COLUMNS)
     rows = [
         [cell for label, ap in classes[row::num_rows] for cell in (label, ap)]
         for row in range(num_rows)
     ]
     num_columns = len(rows[0]) // 2
-    return f"{text}\n\n" + tabulate(
+    by_class = tabulate(
         rows,
         ["class", "AP"] * num_columns,
         colalign=["left", "right"] * num_columns,
         disable_numparse=True,
     )
+    return "\n\n".join([text, by_class, *notes])
 
 
 def _number(value: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,18 +19,23 @@ from detectron2.data import (
     build_detection_test_loader,
 )
 from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluators
+from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, get_event_storage
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from retinanet_ext.data.loader import TrainLoader, build_train_loader
 from retinanet_ext.data.mapper import CheckedDatasetMapper
+from retinanet_ext.data.register import registered_classes
 from retinanet_ext.engine.checkpoint import Checkpointer
 from retinanet_ext.engine.resume import ResumableTrainer
 from retinanet_ext.engine.step import TrainingStep
-from retinanet_ext.evaluation import InferenceTime, draw_detection_grid
+from retinanet_ext.evaluation import BoxEvaluator, InferenceTime, draw_detection_grid
+
+DETECTIONS = "coco_instances_results.json"
+"""The file of detections that Detectron2's ``COCOEvaluator`` writes, in COCO's format."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +48,7 @@ class Trainer(ResumableTrainer):
     - Resuming is exact, see :class:`ResumableTrainer`.
     - An image that cannot be read is named.
     - Evaluation is COCO's, with the time an image takes; then a picture of detections is drawn.
+    - ``metrics.json`` is strict JSON.
     - A training that failed is not evaluated.
     """
 
@@ -60,6 +67,7 @@ class Trainer(ResumableTrainer):
             model,
             cfg.OUTPUT_DIR,
             reinit_mismatched=cfg.MODEL.RETINANET.REINIT_MISMATCHED,
+            class_names=registered_classes(cfg, "TRAIN"),
             trainer=weakref.proxy(self),
         )
         self.max_iter = cfg.SOLVER.MAX_ITER
@@ -86,8 +94,20 @@ class Trainer(ResumableTrainer):
         )
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
-        return COCOEvaluator(dataset_name, output_dir=str(inference_dir(cfg, dataset_name)))
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
+        return BoxEvaluator(
+            dataset_name,
+            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
+            output_dir=str(inference_dir(cfg, dataset_name)),
+        )
+
+    def build_writers(self) -> list[EventWriter]:
+        writers = super().build_writers()
+        for index, writer in enumerate(writers):
+            if isinstance(writer, JSONWriter):
+                writer.close()
+                writers[index] = StrictJSONWriter(str(Path(self.cfg.OUTPUT_DIR, "metrics.json")))
+        return writers
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Mapping[str, Any]:
@@ -119,6 +139,29 @@ class Trainer(ResumableTrainer):
         super().after_train()
 
 
+class StrictJSONWriter(JSONWriter):
+    """Detectron2's, but with null for NaN and infinity, which strict readers refuse."""
+
+    def write(self) -> None:
+        with _NullForNonFinite(get_event_storage()):
+            super().write()
+
+
+class _NullForNonFinite(EventStorage):
+    """The latest scalars of a storage, those that are not finite as None."""
+
+    def __init__(self, storage: EventStorage) -> None:
+        super().__init__(storage.iter)
+        self._storage = storage
+
+    def latest_with_smoothing_hint(self, window_size: int = 20) -> dict[str, tuple[Any, int]]:
+        latest = self._storage.latest_with_smoothing_hint(window_size)
+        return {
+            name: (value if math.isfinite(value) else None, iteration)
+            for name, (value, iteration) in latest.items()
+        }
+
+
 def inference_dir(cfg: CfgNode, dataset_name: str) -> Path:
     """Return the folder of a data set's detections: its own where there are several."""
     folder = Path(cfg.OUTPUT_DIR, "inference")
@@ -133,7 +176,7 @@ def grid_path(cfg: CfgNode, dataset_name: str) -> Path:
 
 def draw_detections(cfg: CfgNode, dataset_name: str) -> None:
     """Draw the picture of the detections that ``COCOEvaluator`` has written."""
-    file = inference_dir(cfg, dataset_name) / "coco_instances_results.json"
+    file = inference_dir(cfg, dataset_name) / DETECTIONS
     predictions = json.loads(file.read_text())
     metadata = MetadataCatalog.get(dataset_name)
     class_ids = metadata.get("thing_dataset_id_to_contiguous_id")

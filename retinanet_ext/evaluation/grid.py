@@ -6,15 +6,16 @@ import colorsys
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
-from matplotlib import colormaps, get_data_path
-from PIL import Image, ImageDraw, ImageFont
+from matplotlib import colormaps
+from PIL import Image, ImageDraw
+
+from retinanet_ext.evaluation.fonts import DEFAULT_FONT, Label, escape, label_classes, load_font
 
 # All in pixels.
 IMAGE_WIDTH = 480
@@ -63,6 +64,7 @@ def draw_detection_grid(
         if record["score"] >= score_thresh and all(map(math.isfinite, record["bbox"])):
             detections[record["image_id"]].append(record)
     palette = _palette(len(class_names))
+    labels = label_classes(class_names)
     pairs = []
     classes_shown = set()
     for image in chosen:
@@ -71,12 +73,12 @@ def draw_detection_grid(
         found = sorted(detections[image["image_id"]], key=lambda record: record["score"])
         found = [_from_prediction(record) for record in found]
         title = (
-            f"image {image['image_id']}: {_count(len(objects), 'object')} | "
+            f"image {escape(str(image['image_id']))}: {_count(len(objects), 'object')} | "
             f"{_count(len(found), 'detection')} >= {score_thresh:.2f}"
         )
-        pairs.append(_draw_pair(image, title, objects, found, class_names, palette))
+        pairs.append(_draw_pair(image, title, objects, found, labels, palette))
         classes_shown |= {label for label, *_ in objects + found}
-    legend = [(class_names[label], palette[label]) for label in sorted(classes_shown)]
+    legend = [(labels[label], palette[label]) for label in sorted(classes_shown)]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     _compose(pairs, legend).save(path)
 
@@ -119,7 +121,7 @@ def _draw_pair(
     title: str,
     objects: Sequence[Box],
     found: Sequence[Box],
-    class_names: Sequence[str],
+    labels: Sequence[Label],
     palette: Sequence[Colour],
 ) -> Image.Image:
     picture = Image.fromarray(read_image(image["file_name"], format="RGB"))
@@ -127,10 +129,10 @@ def _draw_pair(
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     picture = picture.resize(size, Image.Resampling.BICUBIC)
     pair = Image.new("RGB", (2 * IMAGE_WIDTH + PAIR_GAP, LINE + picture.height), PAPER)
-    ImageDraw.Draw(pair).text((0, 2), title, fill=INK, font=_font(FONT_SIZE))
+    ImageDraw.Draw(pair).text((0, 2), title, fill=INK, font=load_font(DEFAULT_FONT, FONT_SIZE))
     for column, boxes in enumerate((objects, found)):
         panel = picture.copy()
-        _draw_boxes(panel, boxes, scale, class_names, palette)
+        _draw_boxes(panel, boxes, scale, labels, palette)
         pair.paste(panel, (column * (IMAGE_WIDTH + PAIR_GAP), LINE))
     return pair
 
@@ -139,11 +141,10 @@ def _draw_boxes(
     panel: Image.Image,
     boxes: Sequence[Box],
     scale: float,
-    class_names: Sequence[str],
+    labels: Sequence[Label],
     palette: Sequence[Colour],
 ) -> None:
     draw = ImageDraw.Draw(panel)
-    font = _font(LABEL_FONT_SIZE)
     corners = []
     for _, box, _ in boxes:
         left, right = sorted((box[0] * scale, box[2] * scale))
@@ -154,7 +155,8 @@ def _draw_boxes(
     for (label, _, _), corner in zip(boxes, corners, strict=True):
         draw.rectangle(corner, outline=palette[label], width=2)
     for (label, _, note), (left, top, *_) in zip(boxes, corners, strict=True):
-        text = f"{class_names[label]} {note}".strip()
+        text = f"{labels[label].text} {note}".strip()
+        font = load_font(labels[label].font, LABEL_FONT_SIZE)
         width, height = draw.textlength(text, font=font) + 4, LABEL_FONT_SIZE + 3
         x = min(max(left, 0), panel.width - width)
         y = top - height if top >= height else max(top, 0)
@@ -162,7 +164,7 @@ def _draw_boxes(
         draw.text((x + 2, y), text, fill=_readable_on(palette[label]), font=font)
 
 
-def _compose(pairs: Sequence[Image.Image], legend: Sequence[tuple[str, Colour]]) -> Image.Image:
+def _compose(pairs: Sequence[Image.Image], legend: Sequence[tuple[Label, Colour]]) -> Image.Image:
     """Put the pairs in up to two columns, below the legend."""
     num_columns = min(2, len(pairs))
     pair_width = pairs[0].width
@@ -173,12 +175,12 @@ def _compose(pairs: Sequence[Image.Image], legend: Sequence[tuple[str, Colour]])
     heights = [max(pair.height for pair in row) for row in rows]
     sheet = Image.new("RGB", (width, top + sum(heights) + MARGIN * (len(rows) + 1)), PAPER)
     draw = ImageDraw.Draw(sheet)
-    for x, line, text, colour in placed:
+    for x, line, label, colour in placed:
         y = MARGIN + line * LINE
         if colour:
             draw.rectangle((x, y + 3, x + SWATCH, y + 3 + SWATCH), fill=colour)
             x += SWATCH + 6
-        draw.text((x, y), text, fill=INK, font=_font(FONT_SIZE))
+        draw.text((x, y), label.legend, fill=INK, font=load_font(label.font, FONT_SIZE))
     for row, height in zip(rows, heights, strict=True):
         top += MARGIN
         for column, pair in enumerate(row):
@@ -188,16 +190,17 @@ def _compose(pairs: Sequence[Image.Image], legend: Sequence[tuple[str, Colour]])
 
 
 def _place_legend(
-    legend: Sequence[tuple[str, Colour]], right: int
-) -> Iterator[tuple[int, int, str, Colour | None]]:
-    """Yield x, number of the line, text and colour of each entry, in lines that end at right."""
+    legend: Sequence[tuple[Label, Colour]], right: int
+) -> Iterator[tuple[int, int, Label, Colour | None]]:
+    """Yield x, number of the line, label and colour of each entry, in lines that end at right."""
     x, line = MARGIN, 0
     head = "left: ground truth, right: detections"
-    for text, colour in [(head, None), *legend]:
-        width = SWATCH + 26 + math.ceil(_font(FONT_SIZE).getlength(text))
+    for label, colour in [(Label(head, head, DEFAULT_FONT), None), *legend]:
+        font = load_font(label.font, FONT_SIZE)
+        width = SWATCH + 26 + math.ceil(font.getlength(label.legend))
         if x + width > right and x > MARGIN:
             x, line = MARGIN, line + 1
-        yield x, line, text, colour
+        yield x, line, label, colour
         x += width
 
 
@@ -219,8 +222,3 @@ def _palette(number: int) -> list[Colour]:
 def _readable_on(colour: Colour) -> str:
     red, green, blue = colour
     return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"), size)

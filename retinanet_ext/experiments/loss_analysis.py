@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -38,11 +37,12 @@ from retinanet_ext.analysis.loss_cdf import (
     conclude,
 )
 from retinanet_ext.data import CheckedDatasetMapper, prepare_datasets
+from retinanet_ext.data.register import registered_classes
 from retinanet_ext.engine import Checkpointer, load_config
 from retinanet_ext.engine.config import check_config, use_cpu_without_cuda
 from retinanet_ext.engine.launch import check_model
 from retinanet_ext.errors import InputError
-from retinanet_ext.files import write_file
+from retinanet_ext.files import to_json, write_file
 from retinanet_ext.losses import Interval
 from retinanet_ext.modeling import RetinaNetExt
 from retinanet_ext.modeling.matching import label_anchors
@@ -98,7 +98,7 @@ def analyze_loss(
     check_config(cfg, num_processes=1, eval_only=True)
     prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=dataset == "test")
     images = _choose_images(cfg, dataset, num_images, seed)
-    model = _load_model(cfg, weights)
+    model = _load_model(cfg, weights, dataset)
     _make_folder(folder)
 
     sample = WindowSample(num_positives=num_positives, num_negatives=num_negatives, seed=seed)
@@ -124,7 +124,7 @@ def analyze_loss(
         "text": text,
         "conclusion": conclusion,
         "fractions": FRACTIONS.tolist(),
-        "curves": [_to_json(curve) for curve in curves],
+        "curves": [_describe(curve) for curve in curves],
     }
     _write(folder, content, curves)
     files = "\n".join(f"Wrote {path}" for path in _files(folder))
@@ -264,7 +264,7 @@ def _make_mapper(cfg: CfgNode) -> CheckedDatasetMapper:
     )
 
 
-def _load_model(cfg: CfgNode, weights: str) -> DenseDetector:
+def _load_model(cfg: CfgNode, weights: str, dataset: str) -> DenseDetector:
     check_model(cfg, weights, resume=False, eval_only=True)
     model = build_model(cfg)
     if not isinstance(model, (RetinaNetExt, RetinaNet)):
@@ -272,11 +272,12 @@ def _load_model(cfg: CfgNode, weights: str) -> DenseDetector:
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} does not label anchors by IoU; "
             "RetinaNetExt and RetinaNet can be analyzed"
         )
-    Checkpointer(model, complete=True).load(weights)
+    class_names = registered_classes(cfg, dataset.upper())
+    Checkpointer(model, complete=True, class_names=class_names).load(weights)
     return model
 
 
-def _to_json(curve: LossCurve) -> dict[str, Any]:
+def _describe(curve: LossCurve) -> dict[str, Any]:
     paper = PAPER[curve.side][curve.gamma]
     content = asdict(curve)
     content["cdf"] = [float(f"{share:.6g}") for share in curve.cdf]
@@ -294,4 +295,4 @@ def _write(folder: Path, content: dict[str, Any], curves: Sequence[LossCurve]) -
     figure = figure_4(curves)
     for path in pictures:
         save_figure(figure, path)
-    write_file(json_file, json.dumps(content, indent=1, ensure_ascii=False))
+    write_file(json_file, to_json(content, indent=1, ensure_ascii=False))

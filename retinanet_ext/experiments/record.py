@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from retinanet_ext.errors import InputError
-from retinanet_ext.experiments.tables import METRICS
-from retinanet_ext.files import write_file
+from retinanet_ext.files import to_json, write_file
 
 FORMAT = 1
 RECORD = "record.json"
@@ -94,7 +93,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a json file whole or not at all."""
-    write_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_file(path, to_json(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -120,24 +119,14 @@ def _last_lines(path: Path) -> dict[tuple[int, bool], dict[str, Any]]:
 
 
 def final_metrics(run: Path) -> tuple[dict[str, float | None], float | None]:
-    """Return AP by name, and milliseconds an image, of the last evaluation in ``metrics.json``.
-
-    Without any detection, where COCO's evaluation gives no number, AP is 0.
-    """
+    """Return AP by name, and milliseconds an image, of the last evaluation in ``metrics.json``."""
     evaluations = [line for line in read_metrics(run) if "bbox/AP" in line]
     if not evaluations:
         return {}, None
     last = evaluations[-1]
     metrics = {
-        name.removeprefix("bbox/"): value if math.isfinite(value) else None
+        name.removeprefix("bbox/"): None if value is None or math.isnan(value) else value
         for name, value in last.items()
         if name.startswith("bbox/")
     }
-    if all(value is None for value in metrics.values()) and _no_detections(run):
-        metrics.update(dict.fromkeys(METRICS[:3], 0.0))
     return metrics, last.get("inference/ms_per_image")
-
-
-def _no_detections(run: Path) -> bool:
-    file = run / "inference" / "coco_instances_results.json"
-    return file.is_file() and file.read_text().strip() == "[]"

@@ -17,6 +17,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from retinanet_ext.data import SampleSet, coco_json, prepare_datasets
+from retinanet_ext.data.register import registered_classes
 from retinanet_ext.errors import InputError
 
 from .conftest import BCCD_MINI, Bccd
@@ -249,6 +250,15 @@ def test_sample_set_is_registered(
     assert cfg.MODEL.RETINANET.NUM_CLASSES == 5
     assert len(DatasetCatalog.get("retinanet_ext_sample_train")) == SampleSet().num_train
     assert len(DatasetCatalog.get("retinanet_ext_sample_val")) == SampleSet().num_val
+
+
+def test_classes_of_other_codes_data_are_known_once_they_are_read(bccd: Bccd, cfg: CfgNode) -> None:
+    bccd.write()
+    register_coco_instances("read_later", {}, str(bccd.val_json), str(bccd.images))
+    cfg.DATASETS.TEST = ("read_later",)
+    assert registered_classes(cfg, "TRAIN", read=True) == []
+    assert registered_classes(cfg, "TEST") == []
+    assert registered_classes(cfg, "TEST", read=True) == ["RBC", "WBC", "Platelets"]
 
 
 def strip(bccd: Bccd) -> None:

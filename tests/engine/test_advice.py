@@ -3,7 +3,9 @@
 import pytest
 
 from retinanet_ext.config import COUNTS_ONLY_IF, all_keys
+from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine import main
+from retinanet_ext.engine.advice import advise as advise_on_all
 from retinanet_ext.engine.advice import advise_on_model, advise_on_training, ineffective_keys
 from retinanet_ext.engine.config import load_config
 
@@ -232,6 +234,33 @@ def test_crowd_regions_as_background():
     stock = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
     (line,) = advise(R18, *stock, num_crowd_regions=7)
     assert "META_ARCHITECTURE RetinaNetExt" in line
+
+
+@pytest.mark.parametrize(
+    ("limit", "eval_only", "expected"),
+    [
+        (12, False, []),
+        (7, True, ["custom_test: images with more objects than TEST.DETECTIONS_PER_IMAGE 7: 2, "]),
+        (
+            10,
+            False,
+            [
+                "custom_train: images with more objects than TEST.DETECTIONS_PER_IMAGE 10: 3, the "
+                "fullest with 12: trained on in full, but no more than 10 are found per image",
+            ],
+        ),
+    ],
+)
+def test_images_with_more_objects_than_are_returned(limit, eval_only, expected):
+    cfg, is_set = load_config(
+        "tests/engine/tiny.yaml", ["TEST.DETECTIONS_PER_IMAGE", str(limit), "MODEL.DEVICE", "cpu"]
+    )
+    prepare_datasets(cfg, num_classes_is_set=is_set, eval_only=eval_only)
+    lines = advise_on_all(cfg, "", eval_only=eval_only)
+    found = [line for line in lines if "DETECTIONS_PER_IMAGE" in line]
+    assert len(found) == len(expected)
+    assert all(line.startswith(start) for line, start in zip(found, expected, strict=True))
+    assert all("bounds recall and AP" in line for line in found)
 
 
 def test_the_launching_process_warns_once(tmp_path, restore_logging, capfd):

@@ -19,6 +19,7 @@ from retinanet_ext.engine import Trainer, load_config
 from retinanet_ext.engine.config import check_config
 from retinanet_ext.engine.failures import explain
 from retinanet_ext.engine.summary import summarize
+from retinanet_ext.engine.trainer import StrictJSONWriter
 from retinanet_ext.errors import InputError
 
 IMAGES = Path("tests/fixtures/bccd_mini/images")
@@ -86,7 +87,44 @@ def test_summary(tmp_path):
     assert ["RBC", "0.0", "WBC", "10.0", "Platelets", "20.0"] in lines
     assert lines[-1][-1] == str(tmp_path / "metrics.json")
     assert "model_final.pth" not in summarize(cfg, {})
-    assert "no AP" in summarize(cfg, {"bbox": {"AP": math.nan, "AP50": math.nan}})
+    assert "-: no such objects in the test data" in summarize(cfg, {"bbox": metrics})
+
+
+def test_summary_without_objects_or_detections_says_which(tmp_path):
+    cfg = make_cfg(tmp_path, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.999")
+    text = summarize(cfg, Trainer.test(cfg, Trainer.build_model(cfg)))
+    said = "custom_test: no detections above MODEL.RETINANET.SCORE_THRESH_TEST 0.999: AP is 0"
+    assert said in text.splitlines()
+    nothing = {"bbox": {"AP": math.nan, "AP50": math.nan, "AP-RBC": math.nan}}
+    said = "custom_test: no objects in the test data: AP cannot be computed"
+    assert said in summarize(cfg, nothing).splitlines()
+
+
+def test_summary_says_that_ap_is_not_cocos(tmp_path):
+    cfg = make_cfg(tmp_path, "TEST.DETECTIONS_PER_IMAGE", "300")
+    metrics = {"bbox": {"AP": 48.54}}
+    assert "AP of up to 300 detections per image" in summarize(cfg, metrics)
+    assert Trainer.build_evaluator(cfg, "custom_test")._max_dets_per_image == [1, 10, 300]
+    cfg.TEST.DETECTIONS_PER_IMAGE = 100
+    assert "detections per image" not in summarize(cfg, metrics)
+
+
+def test_numbers_that_json_lacks_are_null(tmp_path):
+    writer = StrictJSONWriter(str(tmp_path / "metrics.json"))
+    with EventStorage() as storage:
+        storage.put_scalars(
+            loss=math.nan, rate=math.inf, iteration_seconds=0.25, smoothing_hint=False
+        )
+        writer.write()
+        assert math.isnan(storage.latest()["loss"][0])  # for the log and TensorBoard
+        storage.step()
+        storage.put_scalar("loss", 2.0, smoothing_hint=False)
+        writer.write()
+    lines = (tmp_path / "metrics.json").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [
+        {"iteration": 0, "loss": None, "rate": None, "iteration_seconds": 0.25},
+        {"iteration": 1, "loss": 2.0},
+    ]
 
 
 def test_summary_of_many_classes_has_each(tmp_path):

@@ -9,11 +9,13 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import retinanet_ext
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments import record, runner
+from retinanet_ext.experiments.figures import _read_curve
 from retinanet_ext.experiments.tables import TABLES
 
 ROOT = Path(__file__).parents[2]
@@ -48,7 +50,7 @@ if alpha == 0.99:
     (folder / "model_0000001.pth").write_text("weights")
     while not (folder.parents[3] / "go").exists():
         time.sleep(0.05)
-final = {"iteration": 29, "bbox/AP": 100 * alpha, "bbox/APs": float("nan"),
+final = {"iteration": 29, "bbox/AP": 100 * alpha, "bbox/APs": None,
          "inference/ms_per_image": 4.5}
 with open(folder / "metrics.json", "a") as file:
     file.write(json.dumps(final) + "\\n")
@@ -343,3 +345,16 @@ def test_list_shows_every_table_and_every_row():
     assert all(row.name in rows for row in TABLES["1d"].rows) and "36.0" in rows
     with pytest.raises(InputError, match="there are 1a, 1b"):
         runner.describe(["9"])
+
+
+@pytest.mark.parametrize("value", ["null", "NaN"])
+def test_ap_that_is_not_defined_is_none(value, tmp_path):
+    """Runs of this version write null, earlier ones wrote NaN."""
+    lines = [
+        f'{{"iteration": 9, "total_loss": {value}, "loss_cls": 1.0}}',
+        f'{{"iteration": 10, "bbox/AP": 1.5, "bbox/APs": {value}, "inference/ms_per_image": 4.0}}',
+    ]
+    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    assert record.final_metrics(tmp_path) == ({"AP": 1.5, "APs": None}, 4.0)
+    curve = _read_curve(tmp_path)
+    assert np.isnan(curve["total_loss"]).all() and curve["loss_cls"] == [1.0]
