@@ -9,9 +9,8 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
-from torch.testing import assert_close
 
-from detectors import make_cfg, make_model
+from detectors import assert_same_detections, make_cfg, make_model
 from retinanet_ext.engine.predict import Predictor
 from retinanet_ext.errors import InputError
 
@@ -30,13 +29,6 @@ def weights(tmp_path):
     return str(tmp_path / "weights.pth")
 
 
-def assert_same(found, expected):
-    assert found.image_size == expected.image_size
-    assert torch.equal(found.pred_classes, expected.pred_classes)
-    assert_close(found.scores, expected.scores, rtol=1e-5, atol=0)
-    assert_close(found.pred_boxes.tensor, expected.pred_boxes.tensor, rtol=1e-5, atol=1e-3)
-
-
 @pytest.mark.parametrize("input_format", ["BGR", "RGB"])
 def test_same_detections_as_one_by_one(weights, input_format):
     """Files and arrays, upright and lying, one batch and a part of one."""
@@ -52,7 +44,8 @@ def test_same_detections_as_one_by_one(weights, input_format):
         found = list(predictor(images, batch_size))
         assert len(found) == len(images)
         for f, e in zip(found, expected, strict=True):
-            assert_same(f, e)
+            assert f.image_size == e.image_size
+            assert_same_detections(f, e, rtol=1e-5, box_rtol=1e-5, box_atol=1e-3)
 
 
 def test_images_are_batched_and_read_as_they_are_needed(monkeypatch):
