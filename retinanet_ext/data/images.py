@@ -31,7 +31,7 @@ MAX_PIXELS = 178_956_970
 LOW_AND_HIGH = 0.1, 99.9
 """The percentiles of ``INPUT.PIXEL_RANGE percentiles``."""
 
-FEW_LEVELS = 16
+FEW_LEVELS = 17
 """Of 256: what is left of 12 bits in a file of 16. So few are a finding."""
 
 _SAMPLED_IMAGES = 200
