@@ -60,10 +60,9 @@ class Predictor:
         if model is None:
             cfg = cfg.clone()
             cfg.defrost()
-            weights = cfg.MODEL.WEIGHTS or _last_weights(cfg.OUTPUT_DIR)
             use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
             model = build_model(cfg)
-            Checkpointer(model, complete=True).load(weights)
+            _load_weights(model, cfg)
         self.model = model.eval()
         self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         self.reader = ImageReader.from_config(cfg)
@@ -153,14 +152,23 @@ class Predictor:
             return [output["instances"] for output in self.model(batch)]
 
 
-def _last_weights(output_dir: str) -> str:
-    """Return the last checkpoint of a run, for a config that names no weights, and say so."""
-    weights, passed_over = last_checkpoint(output_dir)
-    if not weights:
+def _load_weights(model: nn.Module, cfg: CfgNode) -> None:
+    """Load ``MODEL.WEIGHTS``, or where it is empty the run's last checkpoint, and say so."""
+    checkpointer = Checkpointer(model, complete=True)
+    if cfg.MODEL.WEIGHTS:
+        try:
+            checkpointer.load(cfg.MODEL.WEIGHTS)
+        except InputError as error:  # a run's config names what it began with, such as a backbone
+            last, _ = last_checkpoint(cfg.OUTPUT_DIR)
+            has = f"; OUTPUT_DIR has {last}" if last else ""
+            raise InputError(f"{error}{has}") from error
+        return
+    last, passed_over = last_checkpoint(cfg.OUTPUT_DIR)
+    if not last:
         raise InputError(
-            f"MODEL.WEIGHTS is empty, and OUTPUT_DIR {output_dir} holds no checkpoint; set "
+            f"MODEL.WEIGHTS is empty, and OUTPUT_DIR {cfg.OUTPUT_DIR} holds no checkpoint; set "
             "MODEL.WEIGHTS to the weights of the model"
         )
     because = "".join(f"; {reason}" for reason in passed_over)
-    logger.warning("MODEL.WEIGHTS is empty: the last checkpoint is used, %s%s", weights, because)
-    return weights
+    logger.warning("MODEL.WEIGHTS is empty: the last checkpoint is used, %s%s", last, because)
+    checkpointer.load(last)
