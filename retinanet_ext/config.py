@@ -130,8 +130,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     #   [0, 4095]    these; what is beyond them is clipped
     # Floats, 32-bit and signed integers have no depth that says what is white: not with auto.
     cfg.INPUT.PIXEL_RANGE = [AUTO]
-    # Pixels of an image; larger ones are refused. Three bytes each where images are read in colour,
-    # for each process that reads. The default is where Pillow stops.
+    # Pixels of an image; larger ones are refused. In colour each takes 15 bytes while the image is
+    # read and resized, in every process that reads images. The default is where Pillow stops.
     cfg.INPUT.MAX_PIXELS = MAX_PIXELS
 
     # For NAME: OctaveAnchorGenerator. Anchor sides are BASE_SCALE x stride x 2^(k/n) pixels,

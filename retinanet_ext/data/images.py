@@ -37,6 +37,8 @@ FEW_LEVELS = 17
 _SAMPLED_IMAGES = 200
 _SAMPLED_PIXELS = 10_000  # of each
 
+_BYTES = 5  # of a pixel and channel while an image is read and resized, measured
+
 _BITS_PER_SAMPLE = 258  # a TIFF tag
 _HUGE = threading.Lock()  # one huge image in memory at a time, however many threads read
 
@@ -95,10 +97,10 @@ class ImageReader:
                 image = _open_without_limit(file)
             pixels = image.width * image.height
             if pixels > self.max_pixels:
-                memory = pixels * num_channels(self.image_format) / 1e9
+                memory = _BYTES * pixels * num_channels(self.image_format) / 1e9
                 raise InputError(
-                    f"it has {image.width} x {image.height} = {pixels:,} pixels, {memory:.1f} GB "
-                    f"in memory, and INPUT.MAX_PIXELS allows {self.max_pixels:,}"
+                    f"it has {image.width} x {image.height} = {pixels:,} pixels, which take "
+                    f"{memory:.1f} GB of memory, and INPUT.MAX_PIXELS allows {self.max_pixels:,}"
                 )
             yield image
 

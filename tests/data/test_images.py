@@ -285,7 +285,8 @@ def test_a_limit_in_pixels_is_the_keys_alone(
         kind, what = find_image_fault(record, ImageReader(max_pixels=64 * 48 - 1))
         assert kind == "unreadable_image"
         assert what == (
-            "it has 64 x 48 = 3,072 pixels, 0.0 GB in memory, and INPUT.MAX_PIXELS allows 3,071"
+            "it has 64 x 48 = 3,072 pixels, which take 0.0 GB of memory, and INPUT.MAX_PIXELS "
+            "allows 3,071"
         )
         assert limit == Image.MAX_IMAGE_PIXELS
 
