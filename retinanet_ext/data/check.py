@@ -505,9 +505,10 @@ def _id(item: Any, field: str = "id") -> int | None:
 
 
 def _header_agrees(path: str, image: dict[str, Any], reader: ImageReader) -> bool:
-    """Tell whether the header alone shows that the image is one, and has the json's size."""
+    """Tell whether the header alone shows that the image can be used, and has the json's size."""
     try:
         with reader.open(path) as opened:
+            reader.range_of(opened)
             # The first test comes first because getexif() decodes a PNG that has no EXIF block.
             upright = "exif" not in opened.info or opened.getexif().get(_EXIF_ORIENTATION, 1) <= 4
             fits = upright and opened.size == (image["width"], image["height"])

@@ -110,28 +110,41 @@ class ImageReader:
 
     def to_8_bits(self, image: Image.Image) -> Image.Image:
         """Return Pillow's image, upright, with 8 bits a channel."""
-        depth = bit_depth(image)
+        pixel_range = self.range_of(image)
         image = _apply_exif_orientation(image)
+        if pixel_range is None:
+            return image
+        values = np.asarray(image)
+        if values.dtype.itemsize == 2:  # each level once, not each pixel
+            return Image.fromarray(_scale(np.arange(2**16), *pixel_range)[values])
+        return Image.fromarray(_scale(values, *pixel_range))
+
+    def range_of(self, image: Image.Image) -> Range | None:
+        """Return the levels of an image that become 0 and 255, None where they are of 8 bits.
+
+        Of an opened file the header alone is read.
+
+        Raises:
+            InputError: there is no such range
+        """
+        depth = bit_depth(image)
         if not _is_deep_grey(image):
             if depth == 8 or not self.pixel_range:
-                return image
+                return None
             raise InputError(
                 f"it has {depth} bits in each of several channels, of which the upper 8 alone can "
                 f"be read: {RANGE_KEY} auto takes those, and a range is of grey images alone"
             )
-        if not self.pixel_range and depth is None:
-            low, high = _extrema(image)
-            kind = "floats" if image.mode == "F" else "integers"
-            raise InputError(
-                f"its pixels are {kind}, here {low:g} to {high:g}, of which no bit depth says what "
-                f"black and white are: set {RANGE_KEY} to [black, white], or to percentiles"
-            )
-        low, high = self.pixel_range or (0, 2 ** (depth or 0) - 1)
-        values = np.asarray(image)
-        if values.dtype.itemsize == 2:  # each level once, not each pixel
-            levels = np.arange(2**16)
-            return Image.fromarray(_scale(levels, low, high)[values])
-        return Image.fromarray(_scale(values, low, high))
+        if self.pixel_range:
+            return self.pixel_range
+        if depth:
+            return 0, 2**depth - 1
+        low, high = _extrema(image)
+        kind = "floats" if image.mode == "F" else "integers"
+        raise InputError(
+            f"its pixels are {kind}, here {low:g} to {high:g}, of which no bit depth says what "
+            f"black and white are: set {RANGE_KEY} to [black, white], or to percentiles"
+        )
 
 
 def _scale(values: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -268,6 +268,23 @@ def test_findings_about_images_are_kept_with_a_warning(
         prepare(cfg)
 
 
+@pytest.mark.parametrize("max_decoded", [1000, 2], ids=["decoded", "headers"])
+def test_images_without_a_range_or_too_large_are_refused_before_training(
+    max_decoded: int, bccd: Bccd, cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("retinanet_ext.data.check.MAX_DECODED_IMAGES", max_decoded)
+    cfg.INPUT.MAX_PIXELS = 640 * 480 - 1
+    with pytest.raises(InputError, match=r"^\S+: 3 image files .*INPUT\.MAX_PIXELS allows 307,199"):
+        prepare(bccd.use(cfg))
+    cfg.INPUT.MAX_PIXELS += 1
+    bccd.train["images"][0]["file_name"] = "float.tif"
+    Image.fromarray(np.ones((480, 640), np.float32)).save(bccd.images / "float.tif")
+    with pytest.raises(InputError, match=r"float\.tif \(image id 80\): .* floats, here 1 to 1"):
+        prepare(bccd.use(cfg))
+    cfg.INPUT.PIXEL_RANGE = [0, 2]
+    prepare(cfg)
+
+
 def test_a_limit_in_pixels_is_the_keys_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
