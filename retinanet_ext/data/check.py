@@ -217,7 +217,7 @@ _OPTIONAL = {"iscrowd": _FLAG, "area": _AREA, "ignore": _FLAG}
 def find_image_faults(
     content: dict[str, Any], image_root: str, reader: ImageReader, *, decode_all: bool = False
 ) -> list[Finding]:
-    """Return the images of a json that are missing, or that their files have a fault of.
+    """Return what is wrong with the image files of a json, the first fault of each.
 
     Args:
         content: of the json, checked or not; images that are malformed are passed over.

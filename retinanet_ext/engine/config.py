@@ -19,7 +19,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from retinanet_ext.config import add_retinanet_ext_config, all_keys, read_key
-from retinanet_ext.data.images import num_channels, parse_pixel_range
+from retinanet_ext.data.images import RANGE_KEY, num_channels, parse_pixel_range
 from retinanet_ext.engine.failures import first_line
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
@@ -449,8 +449,8 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
             value = float(value)
         if isinstance(default, list) and isinstance(value, Mapping):
             value = [[name, item] for name, item in value.items()]  # {name: number} as pairs
-        if isinstance(value, str) and isinstance(default, list) and [*map(type, default)] == [str]:
-            value = [value]  # one word where a list of one word is held
+        if key == RANGE_KEY and isinstance(value, str):
+            value = [value]  # yacs holds words and pairs of numbers in one type alone
         if value is None and default is not None:
             raise ValueError
         cfg.merge_from_list([key, repr(value) if isinstance(value, str) else value])

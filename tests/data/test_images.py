@@ -156,10 +156,12 @@ def test_the_key_in_a_saved_config(tmp_path: Path, cfg: CfgNode) -> None:
     for value in (["auto"], [0.5, 4095.0]):
         cfg.INPUT.PIXEL_RANGE = value
         (tmp_path / "config.yaml").write_text(cfg.dump())
-        assert value == load_config(str(tmp_path / "config.yaml"))[0].INPUT.PIXEL_RANGE
+        file, word = str(tmp_path / "config.yaml"), ["INPUT.PIXEL_RANGE", "percentiles"]
+        assert load_config(file)[0].INPUT.PIXEL_RANGE == value
+        assert load_config(file, word)[0].INPUT.PIXEL_RANGE == ["percentiles"]
         plain = cfg.clone()
         plain.INPUT.PIXEL_RANGE = ["auto"]
-        plain.merge_from_file(str(tmp_path / "config.yaml"))  # as Detectron2 does
+        plain.merge_from_file(file)  # as Detectron2 does
         assert value == plain.INPUT.PIXEL_RANGE
 
 
