@@ -111,7 +111,7 @@ class ImageReader:
     def to_8_bits(self, image: Image.Image) -> Image.Image:
         """Return Pillow's image, upright, with 8 bits a channel."""
         pixel_range = self.range_of(image)
-        image = _apply_exif_orientation(image)
+        image = _apply_exif_orientation(image)  # Pillow's own raises where EXIF is malformed
         if pixel_range is None:
             return image
         values = np.asarray(image)

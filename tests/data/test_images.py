@@ -157,7 +157,8 @@ def test_the_key_in_a_saved_config(tmp_path: Path, cfg: CfgNode) -> None:
         cfg.INPUT.PIXEL_RANGE = value
         (tmp_path / "config.yaml").write_text(cfg.dump())
         file, word = str(tmp_path / "config.yaml"), ["INPUT.PIXEL_RANGE", "percentiles"]
-        assert load_config(file)[0].INPUT.PIXEL_RANGE == value
+        found = load_config(file)[0].INPUT.PIXEL_RANGE
+        assert found == value
         assert load_config(file, word)[0].INPUT.PIXEL_RANGE == ["percentiles"]
         plain = cfg.clone()
         plain.INPUT.PIXEL_RANGE = ["auto"]
