@@ -12,6 +12,7 @@ from typing import Any
 from detectron2.config import CfgNode
 
 from retinanet_ext.data import check
+from retinanet_ext.data.images import AUTO, MAX_PIXELS
 from retinanet_ext.data.sample_set import SampleSet
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES
@@ -219,6 +220,18 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # sizes occur, as generated code and cuDNN's search for algorithms like it. 0: no more than
     # the backbone needs, 32.
     cfg.INPUT.PAD_MULTIPLE = 0
+
+    # Which grey levels of images of more than 8 bits become 0 and 255; images of 8 bits stay as
+    # they are. One word or two numbers:
+    #   auto         by the bit depth of each file: 65535, or less where a TIFF has fewer bits
+    #   percentiles  the 0.1st and 99.9th of a sample of the training images; the run's config.yaml
+    #                has the two numbers, which evaluation and Predictor then use
+    #   [0, 4095]    these; what is beyond them is clipped
+    # Floats, 32-bit and signed integers have no depth that says what is white: not with auto.
+    cfg.INPUT.PIXEL_RANGE = [AUTO]
+    # Pixels of an image; larger ones are refused. In colour each takes 15 bytes while the image is
+    # read and resized, in every process that reads images. The default is where Pillow stops.
+    cfg.INPUT.MAX_PIXELS = MAX_PIXELS
 
     # For NAME: OctaveAnchorGenerator. Anchor sides are BASE_SCALE x stride x 2^(k/n) pixels,
     # k = 0..n-1, n = SCALES_PER_OCTAVE ("#sc" in table 1c). Aspect ratios are Detectron2's key.

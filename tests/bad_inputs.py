@@ -293,8 +293,13 @@ DATA = [
     ("an image of no bytes", "not an image", replace_image(lambda path: path.write_bytes(b""))),
     (
         "an image of 60000 x 60000 pixels in a few bytes",
-        "exceeds limit of",
+        "INPUT.MAX_PIXELS allows 178,956,970",
         replace_image(pixel_bomb),
+    ),
+    (
+        "an image of floats",
+        "set INPUT.PIXEL_RANGE to [black, white]",
+        replace_image(lambda path: Image.new("F", (640, 480)).save(path, format="tiff")),
     ),
     (
         "an image of another size than the json's",
@@ -484,6 +489,11 @@ CONFIG = [
         "a mean of two channels",
         "PIXEL_MEAN needs 3 numbers",
         opts("MODEL.PIXEL_MEAN", "[1.0, 2.0]"),
+    ),
+    (
+        "a range of grey levels that falls",
+        "two numbers [black, white] that rise",
+        opts("INPUT.PIXEL_RANGE", "[4095, 0]"),
     ),
     ("an unknown order of colours", "INPUT.FORMAT 'BRG' is unknown", opts("INPUT.FORMAT", "BRG")),
     (

@@ -4,7 +4,8 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
+from torch.testing import assert_close
 
 from retinanet_ext import add_retinanet_ext_config
 
@@ -33,6 +34,42 @@ def build_without_memory(cfg):
     """Build the model that a config describes, for its errors alone."""
     with torch.device("meta"):
         return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+
+
+def assert_same_detections(found, expected, *, rtol, atol=0.0, box_rtol, box_atol):
+    """Two sets of detections of an image are equal, whatever their order.
+
+    Rounding swaps ranks of nearly equal scores, so detections are matched one to one, by class and
+    IoU. One without a match may only be the last before a limit on their number.
+
+    Args:
+        found, expected: Instances with scores, pred_classes and pred_boxes
+        rtol, atol: of the scores
+        box_rtol, box_atol: of the corners, in pixels
+    """
+    assert len(found) == len(expected)
+    if not len(found):
+        return
+    # In double, and the nearer score first where boxes of a class are equal.
+    overlaps = pairwise_iou(Boxes(found.pred_boxes.tensor.double()),
+                            Boxes(expected.pred_boxes.tensor.double()))  # fmt: skip
+    likeness = overlaps - (found.scores[:, None] - expected.scores).abs()
+    likeness[found.pred_classes[:, None] != expected.pred_classes] = -1
+    likeness[overlaps < 0.99] = -1
+    pairs, taken = [], likeness.clone()
+    while taken.max() > -1:
+        f, e = divmod(int(taken.argmax()), len(expected))
+        pairs.append((f, e))
+        taken[f], taken[:, e] = -1, -1
+    f, e = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    assert_close(found.scores[f], expected.scores[e], rtol=rtol, atol=atol)
+    boxes = found.pred_boxes.tensor[f], expected.pred_boxes.tensor[e]
+    assert_close(*boxes, rtol=box_rtol, atol=box_atol)
+    last = max(found.scores.min(), expected.scores.min())
+    for instances, matched in ((found, f), (expected, e)):
+        alone = torch.ones(len(instances), dtype=torch.bool)
+        alone[matched] = False
+        assert (instances.scores[alone] <= last * (1 + rtol) + atol).all(), instances[alone]
 
 
 def make_batch(box_counts, num_classes=4, size=(160, 192), seed=0):

@@ -19,14 +19,12 @@ from itertools import islice
 from pathlib import PurePath
 from typing import Any
 
-from PIL import Image
-
 from retinanet_ext.data.coco_json import (
-    find_image_fault,
     is_region_to_ignore,
     join_some,
     printable,
 )
+from retinanet_ext.data.images import ImageReader, find_image_fault, has_several_frames
 from retinanet_ext.errors import InputError
 
 MAX_DECODED_IMAGES = 1000
@@ -79,6 +77,8 @@ KINDS = {
         Kind("missing_image", "missing image files", _FATAL),
         Kind("unreadable_image", "image files that cannot be read", _FATAL),
         Kind("image_size", "images of another size than the json says", _FATAL),
+        Kind("several_frames", "files of several pages or frames, of which one is used", _ANY),
+        Kind("constant_image", "images of one value everywhere, or nearly so", _ANY),
         Kind("malformed_annotation", "annotations with an unusable field", _FATAL),
         Kind("duplicate_annotation_id", "annotation ids used twice", ("refuse", "drop", "keep")),
         Kind("unknown_image", "annotations of images that are not listed", _FATAL),
@@ -95,7 +95,6 @@ KINDS = {
         Kind("ignore", "boxes marked ignore, which are ignored", _ANY, is_fault=False),
     )
 }
-IMAGE_FILE_KINDS = ("missing_image", "unreadable_image", "image_size")
 DEFAULT_POLICY = {name: kind.policies[0] for name, kind in KINDS.items()}
 
 
@@ -216,14 +215,14 @@ _OPTIONAL = {"iscrowd": _FLAG, "area": _AREA, "ignore": _FLAG}
 
 
 def find_image_faults(
-    content: dict[str, Any], image_root: str, image_format: str, *, decode_all: bool = False
+    content: dict[str, Any], image_root: str, reader: ImageReader, *, decode_all: bool = False
 ) -> list[Finding]:
-    """Return the images of a json that are missing, that cannot be read or have another size.
+    """Return what is wrong with the image files of a json, the first fault of each.
 
     Args:
         content: of the json, checked or not; images that are malformed are passed over.
         image_root: the folder that the json's ``file_name`` entries are relative to.
-        image_format: ``INPUT.FORMAT``, to which training will convert the images.
+        reader: reads them as training will.
         decode_all: not only the headers of a set above :data:`MAX_DECODED_IMAGES`.
 
     Raises:
@@ -243,15 +242,10 @@ def find_image_faults(
         where = f"{printable(path)} (image id {image['id']})"
         if not os.path.isfile(path):
             return Finding("missing_image", f"{where} is missing", image["id"])
-        if headers_only and _header_agrees(path, image):
+        if headers_only and _header_agrees(path, image, reader):
             return None
-        fault = find_image_fault({**image, "file_name": path}, image_format)
-        if not fault:
-            return None
-        # Of an image that can be read, the size is what differs.
-        unreadable = find_image_fault({"file_name": path}, image_format)
-        kind = "unreadable_image" if unreadable else "image_size"
-        return Finding(kind, f"{where}: {printable(fault)}", image["id"])
+        fault = find_image_fault({**image, "file_name": path}, reader)
+        return fault and Finding(fault[0], f"{where}: {printable(fault[1])}", image["id"])
 
     with ThreadPoolExecutor() as pool:
         return [finding for finding in pool.map(check, images) if finding]
@@ -282,8 +276,8 @@ def check_coco(
     images, listed_ids = _check_images(content["images"], found)
     lost = set()
     for fault in image_faults:
-        found(**vars(fault))
-        lost.add(fault.image_id)
+        if not found(**vars(fault)):
+            lost.add(fault.image_id)
     annotations = _check_annotations(
         content["annotations"],
         images,
@@ -510,12 +504,14 @@ def _id(item: Any, field: str = "id") -> int | None:
     return int(value) if _is_integer(value) else None
 
 
-def _header_agrees(path: str, image: dict[str, Any]) -> bool:
-    """Tell whether the header alone shows that the image has the size that the json says."""
+def _header_agrees(path: str, image: dict[str, Any], reader: ImageReader) -> bool:
+    """Tell whether the header alone shows that the image can be used, and has the json's size."""
     try:
-        with Image.open(path) as opened:
+        with reader.open(path) as opened:
+            reader.range_of(opened)
             # The first test comes first because getexif() decodes a PNG that has no EXIF block.
             upright = "exif" not in opened.info or opened.getexif().get(_EXIF_ORIENTATION, 1) <= 4
-            return upright and opened.size == (image["width"], image["height"])
+            fits = upright and opened.size == (image["width"], image["height"])
+            return fits and not has_several_frames(opened)
     except Exception:  # decoding will tell; Detectron2 reads some images whose EXIF is malformed
         return False

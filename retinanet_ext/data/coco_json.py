@@ -13,9 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
-from PIL import UnidentifiedImageError
 
 from retinanet_ext.errors import InputError
 
@@ -45,26 +43,6 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
         if not content[key]:
             raise InputError(f"{json_file}: the list of {key} is empty")
     return content
-
-
-def find_image_fault(record: dict[str, Any], image_format: str) -> str | None:
-    """Read an image as training does, and return in one line why it cannot be used, if so.
-
-    Args:
-        record: with the file_name as a path, and the width and height that the image must have
-            after its EXIF orientation is applied.
-        image_format: ``INPUT.FORMAT``.
-    """
-    try:
-        height, width = read_image(record["file_name"], format=image_format).shape[:2]
-    except UnidentifiedImageError:
-        return "not an image, or of a format that cannot be read"
-    except Exception as error:  # Pillow's decoders raise many types, bare RuntimeError among them
-        return " ".join(str(error).split()) or type(error).__name__
-    expected = record.get("width", width), record.get("height", height)
-    if (width, height) != expected:
-        return f"it has {width} x {height} pixels when upright, not {expected[0]} x {expected[1]}"
-    return None
 
 
 def contiguous_category_ids(content: dict[str, Any]) -> dict[int, int]:

@@ -1,29 +1,45 @@
-"""Detectron2's dataset mapper, with errors that name the image."""
+"""Detectron2's dataset mapper, which reads images of any depth and names the one at fault."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.data import DatasetMapper
-from detectron2.data.detection_utils import transform_instance_annotations
+from detectron2.data.detection_utils import read_image, transform_instance_annotations
+from detectron2.data.transforms import AugInput
 from fvcore.transforms.transform import TransformList
 
-from retinanet_ext.data.coco_json import find_image_fault
+from retinanet_ext.data.images import ImageReader, explain_unreadable, find_size_fault
 from retinanet_ext.errors import InputError
 
 
 class CheckedDatasetMapper(DatasetMapper):
     """Detectron2's mapper, except for the following.
 
+    - Images are read by :class:`~retinanet_ext.data.images.ImageReader`.
     - Crowd regions, which Detectron2 leaves out, become ``ignore_boxes``, (M, 4).
-    - An image that cannot be used ends in an :class:`InputError`.
+    - An image that cannot be used ends in an :class:`InputError`, and any other error names its
+      image.
+    - There are no proposals.
 
-    The latter is needed although data are checked before training: of large sets only the headers
+    The errors are needed although data are checked before training: of large sets only the headers
     are, and a file can become unreadable while training runs.
     """
+
+    @configurable
+    def __init__(self, is_train: bool, *, reader: ImageReader | None = None, **kwargs: Any) -> None:
+        """
+        Args:
+            is_train: whether annotations are mapped too
+            reader: reads the images; by default as Detectron2 reads them
+            kwargs: as in Detectron2
+        """
+        super().__init__(is_train, **kwargs)
+        self.reader = reader or ImageReader(self.image_format)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
@@ -32,19 +48,46 @@ class CheckedDatasetMapper(DatasetMapper):
             cfg.defrost()
             # Of which these read nothing, and boxes alone are loaded.
             cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False
-        return super().from_config(cfg, is_train)
+        return {**super().from_config(cfg, is_train), "reader": ImageReader.from_config(cfg)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        name = f"image {dataset_dict['file_name']} (image id {dataset_dict.get('image_id')})"
         try:
-            return super().__call__(dataset_dict)
-        except Exception as error:
-            fault = find_image_fault(dataset_dict, self.image_format)
-            if fault is None:
-                raise
+            image = self.reader(dataset_dict["file_name"])
+        except Exception as error:  # Pillow's decoders raise many types
+            raise InputError(f"{name} cannot be used: {explain_unreadable(error)}") from error
+        if fault := find_size_fault(dataset_dict, image):
+            raise InputError(f"{name} cannot be used: {fault}")
+        try:
+            return self._map(dataset_dict, image)
+        except ValueError as error:  # such as of a resize to no pixels
+            height, width = image.shape[:2]
             raise InputError(
-                f"image {dataset_dict['file_name']} (image id {dataset_dict.get('image_id')}) "
-                f"cannot be used: {fault}"
+                f"{name} of {width} x {height} pixels cannot be used: {explain_unreadable(error)}"
             ) from error
+        except Exception as error:
+            raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
+
+    def _map(self, dataset_dict: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
+        """Do what Detectron2's mapper does with an image once it is read."""
+        dataset_dict = copy.deepcopy(dataset_dict)
+        height, width = image.shape[:2]
+        dataset_dict = {"height": height, "width": width, **dataset_dict}
+        sem_seg = None
+        if "sem_seg_file_name" in dataset_dict:
+            sem_seg = read_image(dataset_dict.pop("sem_seg_file_name"), "L").squeeze(2)
+        inputs = AugInput(image, sem_seg=sem_seg)
+        transforms = self.augmentations(inputs)
+        tensor = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
+        # YUV comes in float64, which a model in float32 does not take.
+        dataset_dict["image"] = tensor.float() if tensor.is_floating_point() else tensor
+        if sem_seg is not None:
+            dataset_dict["sem_seg"] = torch.as_tensor(inputs.sem_seg.astype("long"))
+        if not self.is_train:
+            dataset_dict.pop("annotations", None)
+        elif "annotations" in dataset_dict:
+            self._transform_annotations(dataset_dict, transforms, inputs.image.shape[:2])
+        return dataset_dict
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]

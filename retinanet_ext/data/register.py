@@ -20,7 +20,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from retinanet_ext.data import coco_json
+from retinanet_ext.data import coco_json, images
 from retinanet_ext.data.check import (
     KINDS,
     CheckedData,
@@ -29,6 +29,7 @@ from retinanet_ext.data.check import (
     read_policy,
 )
 from retinanet_ext.data.coco_json import join_some, printable
+from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.sample_set import SampleSet, make_sample_set
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import write_file
@@ -89,6 +90,7 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
             f"DATASETS.{needed} is empty; name a registered data set, or COCO-format data by "
             f"DATASETS.CUSTOM.{needed}_JSON and DATASETS.CUSTOM.{needed}_IMAGES"
         )
+    resolve_pixel_range(cfg, sources)
     for source in sources:
         if source.is_ours:
             _register(cfg, source)
@@ -104,6 +106,25 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
     resolve_class_alpha(cfg, next(iter(known.values()), indices))
     for source in sources:
         _check_files_exist(source)
+
+
+def resolve_pixel_range(cfg: CfgNode, sources: Sequence[Source]) -> None:
+    """Set ``INPUT.PIXEL_RANGE percentiles`` to the two numbers that it is of the training data."""
+    training = [source for source in sources if source.split == "TRAIN"]
+    if not training or images.parse_pixel_range(cfg.INPUT.PIXEL_RANGE) != images.PERCENTILES:
+        return
+    files = [file for source in training for file in _image_files(source)]
+    cfg.INPUT.PIXEL_RANGE = images.measure_pixel_range(files, cfg.INPUT.MAX_PIXELS)
+    logger.info("INPUT.PIXEL_RANGE percentiles: %s", cfg.INPUT.PIXEL_RANGE)
+
+
+def _image_files(source: Source) -> list[str]:
+    """Return the paths of a data set's images, of a json that is still unchecked too."""
+    if not source.is_ours:
+        return [record["file_name"] for record in DatasetCatalog.get(source.name)]
+    entries = coco_json.read_coco_json(source.json_file)["images"]
+    names = (entry.get("file_name") for entry in entries if isinstance(entry, dict))
+    return [os.path.join(source.image_root, name) for name in names if isinstance(name, str)]
 
 
 def find_sources(cfg: CfgNode, splits: Sequence[str]) -> list[Source]:
@@ -154,7 +175,7 @@ def _register(cfg: CfgNode, source: Source) -> None:
     """Check COCO-format data and register what is used of them, in place of what had the name."""
     content = coco_json.read_coco_json(source.json_file)
     policy = read_policy(cfg.DATASETS.CHECK)
-    image_faults = find_image_faults(content, source.image_root, cfg.INPUT.FORMAT)
+    image_faults = find_image_faults(content, source.image_root, ImageReader.from_config(cfg))
     checked = check_coco(source.json_file, content, policy, image_faults)
     checked.raise_refused()
     _log(cfg, source, checked)

@@ -37,7 +37,8 @@ from retinanet_ext.data.coverage import (
     suggest_anchors,
     training_boxes,
 )
-from retinanet_ext.data.register import Source, compare_classes, find_sources
+from retinanet_ext.data.images import ImageReader
+from retinanet_ext.data.register import Source, compare_classes, find_sources, resolve_pixel_range
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import to_json, write_file
 
@@ -94,6 +95,9 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
             "no data are named; set DATASETS.CUSTOM.TRAIN_JSON and DATASETS.CUSTOM.TRAIN_IMAGES, "
             "or DATASETS.TRAIN"
         )
+    cfg = cfg.clone()
+    cfg.defrost()
+    resolve_pixel_range(cfg, sources)
     policy = read_policy(cfg.DATASETS.CHECK)
     contents, texts = [], []
     classes = {}
@@ -136,7 +140,8 @@ def _check(cfg: CfgNode, source: Source, policy: dict[str, str]) -> CheckedData:
             f"data set {source.name} is not in COCO's format, which is all that is read"
         )
     content = read_coco_json(source.json_file)
-    faults = find_image_faults(content, source.image_root, cfg.INPUT.FORMAT, decode_all=True)
+    reader = ImageReader.from_config(cfg)
+    faults = find_image_faults(content, source.image_root, reader, decode_all=True)
     return check_coco(source.json_file, content, policy, faults)
 
 

@@ -17,9 +17,9 @@ import torch
 import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
-from PIL import Image
 
 from retinanet_ext.config import add_retinanet_ext_config, all_keys, read_key
+from retinanet_ext.data.images import RANGE_KEY, num_channels, parse_pixel_range
 from retinanet_ext.engine.failures import first_line
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
@@ -73,6 +73,7 @@ def load_config(
 
 RANGES = {
     "DATALOADER.NUM_WORKERS": Interval("[0, 1024]"),
+    "INPUT.MAX_PIXELS": Interval("[1, inf)"),
     "INPUT.MIN_SIZE_TEST": Interval(f"[0, {MAX_SIDE}]"),
     "INPUT.MAX_SIZE_TEST": Interval(f"[1, {MAX_SIDE}]"),
     "MODEL.FPN.OUT_CHANNELS": Interval("[1, 4096]"),
@@ -238,16 +239,13 @@ def _check_output_dir(name: str) -> None:
 
 
 def _check_pixels(cfg: CfgNode) -> None:
-    """Refuse a mean and standard deviation of another number of channels than the images have."""
+    """Refuse a mean and standard deviation of another number of channels than the images have.
+
+    And a range of grey levels that is none.
+    """
+    parse_pixel_range(cfg.INPUT.PIXEL_RANGE)
     image_format = cfg.INPUT.FORMAT
-    try:
-        # Not Pillow's: Detectron2 makes these of RGB.
-        channels = 3 if image_format in ("BGR", "YUV-BT.601") else Image.getmodebands(image_format)
-    except KeyError:
-        raise InputError(
-            f"INPUT.FORMAT {image_format!r} is unknown; known: BGR, RGB, L, YUV-BT.601 and "
-            "Pillow's other modes"
-        ) from None
+    channels = num_channels(image_format)
     for key in ("MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD"):
         value = read_key(cfg, key)
         if len(value) != channels:
@@ -451,6 +449,8 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
             value = float(value)
         if isinstance(default, list) and isinstance(value, Mapping):
             value = [[name, item] for name, item in value.items()]  # {name: number} as pairs
+        if key == RANGE_KEY and isinstance(value, str):
+            value = [value]  # yacs holds words and pairs of numbers in one type alone
         if value is None and default is not None:
             raise ValueError
         cfg.merge_from_list([key, repr(value) if isinstance(value, str) else value])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from typing import Any
@@ -9,26 +11,37 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
+from PIL import Image
 from torch import nn
 
-from retinanet_ext.engine.checkpoint import Checkpointer
+from retinanet_ext.data.images import (
+    ImageReader,
+    explain_unreadable,
+    has_several_frames,
+    num_channels,
+)
+from retinanet_ext.engine.checkpoint import Checkpointer, last_checkpoint
 from retinanet_ext.engine.class_matching import saved_class_names
-from retinanet_ext.engine.failures import first_line
+from retinanet_ext.engine.config import use_cpu_without_cuda
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
 
-Image = str | PathLike[str] | np.ndarray
+AnyImage = str | PathLike[str] | Image.Image | np.ndarray
+
+logger = logging.getLogger(__name__)
 
 
 class Predictor:
-    """Detectron2's ``DefaultPredictor`` for many images at a time.
+    """Detectron2's ``DefaultPredictor`` for many images at a time, of any ``INPUT.FORMAT``.
 
     Images share a batch while they come one after the other and are padded to the same size, so
-    that none has other detections than it would have alone. ::
+    an image has the detections that it has alone, to rounding: the sums of a larger batch are
+    rounded otherwise, in the last bits of scores and corners (about 1e-6 of them). That can swap
+    the ranks of two scores as near, and decide where one is as near to the score threshold, to the
+    last place of ``TEST.DETECTIONS_PER_IMAGE`` or to the score of a box that it overlaps. ::
 
         for path, instances in zip(paths, Predictor(cfg)(paths)):
             ...
@@ -37,32 +50,51 @@ class Predictor:
     def __init__(self, cfg: CfgNode, model: nn.Module | None = None) -> None:
         """
         Args:
-            cfg: the model and how test images are resized
-            model: a detector of that config; by default it is built, with ``MODEL.WEIGHTS``
+            cfg: the model, and how test images are read and resized; left as it is
+            model: a detector of that config; by default it is built, with ``MODEL.WEIGHTS``, or
+                where that is empty with the last checkpoint in ``OUTPUT_DIR``. Without CUDA it is
+                on the CPU, whatever the config says
 
         Attributes:
             class_names: of classes 0..K-1, where the weights' file names them; else empty
+
+        Raises:
+            InputError: there are no weights, or they do not fit the model
         """
         self.class_names: list[str] = []
         if model is None:
+            cfg = cfg.clone()
+            cfg.defrost()
+            use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
             model = build_model(cfg)
-            content = Checkpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
-            self.class_names = saved_class_names(content)
+            self.class_names = _load_weights(model, cfg)
         self.model = model.eval()
         self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
-        self.input_format = cfg.INPUT.FORMAT
+        self.reader = ImageReader.from_config(cfg)
 
-    def __call__(self, images: Iterable[Image], batch_size: int = 8) -> Iterator[Instances]:
-        """Yield the detections of each image, in its own pixels and in order.
+    def __call__(self, images: Iterable[AnyImage], batch_size: int = 8) -> Iterator[Instances]:
+        """Return an iterator over the detections of each image, in its own pixels and in order.
 
         Args:
-            images: files, or (H, W, 3) uint8 arrays in the order BGR; read as they are needed
+            images: read as they are needed. Each is a file, a PIL image, or an array:
+                uint8 (H, W, 3) in the order BGR, whatever the model's ``INPUT.FORMAT``;
+                (H, W) or (H, W, 1) of grey levels, of the same depths as in files; or
+                uint8 (H, W, C) in the channels of a model that has C others than these
             batch_size: images at a time, at most
 
         Raises:
-            InputError: an image cannot be read, or is no such array
+            InputError: an image cannot be read, or is none of these
         """
         Interval("[1, inf)").check("batch_size", batch_size)
+        is_array = isinstance(images, np.ndarray | torch.Tensor) and images.ndim < 4
+        if is_array or isinstance(images, str | bytes | PathLike | Image.Image):
+            raise InputError(
+                f"Predictor takes a list of images, and got one {type(images).__name__}; write "
+                "predictor([image])"
+            )
+        return self._run(images, batch_size)
+
+    def _run(self, images: Iterable[AnyImage], batch_size: int) -> Iterator[Instances]:
         batch: list[dict[str, Any]] = []
         for position, image in enumerate(images):
             inputs = self._prepare(image, position)
@@ -74,19 +106,47 @@ class Predictor:
         if batch:
             yield from self._detect(batch)
 
-    def _prepare(self, image: Image, position: int) -> dict[str, Any]:
-        array = image if isinstance(image, np.ndarray) else _read(image)
-        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-            raise InputError(
-                f"image {position} is an array of {array.dtype} and shape {array.shape}; "
-                "uint8 and (height, width, 3) in the order BGR are needed"
-            )
-        height, width = array.shape[:2]
-        if self.input_format == "RGB":
-            array = array[:, :, ::-1]
-        array = self.resize.get_transform(array).apply_image(array)
+    def _prepare(self, image: AnyImage, position: int) -> dict[str, Any]:
+        is_file = isinstance(image, str | PathLike)
+        name = f"image {os.fspath(image) if is_file else position}"
+        try:
+            array = self._read(image, name) if is_file else self._convert(image)
+            height, width = array.shape[:2]
+            array = self.resize.get_transform(array).apply_image(array)
+        except Exception as error:  # Pillow's decoders raise many types
+            raise InputError(f"{name} cannot be used: {explain_unreadable(error)}") from error
         tensor = torch.as_tensor(array.astype("float32").transpose(2, 0, 1))
         return {"image": tensor, "height": height, "width": width}
+
+    def _read(self, path: str | PathLike[str], name: str) -> np.ndarray:
+        with self.reader.open(path) as image:
+            if has_several_frames(image):
+                logger.warning("%s has several pages or frames; the first is used", name)
+            return self.reader.convert(image)
+
+    def _convert(self, image: Image.Image | np.ndarray) -> np.ndarray:
+        """Return an image in memory in the format of the model."""
+        if isinstance(image, Image.Image):
+            return self.reader.convert(image)
+        channels = num_channels(self.reader.image_format)
+        if isinstance(image, np.ndarray) and 0 not in image.shape:
+            grey = image[:, :, 0] if image.ndim == 3 and image.shape[2] == 1 else image
+            if grey.ndim == 2 and grey.dtype in (np.uint8, np.uint16, np.int32, np.float32):
+                return self.reader.convert(Image.fromarray(grey))
+            if image.dtype == np.uint8 and image.ndim == 3:
+                if image.shape[2] == 3:
+                    return self.reader.convert(Image.fromarray(image[:, :, ::-1]))
+                if image.shape[2] == channels:
+                    return image
+        what = f"of type {type(image).__name__}"
+        if hasattr(image, "shape"):
+            what += f", {image.dtype} and shape {tuple(image.shape)}"
+        own = f"; or (height, width, {channels}), as the model takes them"
+        raise InputError(
+            f"it is {what}; a file name, a PIL image or an array is needed, of uint8 (height, "
+            "width, 3) in the order BGR, or (height, width) of grey levels"
+            + ("" if channels in (1, 3) else own)
+        )
 
     def _padded_size(self, inputs: dict[str, Any]) -> tuple[int, ...]:
         multiple = max(self.model.backbone.size_divisibility, 1)
@@ -97,8 +157,26 @@ class Predictor:
             return [output["instances"] for output in self.model(batch)]
 
 
-def _read(path: str | PathLike[str]) -> np.ndarray:
-    try:
-        return read_image(path, format="BGR")
-    except Exception as error:  # a damaged file raises what its format's decoder happens to
-        raise InputError(f"image {path} cannot be read: {first_line(error)}") from error
+def _load_weights(model: nn.Module, cfg: CfgNode) -> list[str]:
+    """Load ``MODEL.WEIGHTS``, or where it is empty the run's last checkpoint, and say so.
+
+    Returns:
+        the class names in the file, empty where it has none
+    """
+    checkpointer = Checkpointer(model, complete=True)
+    if cfg.MODEL.WEIGHTS:
+        try:
+            return saved_class_names(checkpointer.load(cfg.MODEL.WEIGHTS))
+        except InputError as error:  # a run's config names what it began with, such as a backbone
+            last, _ = last_checkpoint(cfg.OUTPUT_DIR)
+            has = f"; OUTPUT_DIR has {last}" if last else ""
+            raise InputError(f"{error}{has}") from error
+    last, passed_over = last_checkpoint(cfg.OUTPUT_DIR)
+    if not last:
+        raise InputError(
+            f"MODEL.WEIGHTS is empty, and OUTPUT_DIR {cfg.OUTPUT_DIR} holds no checkpoint; set "
+            "MODEL.WEIGHTS to the weights of the model"
+        )
+    because = "".join(f"; {reason}" for reason in passed_over)
+    logger.warning("MODEL.WEIGHTS is empty: the last checkpoint is used, %s%s", last, because)
+    return saved_class_names(checkpointer.load(last))

@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.loader import TrainLoader, build_train_loader
 from retinanet_ext.data.mapper import CheckedDatasetMapper
 from retinanet_ext.data.register import registered_classes
@@ -190,4 +191,5 @@ def draw_detections(cfg: CfgNode, dataset_name: str) -> None:
         grid_path(cfg, dataset_name),
         num_images=cfg.TEST.DETECTION_GRID.NUM_IMAGES,
         score_thresh=cfg.TEST.DETECTION_GRID.SCORE_THRESH,
+        reader=ImageReader.from_config(cfg),
     )

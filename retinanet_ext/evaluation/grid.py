@@ -6,15 +6,16 @@ import colorsys
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.data.detection_utils import read_image
 from detectron2.structures import BoxMode
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 
+from retinanet_ext.data.images import ImageReader
 from retinanet_ext.evaluation.fonts import DEFAULT_FONT, Label, escape, label_classes, load_font
 
 # All in pixels.
@@ -43,6 +44,7 @@ def draw_detection_grid(
     *,
     num_images: int,
     score_thresh: float,
+    reader: ImageReader | None = None,
 ) -> None:
     """Draw images twice, ground truth at the left and detections at the right, to a PNG file.
 
@@ -57,6 +59,7 @@ def draw_detection_grid(
         path: the file to write
         num_images: how many images at most, above 0
         score_thresh: detections from this score on are drawn
+        reader: reads the images, of any format; by default as Detectron2 reads them
     """
     chosen = _choose(dataset_dicts, num_images)
     detections = defaultdict(list)
@@ -67,6 +70,7 @@ def draw_detection_grid(
     labels = label_classes(class_names)
     pairs = []
     classes_shown = set()
+    reader = replace(reader or ImageReader(), image_format="RGB")
     for image in chosen:
         objects = [_from_annotation(annotation) for annotation in _objects(image)]
         # The highest score last, on top of the others.
@@ -76,7 +80,8 @@ def draw_detection_grid(
             f"image {escape(str(image['image_id']))}: {_count(len(objects), 'object')} | "
             f"{_count(len(found), 'detection')} >= {score_thresh:.2f}"
         )
-        pairs.append(_draw_pair(image, title, objects, found, labels, palette))
+        picture = Image.fromarray(reader(image["file_name"]))
+        pairs.append(_draw_pair(picture, title, objects, found, labels, palette))
         classes_shown |= {label for label, *_ in objects + found}
     legend = [(labels[label], palette[label]) for label in sorted(classes_shown)]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -117,14 +122,13 @@ def _count(number: int, noun: str) -> str:
 
 
 def _draw_pair(
-    image: Mapping[str, Any],
+    picture: Image.Image,
     title: str,
     objects: Sequence[Box],
     found: Sequence[Box],
     labels: Sequence[Label],
     palette: Sequence[Colour],
 ) -> Image.Image:
-    picture = Image.fromarray(read_image(image["file_name"], format="RGB"))
     scale = min(IMAGE_WIDTH / picture.width, MAX_IMAGE_HEIGHT / picture.height)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     picture = picture.resize(size, Image.Resampling.BICUBIC)

@@ -37,6 +37,7 @@ from retinanet_ext.analysis.loss_cdf import (
     conclude,
 )
 from retinanet_ext.data import CheckedDatasetMapper, prepare_datasets
+from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.register import registered_classes
 from retinanet_ext.engine import Checkpointer, load_config
 from retinanet_ext.engine.config import check_config, use_cpu_without_cuda
@@ -261,6 +262,7 @@ def _make_mapper(cfg: CfgNode) -> CheckedDatasetMapper:
         is_train=True,
         augmentations=build_augmentation(cfg, is_train=False),
         image_format=cfg.INPUT.FORMAT,
+        reader=ImageReader.from_config(cfg),
     )
 
 

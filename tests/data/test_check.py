@@ -15,6 +15,7 @@ from PIL import Image
 
 from retinanet_ext.data import check, coco_json, prepare_datasets
 from retinanet_ext.data.check import DEFAULT_POLICY, KINDS, check_coco, find_image_faults
+from retinanet_ext.data.images import ImageReader
 from retinanet_ext.errors import InputError
 
 from .conftest import BCCD_MINI, Bccd
@@ -209,7 +210,7 @@ ZERO_AREA = {"zero_area_box": 1}  # of annotation 2288, in the data as they came
 
 
 def check_train(bccd: Bccd, **policy: str) -> check.CheckedData:
-    faults = find_image_faults(bccd.train, str(bccd.images), "BGR")
+    faults = find_image_faults(bccd.train, str(bccd.images), ImageReader())
     return check_coco("train.json", bccd.train, {**DEFAULT_POLICY, **policy}, faults)
 
 
@@ -331,8 +332,8 @@ def test_headers_show_faults_of_a_large_set(
 def test_large_set_is_decoded_on_request_alone(bccd: Bccd, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_image(None, 9000)(bccd)
     monkeypatch.setattr(check, "MAX_DECODED_IMAGES", 2)
-    assert not find_image_faults(bccd.train, str(bccd.images), "BGR")
-    assert len(find_image_faults(bccd.train, str(bccd.images), "BGR", decode_all=True)) == 1
+    assert not find_image_faults(bccd.train, str(bccd.images), ImageReader())
+    assert len(find_image_faults(bccd.train, str(bccd.images), ImageReader(), decode_all=True)) == 1
 
 
 @pytest.mark.parametrize("max_decoded", [2, 3], ids=["headers", "decoded"])
@@ -346,7 +347,7 @@ def test_size_is_that_of_the_upright_image(
     with Image.open(bccd.images / FIRST) as opened:
         opened.save(bccd.images / f"turned{suffix}", exif=opened.getexif())
     image.update(file_name=f"turned{suffix}", width=480, height=640)
-    assert not find_image_faults(bccd.train, str(bccd.images), "BGR")
+    assert not find_image_faults(bccd.train, str(bccd.images), ImageReader())
 
 
 def test_files_outside_the_folder_are_not_opened(
@@ -356,7 +357,7 @@ def test_files_outside_the_folder_are_not_opened(
     put("images", 0, file_name="../secret.jpg")(bccd)
     opened = []
     monkeypatch.setattr(check, "find_image_fault", lambda image, _: opened.append(image))
-    find_image_faults(bccd.train, str(bccd.images), "BGR")
+    find_image_faults(bccd.train, str(bccd.images), ImageReader())
     assert len(opened) == 2 and not any("secret" in image["file_name"] for image in opened)
 
 
@@ -421,7 +422,7 @@ def test_whatever_a_field_holds_it_is_used_or_refused(
         elif isinstance(content[key][index], dict):
             content[key][index][field] = value
     content = json.loads(json.dumps(content))
-    faults = find_image_faults(content, str(BCCD_MINI / "images"), "BGR")
+    faults = find_image_faults(content, str(BCCD_MINI / "images"), ImageReader())
     checked = check_coco("changed.json", content, policy, faults)
     assert all(finding.message.isprintable() for finding in checked.findings)
     try:

@@ -12,6 +12,7 @@ from detectron2.data.datasets.coco import load_coco_json
 
 from retinanet_ext.data import CheckedDatasetMapper, coco_json, prepare_datasets
 from retinanet_ext.data.check import check_coco, find_image_faults
+from retinanet_ext.data.images import ImageReader
 from retinanet_ext.errors import InputError
 
 from .conftest import Bccd
@@ -143,4 +144,4 @@ def test_folder_with_subfolders_is_read(bccd: Bccd) -> None:
     (bccd.images / "a b").mkdir()
     shutil.move(bccd.images / "BloodImage_00164.jpg", bccd.images / "a b" / "ü.jpg")
     bccd.train["images"][0]["file_name"] = "./a b/ü.jpg"
-    assert not find_image_faults(bccd.train, str(bccd.images), "BGR")
+    assert not find_image_faults(bccd.train, str(bccd.images), ImageReader())

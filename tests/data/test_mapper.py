@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from retinanet_ext.data import CheckedDatasetMapper, coco_json
@@ -65,10 +66,19 @@ def test_image_is_named_from_a_worker_process(bccd: Bccd, cfg: CfgNode) -> None:
     assert "No such file" in line
 
 
-def test_other_errors_are_not_blamed_on_the_image(bccd: Bccd, cfg: CfgNode) -> None:
+def test_other_errors_name_the_image_and_keep_their_cause(bccd: Bccd, cfg: CfgNode) -> None:
     data = Mapped(bccd, cfg)
     del data.records[0]["annotations"][0]["bbox_mode"]
-    with pytest.raises(KeyError, match="bbox_mode"):
+    with pytest.raises(RuntimeError, match=rf"{FIRST} \(image id 80\): KeyError: 'bbox_mode'") as e:
+        data[0]
+    assert isinstance(e.value.__cause__, KeyError)
+
+
+def test_an_image_that_is_resized_to_nothing_is_named(bccd: Bccd, cfg: CfgNode) -> None:
+    data = Mapped(bccd, cfg)
+    Image.new("RGB", (4000, 1)).save(bccd.images / FIRST)
+    data.records[0].update(width=4000, height=1)
+    with pytest.raises(InputError, match=rf"{FIRST} .* of 4000 x 1 pixels cannot be used: .*> 0"):
         data[0]
 
 

@@ -80,8 +80,8 @@ def test_images_with_objects_come_first_and_are_spread(make_images, tmp_path, mo
     images = make_images([], box, [], box, box, box, box, [])
     drawn = []
     monkeypatch.setattr(
-        "retinanet_ext.evaluation.grid.read_image",
-        lambda file, format: drawn.append(file) or np.asarray(Image.open(file)),
+        "retinanet_ext.data.images.ImageReader.__call__",
+        lambda reader, file: drawn.append(file) or np.asarray(Image.open(file)),
     )
     draw(images, [], tmp_path / "grid.png", num_images=3)
     assert drawn == [images[i]["file_name"] for i in (1, 4, 6)]
