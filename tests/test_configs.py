@@ -61,6 +61,7 @@ def test_recipe_of_the_paper(name):
     )
     assert (node.MAX_SIZE_TRAIN, len(node.MIN_SIZE_TRAIN)) == ((1333, 6) if jitter else (1000, 1))
     assert node.RANDOM_FLIP == "horizontal"
+    assert cfg.MODEL.ANCHOR_GENERATOR.OFFSET == 0.5
     depth = cfg.MODEL.RESNETS.DEPTH
     assert depth == (50 if "R50" in name else 101)
     assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is not jitter  # the original ResNets, not ResNeXt

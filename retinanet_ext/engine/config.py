@@ -20,6 +20,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from retinanet_ext.config import add_retinanet_ext_config, all_keys, read_key
 from retinanet_ext.data.images import RANGE_KEY, num_channels, parse_pixel_range
+from retinanet_ext.engine.advice import FOREIGN_GROUPS
 from retinanet_ext.engine.failures import first_line
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
@@ -469,7 +470,7 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
 def _suggestion(key: str, cfg: CfgNode) -> str:
     if "=" in key:
         return "; write KEY VALUE, with a space"
-    known = list(all_keys(cfg))
+    known = [name for name in all_keys(cfg) if not name.startswith(FOREIGN_GROUPS)]
     last = key.rpartition(".")[2]
     alike = [name for name in known if last in name.rpartition(".")[2]]
     matches = difflib.get_close_matches(key.upper(), alike or known, n=2, cutoff=0.5)

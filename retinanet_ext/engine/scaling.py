@@ -49,6 +49,8 @@ def scale_schedule(cfg: CfgNode) -> list[str]:
     new = {key: read_key(cfg, key) * batch / reference for key in RATES}
     for key in LENGTHS:
         old = read_key(cfg, key)
+        if key == "SOLVER.STEPS" and cfg.SOLVER.LR_SCHEDULER_NAME != "WarmupMultiStepLR":
+            continue  # no other schedule reads it
         steps = [
             _scale_length(n, batch, reference) for n in (old if key.endswith("STEPS") else [old])
         ]

@@ -216,3 +216,10 @@ def test_cpu_in_place_of_cuda(monkeypatch):
     assert cfg.MODEL.DEVICE == "cuda"
     use_cpu_without_cuda(cfg, num_threads=2)
     assert cfg.MODEL.DEVICE == "cpu"
+
+
+def test_hints_name_no_key_of_another_architecture():
+    with pytest.raises(InputError) as raised:
+        load_config("tests/engine/tiny.yaml", ["MODEL.NUM_CLASSES", "3"])
+    assert "did you mean MODEL.RETINANET.NUM_CLASSES" in str(raised.value)
+    assert "ROI_HEADS" not in str(raised.value)
