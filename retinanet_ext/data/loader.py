@@ -70,6 +70,7 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
                 f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} is an IterableDataset, in which a "
                 "resumed run cannot find its place; register a function that returns a list"
             )
+        _check_sampler(cfg, len(records))
         _check_same_records(cfg, records)
         self.groups = bytes(len(records))
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
@@ -134,6 +135,23 @@ def _batches(loader: DataLoader) -> Iterator[list[dict[str, Any]]]:
         yield from loader
     except (EOFError, ConnectionError) as error:  # in the middle of what a worker hands over
         raise LostWorkerError from error
+
+
+def _check_sampler(cfg: CfgNode, num_images: int) -> None:
+    """Refuse what Detectron2's samplers only assert, once they are made."""
+    sampler, ratio = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.RANDOM_SUBSET_RATIO
+    if sampler == "RandomSubsetTrainingSampler" and int(num_images * ratio) < 1:
+        raise InputError(
+            f"DATALOADER.RANDOM_SUBSET_RATIO {ratio} of {num_images} training images is none; it "
+            f"must be at least 1/{num_images}"
+        )
+    factors = cfg.DATASETS.TRAIN_REPEAT_FACTOR if sampler.startswith("Weighted") else []
+    for name, _ in factors:
+        if name not in cfg.DATASETS.TRAIN:
+            raise InputError(
+                f"DATASETS.TRAIN_REPEAT_FACTOR names {name!r}, and the training data are "
+                f"{', '.join(cfg.DATASETS.TRAIN)}"
+            )
 
 
 def _check_same_records(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ class CheckedDatasetMapper(DatasetMapper):
     """Detectron2's mapper, except for the following.
 
     - Crowd regions, which Detectron2 leaves out, become ``ignore_boxes``, (M, 4).
-    - An image that cannot be used ends in an :class:`InputError`.
+    - An error names its image. It is an :class:`InputError` where the image cannot be used.
 
     The latter is needed although data are checked before training: of large sets only the headers
     are, and a file can become unreadable while training runs.
@@ -38,13 +38,17 @@ class CheckedDatasetMapper(DatasetMapper):
         try:
             return super().__call__(dataset_dict)
         except Exception as error:
+            get = dataset_dict.get
+            name, text = f"image {get('file_name')} (image id {get('image_id')})", str(error)
+            if isinstance(error, MemoryError):
+                raise MemoryError(f"{name}: {text}") from error
             fault = find_image_fault(dataset_dict, self.image_format)
-            if fault is None:
-                raise
-            raise InputError(
-                f"image {dataset_dict['file_name']} (image id {dataset_dict.get('image_id')}) "
-                f"cannot be used: {fault}"
-            ) from error
+            if fault is None and isinstance(error, ValueError):  # of an augmentation
+                fault = f"{text} (it has {get('width')} x {get('height')} pixels)"
+            if fault is not None:
+                raise InputError(f"{name} cannot be used: {fault}") from error
+            # Likely of a mapper's or an augmentation's code, whose traceback is needed.
+            raise RuntimeError(f"{name}: {type(error).__name__}: {text}") from error
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections import Counter
 from unittest.mock import patch
 
 import numpy as np
@@ -17,9 +18,10 @@ from PIL import Image
 
 from retinanet_ext.data import CheckedDatasetMapper
 from retinanet_ext.data.loader import build_train_loader, group_batches, share_out
+from retinanet_ext.engine.config import TRAINING_CHOICES
 from retinanet_ext.errors import InputError
 
-NAME = "loader_test"
+NAME, OTHER = "loader_test", "loader_test_2"
 SIZES = [(60, 40), (40, 60), (50, 50), (64, 32), (32, 64), (48, 40), (60, 44)]
 BATCH = 4
 
@@ -49,8 +51,12 @@ def records(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def registered(records):
     DatasetCatalog.register(NAME, lambda: records)
+    DatasetCatalog.register(
+        OTHER, lambda: [{**r, "image_id": 100 + i} for i, r in enumerate(records)]
+    )
     yield
     DatasetCatalog.remove(NAME)
+    DatasetCatalog.remove(OTHER)
 
 
 @pytest.fixture
@@ -139,15 +145,13 @@ def test_images_without_objects_are_used_where_wanted(loader_cfg):
     assert len(SIZES) - 1 in set(itertools.chain(*image_ids(batches)))
 
 
-@pytest.mark.parametrize(
-    "sampler", ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"]
-)
+@pytest.mark.parametrize("sampler", TRAINING_CHOICES["DATALOADER.SAMPLER_TRAIN"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_going_on_after_n_batches_is_as_taking_n(sampler, workers, loader_cfg):
     """With a random seed, which travels in the state."""
     opts = ["SEED", -1, "DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.NUM_WORKERS", workers]
-    opts += ["SOLVER.ACCUMULATE", 2]
-    loader_cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.7  # a key that Detectron2 reads and has not
+    opts += ["SOLVER.ACCUMULATE", 2, "DATALOADER.RANDOM_SUBSET_RATIO", 0.7]
+    opts += ["DATASETS.TRAIN_REPEAT_FACTOR", [[NAME, 1.5]], "DATALOADER.REPEAT_THRESHOLD", 0.9]
     first = make_loader(loader_cfg, *opts)
     expected = take(first, 10)
     np.random.seed(123)
@@ -156,6 +160,51 @@ def test_going_on_after_n_batches_is_as_taking_n(sampler, workers, loader_cfg):
     for a, b in zip(expected[6:], take(second, 4), strict=True):
         assert image_ids([a]) == image_ids([b])
         assert all(torch.equal(x["image"], y["image"]) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("factor", [3, 2.5, 0.5])
+@pytest.mark.parametrize(
+    ("sampler", "rare"), [("WeightedTrainingSampler", 1), ("WeightedCategoryTrainingSampler", 2)]
+)
+def test_data_sets_are_seen_as_often_as_their_factor_says(
+    sampler, rare, factor, loader_cfg, records
+):
+    """And by category the first image twice, whose class half as many have as the threshold."""
+    images = [
+        {**record, "annotations": [{**record["annotations"][0], "category_id": int(index == 0)}]}
+        for index, record in enumerate(records[:6])
+    ]
+    for name in (NAME, OTHER):
+        DatasetCatalog.pop(name)
+        DatasetCatalog.register(name, lambda: images)
+    loader = make_loader(
+        loader_cfg,
+        *("DATASETS.TRAIN", (NAME, OTHER), "DATASETS.TRAIN_REPEAT_FACTOR", [[OTHER, factor]]),
+        *("DATALOADER.REPEAT_THRESHOLD", 1 / 3, "DATALOADER.REPEAT_SQRT", False),
+        *("DATALOADER.SAMPLER_TRAIN", sampler),
+    )
+    counts = Counter(itertools.islice(loader._sampler()._infinite_indices(), 20_000))
+    for index in range(6):
+        assert counts[6 + index] / counts[index] == pytest.approx(factor, rel=0.05)
+    assert counts[0] / counts[1] == pytest.approx(rare, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        (
+            ("RandomSubsetTrainingSampler", "DATALOADER.RANDOM_SUBSET_RATIO", 0.1),
+            "RANDOM_SUBSET_RATIO 0.1 of 6 training images is none",
+        ),
+        (
+            ("WeightedTrainingSampler", "DATASETS.TRAIN_REPEAT_FACTOR", [["else", 2.0]]),
+            f"TRAIN_REPEAT_FACTOR names 'else', and the training data are {NAME}",
+        ),
+    ],
+)
+def test_what_a_sampler_cannot_use_is_named(opts, expected, loader_cfg):
+    with pytest.raises(InputError, match=expected):
+        make_loader(loader_cfg, "DATALOADER.SAMPLER_TRAIN", *opts)
 
 
 def test_the_seed_is_the_configs_until_there_is_a_run_to_go_on(loader_cfg):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from retinanet_ext.data import CheckedDatasetMapper, coco_json
@@ -65,11 +66,33 @@ def test_image_is_named_from_a_worker_process(bccd: Bccd, cfg: CfgNode) -> None:
     assert "No such file" in line
 
 
-def test_other_errors_are_not_blamed_on_the_image(bccd: Bccd, cfg: CfgNode) -> None:
+def test_image_that_no_resize_leaves_a_side_of_is_named(bccd: Bccd, cfg: CfgNode) -> None:
+    cfg.INPUT.MAX_SIZE_TRAIN = 640
     data = Mapped(bccd, cfg)
-    del data.records[0]["annotations"][0]["bbox_mode"]
-    with pytest.raises(KeyError, match="bbox_mode"):
+    Image.new("RGB", (2000, 1)).save(bccd.images / FIRST)
+    data.records[0] |= {"width": 2000, "height": 1, "annotations": []}
+    expected = rf"{FIRST} \(image id 80\) cannot be used: height and .* has 2000 x 1 pixels"
+    with pytest.raises(InputError, match=expected):
         data[0]
+
+
+@pytest.mark.parametrize("error", [KeyError("key"), MemoryError("no room"), TypeError()])
+def test_other_errors_name_the_image_and_keep_their_cause(
+    error: Exception, bccd: Bccd, cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are not blamed on it: what runs out of memory, and an error of code."""
+
+    def fail(*args: object) -> None:
+        raise error
+
+    data = Mapped(bccd, cfg)
+    monkeypatch.setattr(data.mapper, "_transform_annotations", fail)
+    expected = rf"image .*{FIRST} \(image id 80\): .*{error}"
+    with pytest.raises((RuntimeError, MemoryError), match=expected) as raised:
+        data[0]
+    assert raised.value.__cause__ is error
+    end = explain(raised.value)
+    assert end is None or (isinstance(error, MemoryError) and FIRST in end[1])
 
 
 def test_crowd_regions_become_boxes_to_ignore(bccd: Bccd, cfg: CfgNode) -> None:
