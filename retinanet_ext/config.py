@@ -137,8 +137,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # what the kinds are and what each allows.
     cfg.DATASETS.CHECK = CfgNode(check.config_defaults())
 
-    # What two of Detectron2's samplers read and its config lacks. RandomSubsetTrainingSampler: share
-    # of the training images that is drawn, once, and trained on; (0, 1].
+    # What Detectron2's samplers read and its config lacks. RandomSubsetTrainingSampler: share of
+    # the training images that is drawn, once, and trained on; (0, 1].
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
     # WeightedTrainingSampler, WeightedCategoryTrainingSampler: how often an epoch holds the images
     # of a data set, on average, as pairs [["mine_train", 2.5], ...]; data sets not named: once.

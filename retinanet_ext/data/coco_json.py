@@ -117,8 +117,9 @@ def complete_for_evaluation(content: dict[str, Any]) -> dict[str, Any]:
 
     A missing ``iscrowd`` becomes 0 and a missing ``area`` width times height, either of which
     would be a ``KeyError`` of pycocotools after training, as a missing ``info`` is before its
-    version 2.0.11; what is to ignore gets ``iscrowd`` 1, the one mark that it reads. Where an annotation id is below 1 or used twice, all are numbered
-    anew: the evaluation takes a match with id 0 for none, and of two of an id sees one.
+    version 2.0.11; what is to ignore gets ``iscrowd`` 1, the one mark that it reads. Where an
+    annotation id is below 1 or used twice, all are numbered anew: the evaluation takes a match with
+    id 0 for none, and of two of an id sees one.
     """
     annotations = [
         {"area": a["bbox"][2] * a["bbox"][3], **a, "iscrowd": int(is_region_to_ignore(a))}

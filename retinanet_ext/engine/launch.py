@@ -179,9 +179,7 @@ def _prepare(command: list[str], args: argparse.Namespace, group: Group, names: 
         _refuse_earlier_run(cfg.OUTPUT_DIR)
     weights, is_resumed = find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=args.eval_only)
-    check_model(
-        cfg, weights, resume=is_resumed, eval_only=args.eval_only, num_processes=group.size
-    )
+    check_model(cfg, weights, resume=is_resumed, eval_only=args.eval_only, num_processes=group.size)
     seed = saved_seed(weights) if is_resumed and not args.eval_only else -1
     if seed >= 0:
         if 0 <= cfg.SEED != seed:
