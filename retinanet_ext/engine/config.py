@@ -93,6 +93,7 @@ RANGES = {
 """What each number of a key may be, or each of its numbers where it holds several."""
 
 TRAINING_RANGES = {
+    "DATALOADER.ASPECT_RATIO_STREAMS": Interval("[0, 65536]"),
     "DATALOADER.RANDOM_SUBSET_RATIO": Interval("(0, 1]"),
     "DATALOADER.REPEAT_THRESHOLD": Interval("[0, inf)"),
     "INPUT.CROP.SIZE": Interval("(0, inf)"),
@@ -328,6 +329,14 @@ def _check_solver(cfg: CfgNode, num_processes: int) -> None:
         what = " times ".join(f"{name}, {n}" for name, n in shares.items() if n > 1)
         raise InputError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of {what}"
+        )
+    streams, batch = cfg.DATALOADER.ASPECT_RATIO_STREAMS, solver.IMS_PER_BATCH
+    if solver.REFERENCE_WORLD_SIZE:
+        batch = batch * num_processes // solver.REFERENCE_WORLD_SIZE
+    if streams and batch % streams:
+        raise InputError(
+            f"a batch of {batch} images (SOLVER.IMS_PER_BATCH) must be a multiple of "
+            f"DATALOADER.ASPECT_RATIO_STREAMS {streams}"
         )
     on_cpu = torch.device(cfg.MODEL.DEVICE).type != "cuda"
     if solver.AMP.ENABLED and solver.AMP.PRECISION == "float16" and on_cpu:

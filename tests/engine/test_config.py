@@ -171,6 +171,7 @@ def test_whether_num_classes_is_set(tmp_path):
         (["SOLVER.MAX_ITER", "1" + "0" * 400], 1, "MAX_ITER must be a number"),
         (["SOLVER.STEPS", "(5, 5)"], 1, "SOLVER.STEPS must rise strictly"),
         (["DATALOADER.SAMPLER_TRAIN", "Random"], 1, "'Random' is unknown; known: 'TrainingSam"),
+        (["DATALOADER.ASPECT_RATIO_STREAMS", "3"], 1, "2 images .* of .*ASPECT_RATIO_STREAMS 3"),
         (["DATALOADER.RANDOM_SUBSET_RATIO", "0"], 1, r"RATIO must be a number in \(0, 1\], got 0"),
         (["DATASETS.TRAIN_REPEAT_FACTOR", "[['a']]"], 1, "list of .data set, factor., such as"),
         (["DATASETS.TRAIN_REPEAT_FACTOR", "{'a': 0}"], 1, r"FACTOR a must be a number in \[0.001"),
