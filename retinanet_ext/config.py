@@ -249,6 +249,19 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # what the kinds are and what each allows.
     cfg.DATASETS.CHECK = CfgNode(check.config_defaults())
 
+    # With DATALOADER.ASPECT_RATIO_GROUPING, how many streams the samples are dealt to. Each is
+    # grouped by itself, and gives IMS_PER_BATCH / streams images of one orientation to a batch.
+    # 0: one stream for each micro-batch of each process, which is Detectron2's grouping by process.
+    # Another number gives the same batches on any number of processes. A run keeps its own.
+    cfg.DATALOADER.ASPECT_RATIO_STREAMS = 0
+
+    # What Detectron2's samplers read and its config lacks. RandomSubsetTrainingSampler: share of
+    # the training images that is drawn, once, and trained on; (0, 1].
+    cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
+    # WeightedTrainingSampler, WeightedCategoryTrainingSampler: how often an epoch holds the images
+    # of a data set, on average, as pairs [["mine_train", 2.5], ...]; data sets not named: once.
+    cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
+
     # Equal runs on equal hardware give equal bits: algorithms of torch that are not deterministic
     # are replaced or refused, at some cost in time. For a SEED below 0 one is drawn.
     cfg.DETERMINISTIC = False

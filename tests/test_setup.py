@@ -172,6 +172,43 @@ def test_second_call_runs_nothing(checkout):
     assert ran.exists()
 
 
+@pytest.mark.parametrize(
+    ("source", "helps"), [("", True), ("clone", True), ("clone", False), ("detectron2.whl", True)]
+)
+def test_an_extension_that_does_not_load_is_built_anew_or_done_without(checkout, source, helps):
+    """As one that pip kept from another PyTorch; here pip and the interpreter only say so."""
+    for name in ("git", "c++"):
+        write_tool(checkout, name, "exit 0")
+    write_tool(checkout, "timeout", 'shift; "$@"')
+    write_tool(checkout, "rm", "exit 0")
+    (checkout / "clone").mkdir()
+    for name in ("Python.h", "detectron2.whl", "clone/setup.py"):
+        (checkout / name).write_text("")
+    environment = checkout / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    log, loads = checkout / "log", checkout / "loads"
+    mends = "--no-cache-dir" if helps else "nothing"
+    answers = f"""case "$*" in
+        *pip*install*) echo "$*" >>{log}; [[ $* != *{mends}* ]] || : >{loads} ;;
+        *get_path*) echo {checkout} ;;
+        *version_info*) echo 3.11 ;;
+        *detectron2._C*) [[ -e {loads} ]] ;;
+        *torchvision*) exit 1 ;;
+    esac"""
+    write_tool(checkout, "python", answers).rename(environment / "bin/python")
+    result = set_up(checkout, DETECTRON2=source)
+    assert result.returncode == 0, result.stderr
+    anew = [line for line in log.read_text().splitlines() if "--no-cache-dir" in line]
+    expected = {"": "git+https://github.com/", "clone": f"{checkout}/clone"}.get(source)
+    if expected is None:  # a wheel is as it is
+        assert not anew
+    else:
+        (line,) = anew
+        assert "--force-reinstall" in line and "--no-deps" in line and expected in line
+    without = "Going on without Detectron2's compiled extension" in result.stdout
+    assert without != (helps and bool(anew))
+
+
 # The test run.
 
 SUITE = {

@@ -27,17 +27,23 @@ check_python() { # check_python INTERPRETER REMEDY
 
 has_pip() { [[ -x $env_python ]] && "$env_python" -m pip --version >/dev/null 2>&1; }
 can_import() { [[ -x $env_python ]] && "$env_python" -c "import $1" >/dev/null 2>&1; }
+extension_loads() { can_import 'torch, detectron2._C'; }
 
-# Where Detectron2 comes from: sets `requirements` (pip's arguments), and fails at once, not after
-# a download of gigabytes, if that source or what its build needs is missing.
+[[ $(<setup.py) =~ git\+(https://[^\"]+)\"[[:space:]]*\"@([0-9a-f]{40}) ]]
+official=${BASH_REMATCH[1]} commit=${BASH_REMATCH[2]}
+anew='--no-build-isolation --no-cache-dir --no-deps --force-reinstall'
+
+# Where Detectron2 comes from: sets `requirements` (pip's arguments) and `to_build` (of these what
+# builds Detectron2, if any), and fails at once, not after a download of gigabytes, if that source
+# or what its build needs is missing.
 check_detectron2_source() {
   local source=${DETECTRON2:-} python=$1 url='' include
-  [[ $(<setup.py) =~ git\+(https://[^\"]+)\"[[:space:]]*\"@([0-9a-f]{40}) ]]
-  local official=${BASH_REMATCH[1]} commit=${BASH_REMATCH[2]}
+  to_build=''
   case $source in
     '')
       url=$official
       requirements=(-e '.[detectron2,dev]')
+      to_build=git+$url@$commit
       ;;
     *.whl)
       [[ $source == *://* || -f $source ]] || die "DETECTRON2=$source is no file: give a wheel's path."
@@ -63,6 +69,7 @@ check_detectron2_source() {
       ;;
   esac
 
+  to_build=${to_build:-${requirements[0]}}
   if [[ $url ]]; then
     command -v git >/dev/null ||
       die "git is missing, and Detectron2 comes by it: install git (apt install git), or give a local clone or wheel with DETECTRON2=."
@@ -146,9 +153,18 @@ else
   # toolkit that matches PyTorch's. FORCE_CUDA=1 builds them all the same.
   CUDA_VISIBLE_DEVICES='' pip_add --no-build-isolation "${requirements[@]}" ||
     die "pip could not build Detectron2 or install the plugin; its reason is above."
+  # pip keeps what it has built, and a build for another PyTorch does not load.
+  if [[ $to_build ]] && ! extension_loads; then
+    echo "Building Detectron2 anew: what pip had kept of it was built for another PyTorch."
+    # shellcheck disable=SC2086
+    CUDA_VISIBLE_DEVICES='' pip_add $anew "$to_build" ||
+      die "pip could not build Detectron2; its reason is above."
+  fi
 fi
 
 can_import 'torch, detectron2.layers, cv2, retinanet_ext' ||
   die "Detectron2 in $VENV does not import: see $env_python -c 'import torch, detectron2.layers, cv2', and remove what is broken."
+extension_loads ||
+  echo "Going on without Detectron2's compiled extension, which the PyTorch in $VENV does not load: RetinaNet needs it for deformable convolutions alone, and COCO evaluation is slower. To build it: $env_python -m pip install $anew git+$official@$commit"
 rm "$VENV/.constraints"
 echo "$PWD ${DETECTRON2:-}" >"$stamp"

@@ -94,9 +94,10 @@ def complete_for_evaluation(content: dict[str, Any]) -> dict[str, Any]:
     """Return a checked COCO json with what its evaluation needs filled in, itself if it has all.
 
     A missing ``iscrowd`` becomes 0 and a missing ``area`` width times height, either of which
-    would be a ``KeyError`` of pycocotools after training; what is to ignore gets ``iscrowd`` 1,
-    the one mark that it reads. Where an annotation id is below 1 or used twice, all are numbered
-    anew: the evaluation takes a match with id 0 for none, and of two of an id sees one.
+    would be a ``KeyError`` of pycocotools after training, as a missing ``info`` is before its
+    version 2.0.11; what is to ignore gets ``iscrowd`` 1, the one mark that it reads. Where an
+    annotation id is below 1 or used twice, all are numbered anew: the evaluation takes a match with
+    id 0 for none, and of two of an id sees one.
     """
     annotations = [
         {"area": a["bbox"][2] * a["bbox"][3], **a, "iscrowd": int(is_region_to_ignore(a))}
@@ -105,9 +106,9 @@ def complete_for_evaluation(content: dict[str, Any]) -> dict[str, Any]:
     ids = {annotation["id"] for annotation in annotations}
     if len(ids) < len(annotations) or min(ids, default=1) < 1:
         annotations = [{**a, "id": number} for number, a in enumerate(annotations, start=1)]
-    if annotations == content["annotations"]:
+    if annotations == content["annotations"] and "info" in content:
         return content
-    return {**content, "annotations": annotations}
+    return {"info": {}, **content, "annotations": annotations}
 
 
 def join_some(items: Iterable[Any], limit: int = 10, *, separator: str = ", ") -> str:

@@ -1,7 +1,8 @@
-"""Training batches as a function of the seed and of the place in the stream of samples alone.
+"""Training batches as a function of the seed, the number of streams and the place in them alone.
 
-So a resumed run sees what the uninterrupted one would have seen, and one process with any number
-of workers what several processes, or several micro-batches, see together.
+Samples are dealt to streams in turn, as Detectron2 deals them to processes, and each stream is
+grouped by aspect ratio by itself. A resumed run sees what the uninterrupted one would have seen,
+and any numbers of processes, micro-batches and workers see the same batches of the same streams.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import random
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -40,8 +42,9 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> TrainLoader:
 
     Detectron2 reads and filters the data and gives the order of samples. A batch of
     ``SOLVER.IMS_PER_BATCH`` images is shared out to the processes, and each share to
-    ``SOLVER.ACCUMULATE`` micro-batches; with ``ASPECT_RATIO_GROUPING`` all its images are wide, or
-    none is. With a ``SEED`` below 0 the processes agree on a random one.
+    ``SOLVER.ACCUMULATE`` micro-batches. With ``ASPECT_RATIO_GROUPING`` the images that a stream
+    gives to a batch are all wide, or none is; there are ``ASPECT_RATIO_STREAMS``, or one to each
+    micro-batch of each process. With a ``SEED`` below 0 the processes agree on a random one.
 
     Raises:
         InputError: the sampler is unknown, or the data have no order to go on in
@@ -54,6 +57,7 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
 
     Attributes:
         seed: of the order of samples and of the mapper's randomness
+        num_streams: how many streams the samples are dealt to
         num_batches, num_images: those of all processes that lie before the first batch
     """
 
@@ -62,6 +66,8 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
         self.mapper = mapper
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.num_batches, self.num_images = 0, 0
+        num_passes = comm.get_world_size() * cfg.SOLVER.ACCUMULATE
+        self.num_streams = cfg.DATALOADER.ASPECT_RATIO_STREAMS or num_passes
         records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
         )
@@ -70,6 +76,7 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
                 f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} is an IterableDataset, in which a "
                 "resumed run cannot find its place; register a function that returns a list"
             )
+        _check_sampler(cfg, len(records))
         _check_same_records(cfg, records)
         self.groups = bytes(len(records))
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
@@ -82,18 +89,37 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
         """Return the state after that many batches of all processes since the run's start."""
         more = (num_batches - self.num_batches) * self.cfg.SOLVER.IMS_PER_BATCH
         num_images = self.num_images + more  # earlier parts of a run may have had other batches
-        return {"seed": self.seed, "num_batches": num_batches, "num_images": num_images}
+        return {
+            "seed": self.seed,
+            "num_streams": self.num_streams,
+            "num_batches": num_batches,
+            "num_images": num_images,
+        }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on there, with that seed, whatever the config's is by now."""
+        """Go on there, with that seed and those streams, whatever the config's are by now."""
         if state["seed"] != self.seed:
             logger.info("Seed %d of the run goes on, and not %d", state["seed"], self.seed)
         self.seed = state["seed"]
+        streams = state.get("num_streams", 1)  # as of a version that grouped all samples together
+        if self.cfg.SOLVER.IMS_PER_BATCH % streams:
+            logger.warning(
+                "The run's batches came from %d streams, by which SOLVER.IMS_PER_BATCH %d cannot "
+                "be divided: they go on from %d, in another order",
+                *(streams, self.cfg.SOLVER.IMS_PER_BATCH, self.num_streams),
+            )
+        else:
+            self.num_streams = streams
         self.num_batches, self.num_images = state["num_batches"], state["num_images"]
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         batch_size = self.cfg.SOLVER.IMS_PER_BATCH
-        batches = group_batches(self._sampler()._infinite_indices(), self.groups, batch_size)
+        batches = group_batches(
+            self._sampler()._infinite_indices(),
+            self.groups,
+            batch_size=batch_size,
+            num_streams=self.num_streams,
+        )
         batches = itertools.islice(batches, self.num_images // batch_size, None)
         workers = self.cfg.DATALOADER.NUM_WORKERS
         loader = DataLoader(
@@ -136,6 +162,23 @@ def _batches(loader: DataLoader) -> Iterator[list[dict[str, Any]]]:
         raise LostWorkerError from error
 
 
+def _check_sampler(cfg: CfgNode, num_images: int) -> None:
+    """Refuse what Detectron2's samplers only assert, once they are made."""
+    sampler, ratio = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.RANDOM_SUBSET_RATIO
+    if sampler == "RandomSubsetTrainingSampler" and int(num_images * ratio) < 1:
+        raise InputError(
+            f"DATALOADER.RANDOM_SUBSET_RATIO {ratio} of {num_images} training images is none; it "
+            f"must be at least 1/{num_images}"
+        )
+    factors = cfg.DATASETS.TRAIN_REPEAT_FACTOR if sampler.startswith("Weighted") else []
+    for name, _ in factors:
+        if name not in cfg.DATASETS.TRAIN:
+            raise InputError(
+                f"DATASETS.TRAIN_REPEAT_FACTOR names {name!r}, and the training data are "
+                f"{', '.join(cfg.DATASETS.TRAIN)}"
+            )
+
+
 def _check_same_records(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:
     """Refuse machines whose data differ: the shares of a batch would be of different batches."""
     digest = hashlib.sha1()
@@ -153,22 +196,30 @@ def _check_same_records(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None
 
 
 def group_batches(
-    indices: Iterable[int], groups: Sequence[int], batch_size: int
+    indices: Iterable[int], groups: Sequence[int], *, batch_size: int, num_streams: int
 ) -> Iterator[list[Sample]]:
-    """Yield batches of samples of one group, in the order in which they fill up.
+    """Yield batches to which each stream gives as many samples, of one group, as they fill up.
 
     Args:
-        indices: the stream of samples, indices of images
+        indices: the samples, indices of images, that are dealt to the streams in turn
         groups: the group of each image
-        batch_size: samples of a batch
+        batch_size: samples of a batch, those of one stream after those of another
+        num_streams: a divisor of it
     """
-    waiting: list[list[Sample]] = [[] for _ in range(max(groups) + 1)]
-    for sample in enumerate(indices):
-        group = groups[sample[1]]
-        waiting[group].append(sample)
-        if len(waiting[group]) == batch_size:
-            yield waiting[group]
-            waiting[group] = []
+    share = batch_size // num_streams
+    waiting: list[list[list[Sample]]] = [
+        [[] for _ in range(max(groups) + 1)] for _ in range(num_streams)
+    ]
+    full: list[deque[list[Sample]]] = [deque() for _ in range(num_streams)]
+    for position, index in enumerate(indices):
+        stream = position % num_streams
+        samples = waiting[stream][groups[index]]
+        samples.append((position, index))
+        if len(samples) == share:
+            full[stream].append(samples.copy())
+            samples.clear()
+            if all(full):  # at most once: this stream had none before
+                yield [sample for shares in full for sample in shares.popleft()]
 
 
 def share_out(
@@ -176,10 +227,9 @@ def share_out(
 ) -> Iterator[list[Sample]]:
     """Yield the micro-batches of one process: its share of each batch, in equal parts."""
     for batch in batches:
-        share = batch[rank::num_processes]
-        size = len(share) // num_micro_batches
-        for start in range(0, len(share), size):
-            yield share[start : start + size]
+        size = len(batch) // num_processes // num_micro_batches
+        for number in range(rank * num_micro_batches, (rank + 1) * num_micro_batches):
+            yield batch[number * size : (number + 1) * size]
 
 
 def seed_generators(seed: int, *key: int) -> None:

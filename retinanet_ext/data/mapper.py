@@ -54,6 +54,8 @@ class CheckedDatasetMapper(DatasetMapper):
         name = f"image {dataset_dict['file_name']} (image id {dataset_dict.get('image_id')})"
         try:
             image = self.reader(dataset_dict["file_name"])
+        except MemoryError as error:
+            raise MemoryError(f"{name}: {error}") from error
         except Exception as error:  # Pillow's decoders raise many types
             raise InputError(f"{name} cannot be used: {explain_unreadable(error)}") from error
         if fault := find_size_fault(dataset_dict, image):
@@ -65,7 +67,9 @@ class CheckedDatasetMapper(DatasetMapper):
             raise InputError(
                 f"{name} of {width} x {height} pixels cannot be used: {explain_unreadable(error)}"
             ) from error
-        except Exception as error:
+        except MemoryError as error:
+            raise MemoryError(f"{name}: {error}") from error
+        except Exception as error:  # of an augmentation's code, whose traceback is needed
             raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
 
     def _map(self, dataset_dict: dict[str, Any], image: np.ndarray) -> dict[str, Any]:

@@ -246,9 +246,11 @@ def _frozen_random_layers(cfg: CfgNode, weights: str) -> Advice:
             "weights, for MODEL.WEIGHTS is empty; set FREEZE_AT 0, or name weights"
         )
     if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+        # torch's needs CUDA devices; Detectron2's runs on any.
+        sync = "SyncBN" if cfg.MODEL.DEVICE.startswith("cuda") else "naiveSyncBN"
         yield (
             "MODEL.RESNETS.NORM FrozenBN normalises nothing with random weights, for MODEL.WEIGHTS "
-            "is empty; set BN, SyncBN or GN, or name weights"
+            f"is empty; set BN, {sync} or GN, or name weights"
         )
 
 

@@ -95,6 +95,8 @@ RANGES = {
 """What each number of a key may be, or each of its numbers where it holds several."""
 
 TRAINING_RANGES = {
+    "DATALOADER.ASPECT_RATIO_STREAMS": Interval("[0, 65536]"),
+    "DATALOADER.RANDOM_SUBSET_RATIO": Interval("(0, 1]"),
     "DATALOADER.REPEAT_THRESHOLD": Interval("[0, inf)"),
     "INPUT.CROP.SIZE": Interval("(0, inf)"),
     "INPUT.PAD_MULTIPLE": Interval(f"[0, {MAX_SIDE}]"),
@@ -201,6 +203,7 @@ def check_config(cfg: CfgNode, *, num_processes: int, eval_only: bool) -> None:
     if not eval_only:
         _check_ranges(cfg, TRAINING_RANGES, TRAINING_CHOICES)
         _check_augmentation(cfg.INPUT)
+        _check_repeat_factors(cfg.DATASETS.TRAIN_REPEAT_FACTOR)
         _check_solver(cfg, num_processes)
 
 
@@ -289,6 +292,19 @@ def _check_augmentation(node: CfgNode) -> None:
             )
 
 
+def _check_repeat_factors(pairs: Sequence[Any]) -> None:
+    key = "DATASETS.TRAIN_REPEAT_FACTOR"
+    for pair in pairs:
+        types = [type(part) for part in pair] if isinstance(pair, list | tuple) else []
+        if not (len(types) == 2 and types[0] is str and types[1] in (int, float)):
+            raise InputError(
+                f"{key} must be a list of [data set, factor], such as [['mine_train', 2.5]]; got "
+                f"{reprlib.repr(pairs)}"
+            )
+        # An epoch is drawn as a whole: it must hold some images, and fit into memory.
+        Interval("[0.001, 1000]").check(f"{key} {pair[0]}", pair[1])
+
+
 def _check_solver(cfg: CfgNode, num_processes: int) -> None:
     solver = cfg.SOLVER
     steps = list(solver.STEPS)
@@ -312,6 +328,14 @@ def _check_solver(cfg: CfgNode, num_processes: int) -> None:
         what = " times ".join(f"{name}, {n}" for name, n in shares.items() if n > 1)
         raise InputError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of {what}"
+        )
+    streams, batch = cfg.DATALOADER.ASPECT_RATIO_STREAMS, solver.IMS_PER_BATCH
+    if solver.REFERENCE_WORLD_SIZE:
+        batch = batch * num_processes // solver.REFERENCE_WORLD_SIZE
+    if streams and batch % streams:
+        raise InputError(
+            f"a batch of {batch} images (SOLVER.IMS_PER_BATCH) must be a multiple of "
+            f"DATALOADER.ASPECT_RATIO_STREAMS {streams}"
         )
     on_cpu = torch.device(cfg.MODEL.DEVICE).type != "cuda"
     if solver.AMP.ENABLED and solver.AMP.PRECISION == "float16" and on_cpu:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
@@ -20,6 +21,7 @@ from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
 from retinanet_ext.engine.advice import usual_learning_rate
+from retinanet_ext.engine.failures import first_line
 from retinanet_ext.modeling.criterion import RetinaNetCriterion
 from retinanet_ext.modeling.matching import is_foreground
 
@@ -93,11 +95,46 @@ def class_names(cfg: CfgNode) -> list[str]:
     return list(MetadataCatalog.get(names[0]).get("thing_classes", [])) if names else []
 
 
+def explain_step(model: nn.Module, step: Step) -> Report:
+    """Return what :func:`diagnose` says, or a report of its failure, whose "cause" says why.
+
+    An explanation needs memory that the step did not, and meets hooks and heads of any kind; what
+    it fails of changes nothing about the step. "reproduced" is True then: nothing says otherwise.
+    """
+    try:
+        return diagnose(model, step)
+    except Exception as error:
+        cause = f"the explanation failed: {type(error).__name__}: {first_line(error)[:200]}"
+        return _plain(
+            {
+                "cause": cause,
+                "iteration": step.iteration,
+                "rank": step.rank,
+                "num_processes": step.num_processes,
+                "precision": step.precision,
+                "reproduced": True,
+                "losses": step.losses,
+            }
+        )
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Have operations that processes share be this process's own, so that no other waits for it."""
+    is_initialized = dist.is_initialized
+    dist.is_initialized = lambda: False
+    try:
+        yield
+    finally:
+        dist.is_initialized = is_initialized
+
+
+@_alone()
 def diagnose(model: nn.Module, step: Step) -> Report:
     """Repeat a step's forward and backward passes on this process and say what is not finite.
 
-    All processes call it together, for a model's operations in common with the others'. Buffers
-    change as in a step; weights and their ``grad`` stay as they are.
+    The normaliser and statistics of SyncBN are those of this process's images. Buffers change as in
+    a step; weights and their ``grad`` stay as they are.
 
     Args:
         model: in training mode, as before the step, not wrapped for several processes
@@ -214,7 +251,8 @@ class _Pass:
             return hook
 
         def after_head(module: nn.Module, args: Any, output: Any) -> None:
-            for term, levels in zip(("loss_cls", "loss_box_reg"), output, strict=True):
+            # Some heads predict more, such as FCOS's centre-ness.
+            for term, levels in zip(("loss_cls", "loss_box_reg"), output, strict=False):
                 self.predictions[term] = [level.detach() for level in levels]
 
         def before_criterion(module: RetinaNetCriterion, args: Any, kwargs: Any) -> None:

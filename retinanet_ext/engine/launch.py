@@ -179,7 +179,7 @@ def _prepare(command: list[str], args: argparse.Namespace, group: Group, names: 
         _refuse_earlier_run(cfg.OUTPUT_DIR)
     weights, is_resumed = find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=args.eval_only)
-    check_model(cfg, weights, resume=is_resumed, eval_only=args.eval_only)
+    check_model(cfg, weights, resume=is_resumed, eval_only=args.eval_only, num_processes=group.size)
     seed = saved_seed(weights) if is_resumed and not args.eval_only else -1
     if seed >= 0:
         if 0 <= cfg.SEED != seed:
@@ -262,7 +262,9 @@ def _earlier_run(output_dir: str) -> str:
     return next((path.name for path in found if path.is_dir() or path.stat().st_size), "")
 
 
-def check_model(cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool) -> None:
+def check_model(
+    cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool, num_processes: int = 1
+) -> None:
     """Build the model, the optimizer and the schedule and load weights, for their errors alone."""
     logging.disable(logging.WARNING)  # each process says the same again
     try:
@@ -282,7 +284,8 @@ def check_model(cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool) ->
                 f"no model or optimizer can be built from this config: {type(error).__name__}: "
                 f"{first_line(error)} ({Path(place.filename).name}, line {place.lineno})"
             ) from error
-        _check_deformable(model, cfg.MODEL.DEVICE, eval_only)
+        if torch.device(cfg.MODEL.DEVICE).type != "cuda":
+            _check_layers_on_cpu(model, eval_only=eval_only, num_processes=num_processes)
         if weights:
             reinit = cfg.MODEL.RETINANET.REINIT_MISMATCHED and not saved
             Checkpointer(
@@ -298,11 +301,15 @@ def check_model(cfg: CfgNode, weights: str, *, resume: bool, eval_only: bool) ->
         logging.disable(logging.NOTSET)
 
 
-def _check_deformable(model: nn.Module, device: str, eval_only: bool) -> None:
-    """Refuse deformable convolutions where Detectron2 would refuse them in the first iteration."""
-    if torch.device(device).type == "cuda":
-        return
+def _check_layers_on_cpu(model: nn.Module, *, eval_only: bool, num_processes: int) -> None:
+    """Refuse layers that Detectron2 or torch would refuse in the first iteration."""
     for name, layer in model.named_modules():
+        if isinstance(layer, nn.SyncBatchNorm) and num_processes > 1 and not eval_only:
+            raise InputError(
+                f"{name} is SyncBN (MODEL.RESNETS.NORM, FPN.NORM or RETINANET.NORM), which several "
+                "processes train on CUDA devices alone; naiveSyncBN, of Detectron2, does the same "
+                "on the CPU"
+            )
         evaluates = isinstance(layer, DeformConv) and layer.deformable_groups == 1
         if isinstance(layer, DeformConv | ModulatedDeformConv) and not (evaluates and eval_only):
             raise InputError(

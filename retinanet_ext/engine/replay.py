@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,8 @@ from retinanet_ext.engine.diagnosis import Report, Step, class_names, diagnose
 from retinanet_ext.engine.failures import first_line
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import replacing, write_file
+
+logger = logging.getLogger(__name__)
 
 
 def save_step(step: Step, report: Report, states: dict[str, Any] | None) -> Path | None:
@@ -77,7 +80,9 @@ def replay_step(path: str | Path) -> Report:
         cfg = get_cfg()
         add_retinanet_ext_config(cfg)
         cfg.merge_from_other_cfg(CfgNode.load_cfg(values["cfg"]))
+        trained_on = cfg.MODEL.DEVICE
         use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
+        cfg.TEST.PRECISION = "float32"  # of detection, which no step is, and not for every device
         for name in cfg.DATASETS.TRAIN:
             if name not in MetadataCatalog:
                 MetadataCatalog.get(name).thing_classes = names
@@ -85,7 +90,18 @@ def replay_step(path: str | Path) -> Report:
         model.load_state_dict(weights)
     except Exception as error:  # whatever Detectron2 makes of a config that is not its own
         raise InputError(f"{path}: its model cannot be built: {first_line(error)}") from error
-    return diagnose(model, Step(**{**values, "cfg": cfg}))
+    step = Step(**{**values, "cfg": cfg})
+    logger.info(
+        "Repeating iteration %d of rank %d on %s%s, %s",
+        step.iteration,
+        step.rank,
+        cfg.MODEL.DEVICE,
+        "" if trained_on == cfg.MODEL.DEVICE else f", which ran on {trained_on}",
+        "in float32"
+        if step.precision == "float32"
+        else f"its network in {step.precision} by autocast; weights and losses are float32",
+    )
+    return diagnose(model, step)
 
 
 def _suffixes() -> Any:

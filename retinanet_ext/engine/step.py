@@ -25,10 +25,10 @@ from retinanet_ext.engine.diagnosis import (
     Step,
     begin_step,
     compute_losses,
-    diagnose,
+    explain_step,
     total_loss,
 )
-from retinanet_ext.engine.failures import NonFiniteError
+from retinanet_ext.engine.failures import NonFiniteError, first_line
 from retinanet_ext.engine.replay import save_step
 from retinanet_ext.errors import InputError
 
@@ -159,7 +159,7 @@ class TrainingStep(SimpleTrainer):
             losses={name: loss.item() for name, loss in losses.items()},
             seed=torch.initial_seed(),  # set anew before each step
         )
-        report = diagnose(_unwrap(self.model), step)
+        report = explain_step(_unwrap(self.model), step)
         _restore(buffers)
         saw = report["reproduced"] or not all(map(math.isfinite, step.losses.values()))
         # Where no process sees it alone, the sum over processes was it: the first reports.
@@ -192,6 +192,8 @@ class TrainingStep(SimpleTrainer):
             return f"{line}; see {save_step(step, report, states if whole else None)}"
         except InputError as error:  # the diagnosis is worth more than its file
             return f"{line}; {error}"
+        except Exception as error:
+            return f"{line}; it cannot be saved: {type(error).__name__}: {first_line(error)}"
 
     def state_dict(self) -> dict[str, Any]:
         state = super().state_dict() | {"skipped_steps": self.skipped_steps}

@@ -2,12 +2,15 @@
 
 import itertools
 import random
+from collections import Counter
+from contextlib import contextmanager
 from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, build_detection_train_loader
+from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
@@ -17,9 +20,10 @@ from PIL import Image
 
 from retinanet_ext.data import CheckedDatasetMapper
 from retinanet_ext.data.loader import build_train_loader, group_batches, share_out
+from retinanet_ext.engine.config import TRAINING_CHOICES
 from retinanet_ext.errors import InputError
 
-NAME = "loader_test"
+NAME, OTHER = "loader_test", "loader_test_2"
 SIZES = [(60, 40), (40, 60), (50, 50), (64, 32), (32, 64), (48, 40), (60, 44)]
 BATCH = 4
 
@@ -49,8 +53,12 @@ def records(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def registered(records):
     DatasetCatalog.register(NAME, lambda: records)
+    DatasetCatalog.register(
+        OTHER, lambda: [{**r, "image_id": 100 + i} for i, r in enumerate(records)]
+    )
     yield
     DatasetCatalog.remove(NAME)
+    DatasetCatalog.remove(OTHER)
 
 
 @pytest.fixture
@@ -87,23 +95,35 @@ def by_image(images):
     }
 
 
+@contextmanager
+def process(rank, num_processes):
+    """Be one of several processes, as far as their number decides."""
+    with (
+        patch.object(comm, "get_rank", return_value=rank),
+        patch.object(comm, "get_world_size", return_value=num_processes),
+        patch("detectron2.data.build.get_world_size", return_value=num_processes),
+    ):
+        yield
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
 @pytest.mark.parametrize(
     ("processes", "accumulate", "workers"),
     [(1, 1, 2), (1, 4, 0), (1, 2, 1), (2, 1, 0), (2, 2, 2), (4, 1, 0)],
 )
-def test_the_same_images_are_seen_whatever_loads_them(processes, accumulate, workers, loader_cfg):
+def test_the_same_images_are_seen_whatever_loads_them(
+    processes, accumulate, workers, streams, loader_cfg
+):
+    """As many streams as micro-batches need not be given."""
     batches = 3
-    expected = take(make_loader(loader_cfg), batches)
-    loader = make_loader(
-        loader_cfg, "DATALOADER.NUM_WORKERS", workers, "SOLVER.ACCUMULATE", accumulate
-    )
+    expected = take(make_loader(loader_cfg, "DATALOADER.ASPECT_RATIO_STREAMS", streams), batches)
+    is_default = streams == processes * accumulate
+    opts = ["DATALOADER.ASPECT_RATIO_STREAMS", 0 if is_default else streams]
+    opts += ["DATALOADER.NUM_WORKERS", workers, "SOLVER.ACCUMULATE", accumulate]
     shares = []
     for rank in range(processes):
-        with (
-            patch.object(comm, "get_rank", return_value=rank),
-            patch.object(comm, "get_world_size", return_value=processes),
-        ):
-            shares.append(take(loader, batches * accumulate))
+        with patch("retinanet_ext.data.loader._check_same_records"), process(rank, processes):
+            shares.append(take(make_loader(loader_cfg, *opts), batches * accumulate))
     assert {len(micro) for share in shares for micro in share} == {BATCH // processes // accumulate}
     for number, batch in enumerate(expected):
         part = slice(number * accumulate, (number + 1) * accumulate)
@@ -123,15 +143,59 @@ def test_augmentation_differs_from_epoch_to_epoch(loader_cfg):
     assert all(len(set(versions)) > 1 for versions in seen.values())
 
 
+@pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("sampler", ["TrainingSampler", "RepeatFactorTrainingSampler"])
-def test_the_order_is_detectron2s(sampler, grouped, loader_cfg):
-    """Of one process, and of images without objects, which are left out."""
+def test_the_order_is_detectron2s(sampler, grouped, processes, loader_cfg):
+    """In each process, and without the images that have no objects."""
     opts = ["DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.ASPECT_RATIO_GROUPING", grouped]
     loader_cfg.merge_from_list([*opts, "DATALOADER.REPEAT_THRESHOLD", 0.9])
-    mapper = CheckedDatasetMapper(loader_cfg, is_train=True)
-    stock = build_detection_train_loader(loader_cfg, mapper=mapper)
-    assert image_ids(take(make_loader(loader_cfg), 20)) == image_ids(take(stock, 20))
+    for rank in range(processes):
+        with patch("retinanet_ext.data.loader._check_same_records"), process(rank, processes):
+            mapper = CheckedDatasetMapper(loader_cfg, is_train=True)
+            stock = build_detection_train_loader(loader_cfg, mapper=mapper)
+            assert image_ids(take(make_loader(loader_cfg), 20)) == image_ids(take(stock, 20))
+
+
+def composition(batches):
+    """The shares of wide batches, of mixed ones and of those without a wide image, in percent."""
+    kinds = Counter(len({*batch}) + any(batch) for batch in batches)  # 2 kinds of image: 3
+    return [round(100 * kinds[kind] / len(batches)) for kind in (2, 3, 1)]
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"), [(8, [10, 90, 0]), (2, [57, 36, 7]), (1, [75, 0, 25])]
+)
+def test_batches_are_mixed_as_detectron2s(processes, expected):
+    """Of 16 images, three in four wide: its grouping in each process, over all processes."""
+    is_wide = [index % 4 != 0 for index in range(4000)]
+    records = [{"width": 3 if wide else 1, "height": 2} for wide in is_wide]
+    streams = []
+    for rank in range(processes):
+        with process(rank, processes):
+            sampler = TrainingSampler(len(records), seed=1)
+        samples = (records[index] for index in sampler)
+        streams.append(iter(AspectRatioGroupedDataset(samples, 16 // processes)))
+    theirs = [[image["width"] == 3 for s in streams for image in next(s)] for _ in range(4000)]
+    indices = TrainingSampler(len(records), seed=1)._infinite_indices()
+    grouped = group_batches(indices, is_wide, batch_size=16, num_streams=processes)
+    ours = [[is_wide[index] for _, index in batch] for batch in itertools.islice(grouped, 4000)]
+    assert composition(ours) == composition(theirs) == pytest.approx(expected, abs=2)
+
+
+def test_a_run_keeps_its_streams_on_another_number_of_processes(loader_cfg):
+    with patch("retinanet_ext.data.loader._check_same_records"), process(0, 4):
+        first = make_loader(loader_cfg)
+    expected = take(make_loader(loader_cfg, "DATALOADER.ASPECT_RATIO_STREAMS", 4), 5)
+    second = make_loader(loader_cfg)
+    second.load_state_dict(first.state_dict(3))
+    assert image_ids(take(second, 2)) == image_ids(expected[3:])
+    # Where the batch is no multiple of them, it gets others; a state without them is of one.
+    third = make_loader(loader_cfg, "SOLVER.IMS_PER_BATCH", 6)
+    third.load_state_dict(first.state_dict(3))
+    assert third.num_streams == 1
+    second.load_state_dict({"seed": 7, "num_batches": 1, "num_images": 4})
+    assert second.num_streams == 1
 
 
 def test_images_without_objects_are_used_where_wanted(loader_cfg):
@@ -139,15 +203,13 @@ def test_images_without_objects_are_used_where_wanted(loader_cfg):
     assert len(SIZES) - 1 in set(itertools.chain(*image_ids(batches)))
 
 
-@pytest.mark.parametrize(
-    "sampler", ["TrainingSampler", "RepeatFactorTrainingSampler", "RandomSubsetTrainingSampler"]
-)
+@pytest.mark.parametrize("sampler", TRAINING_CHOICES["DATALOADER.SAMPLER_TRAIN"])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_going_on_after_n_batches_is_as_taking_n(sampler, workers, loader_cfg):
     """With a random seed, which travels in the state."""
     opts = ["SEED", -1, "DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.NUM_WORKERS", workers]
-    opts += ["SOLVER.ACCUMULATE", 2]
-    loader_cfg.DATALOADER.RANDOM_SUBSET_RATIO = 0.7  # a key that Detectron2 reads and has not
+    opts += ["SOLVER.ACCUMULATE", 2, "DATALOADER.RANDOM_SUBSET_RATIO", 0.7]
+    opts += ["DATASETS.TRAIN_REPEAT_FACTOR", [[NAME, 1.5]], "DATALOADER.REPEAT_THRESHOLD", 0.9]
     first = make_loader(loader_cfg, *opts)
     expected = take(first, 10)
     np.random.seed(123)
@@ -156,6 +218,51 @@ def test_going_on_after_n_batches_is_as_taking_n(sampler, workers, loader_cfg):
     for a, b in zip(expected[6:], take(second, 4), strict=True):
         assert image_ids([a]) == image_ids([b])
         assert all(torch.equal(x["image"], y["image"]) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("factor", [3, 2.5, 0.5])
+@pytest.mark.parametrize(
+    ("sampler", "rare"), [("WeightedTrainingSampler", 1), ("WeightedCategoryTrainingSampler", 2)]
+)
+def test_data_sets_are_seen_as_often_as_their_factor_says(
+    sampler, rare, factor, loader_cfg, records
+):
+    """And by category the first image twice, whose class half as many have as the threshold."""
+    images = [
+        {**record, "annotations": [{**record["annotations"][0], "category_id": int(index == 0)}]}
+        for index, record in enumerate(records[:6])
+    ]
+    for name in (NAME, OTHER):
+        DatasetCatalog.pop(name)
+        DatasetCatalog.register(name, lambda: images)
+    loader = make_loader(
+        loader_cfg,
+        *("DATASETS.TRAIN", (NAME, OTHER), "DATASETS.TRAIN_REPEAT_FACTOR", [[OTHER, factor]]),
+        *("DATALOADER.REPEAT_THRESHOLD", 1 / 3, "DATALOADER.REPEAT_SQRT", False),
+        *("DATALOADER.SAMPLER_TRAIN", sampler),
+    )
+    counts = Counter(itertools.islice(loader._sampler()._infinite_indices(), 20_000))
+    for index in range(6):
+        assert counts[6 + index] / counts[index] == pytest.approx(factor, rel=0.05)
+    assert counts[0] / counts[1] == pytest.approx(rare, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("opts", "expected"),
+    [
+        (
+            ("RandomSubsetTrainingSampler", "DATALOADER.RANDOM_SUBSET_RATIO", 0.1),
+            "RANDOM_SUBSET_RATIO 0.1 of 6 training images is none",
+        ),
+        (
+            ("WeightedTrainingSampler", "DATASETS.TRAIN_REPEAT_FACTOR", [["else", 2.0]]),
+            f"TRAIN_REPEAT_FACTOR names 'else', and the training data are {NAME}",
+        ),
+    ],
+)
+def test_what_a_sampler_cannot_use_is_named(opts, expected, loader_cfg):
+    with pytest.raises(InputError, match=expected):
+        make_loader(loader_cfg, "DATALOADER.SAMPLER_TRAIN", *opts)
 
 
 def test_the_seed_is_the_configs_until_there_is_a_run_to_go_on(loader_cfg):
@@ -193,15 +300,17 @@ def test_loading_leaves_the_generators_as_they_were(workers, loader_cfg):
     processes=st.sampled_from([1, 2, 4]),
     micro_batches=st.sampled_from([1, 2, 3]),
     size=st.integers(1, 3),
+    streams=st.integers(1, 6),
     skipped=st.integers(0, 5),
     seed=st.integers(0, 2**31),
 )
-def test_shares_are_the_batch(shapes, processes, micro_batches, size, skipped, seed):
-    stream = TrainingSampler(len(shapes), seed=seed)
-    batch_size = processes * micro_batches * size
+def test_shares_are_the_batch(shapes, processes, micro_batches, size, streams, skipped, seed):
+    sampler = TrainingSampler(len(shapes), seed=seed)
+    batch_size = processes * micro_batches * size * streams
 
     def batches():
-        return group_batches(stream._infinite_indices(), shapes, batch_size)
+        indices = sampler._infinite_indices()
+        return group_batches(indices, shapes, batch_size=batch_size, num_streams=streams)
 
     wanted = list(itertools.islice(batches(), skipped, skipped + 3))
     shares = [
@@ -215,29 +324,34 @@ def test_shares_are_the_batch(shapes, processes, micro_batches, size, skipped, s
     ]
     for batch in wanted:
         micro = [next(share) for _ in range(micro_batches) for share in shares]
-        assert {len(part) for part in micro} == {size}
+        assert {len(part) for part in micro} == {size * streams}
         assert sorted(itertools.chain(*micro)) == sorted(batch)
 
 
 @given(
     shapes=st.lists(st.booleans(), min_size=1, max_size=12),
-    batch_size=st.integers(1, 6),
+    share=st.integers(1, 6),
+    streams=st.integers(1, 4),
     seed=st.integers(0, 2**31),
 )
-def test_a_batch_is_of_one_shape_and_none_is_lost_or_repeated(shapes, batch_size, seed):
-    stream = list(
+def test_a_streams_share_is_of_one_shape_and_none_is_lost_or_repeated(shapes, share, streams, seed):
+    indices = list(
         itertools.islice(TrainingSampler(len(shapes), seed=seed)._infinite_indices(), 200)
     )
-    batches = list(group_batches(stream, shapes, batch_size))
+    size = share * streams
+    batches = list(group_batches(indices, shapes, batch_size=size, num_streams=streams))
     positions = [position for batch in batches for position, _ in batch]
-    assert len(set(positions)) == len(positions) > len(stream) - 2 * batch_size
-    for batch in batches:
-        assert len({shapes[index] for _, index in batch}) == 1
-        assert all(stream[position] == index for position, index in batch)
-    # Each shape keeps its order.
-    for shape in (False, True):
-        of_shape = [p for batch in batches for p, index in batch if shapes[index] is shape]
-        assert of_shape == sorted(of_shape)
+    assert len(set(positions)) == len(positions) > len(indices) - 3 * size
+    for number in range(streams):
+        shares = [batch[number * share : (number + 1) * share] for batch in batches]
+        for samples in shares:
+            assert len({shapes[index] for _, index in samples}) == 1
+            assert {position % streams for position, _ in samples} == {number}
+            assert all(indices[position] == index for position, index in samples)
+        # Each shape keeps its order.
+        for shape in (False, True):
+            of_shape = [p for samples in shares for p, index in samples if shapes[index] is shape]
+            assert of_shape == sorted(of_shape)
 
 
 def test_a_long_way_is_short(loader_cfg, records):

@@ -66,20 +66,31 @@ def test_image_is_named_from_a_worker_process(bccd: Bccd, cfg: CfgNode) -> None:
     assert "No such file" in line
 
 
-def test_other_errors_name_the_image_and_keep_their_cause(bccd: Bccd, cfg: CfgNode) -> None:
-    data = Mapped(bccd, cfg)
-    del data.records[0]["annotations"][0]["bbox_mode"]
-    with pytest.raises(RuntimeError, match=rf"{FIRST} \(image id 80\): KeyError: 'bbox_mode'") as e:
-        data[0]
-    assert isinstance(e.value.__cause__, KeyError)
-
-
 def test_an_image_that_is_resized_to_nothing_is_named(bccd: Bccd, cfg: CfgNode) -> None:
     data = Mapped(bccd, cfg)
     Image.new("RGB", (4000, 1)).save(bccd.images / FIRST)
     data.records[0].update(width=4000, height=1)
     with pytest.raises(InputError, match=rf"{FIRST} .* of 4000 x 1 pixels cannot be used: .*> 0"):
         data[0]
+
+
+@pytest.mark.parametrize("error", [KeyError("key"), MemoryError("no room"), TypeError()])
+def test_other_errors_name_the_image_and_keep_their_cause(
+    error: Exception, bccd: Bccd, cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which are not blamed on it: what runs out of memory, and an error of code."""
+
+    def fail(*args: object) -> None:
+        raise error
+
+    data = Mapped(bccd, cfg)
+    monkeypatch.setattr(data.mapper, "_transform_annotations", fail)
+    expected = rf"image .*{FIRST} \(image id 80\): .*{error}"
+    with pytest.raises((RuntimeError, MemoryError), match=expected) as raised:
+        data[0]
+    assert raised.value.__cause__ is error
+    end = explain(raised.value)
+    assert end is None or (isinstance(error, MemoryError) and FIRST in end[1])
 
 
 def test_crowd_regions_become_boxes_to_ignore(bccd: Bccd, cfg: CfgNode) -> None:

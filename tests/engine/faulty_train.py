@@ -9,9 +9,10 @@ import sys
 
 from detectron2.utils import comm
 
-from retinanet_ext.engine import main
+from retinanet_ext.engine import diagnosis, main
 from retinanet_ext.engine.step import TrainingStep
 
+PASS = diagnosis._Pass
 FAULTS = dict(fault.split(":") for fault in sys.argv[1].split(","))
 run_step = TrainingStep.run_step
 
@@ -19,6 +20,7 @@ run_step = TrainingStep.run_step
 def run_faulty_step(self: TrainingStep) -> None:
     """Plant the iteration's fault in this process's weights or in its next batch."""
     fault = FAULTS.get(str(self.iter)) if comm.get_rank() == 1 else None
+    diagnosis._Pass = _NoRoom if fault == "unexplained" else PASS
     if fault == "weight":
         self.model.module.head.bbox_pred.weight.data[0, 0, 0, 0] = math.nan
     elif fault:
@@ -26,6 +28,11 @@ def run_faulty_step(self: TrainingStep) -> None:
         plant(fault, batch[1])
         self._data_loader_iter_obj = itertools.chain([batch], self._data_loader_iter)
     run_step(self)
+
+
+class _NoRoom:
+    def __init__(self, *args: object) -> None:
+        raise MemoryError("no room")
 
 
 def plant(fault: str, inputs: dict) -> None:

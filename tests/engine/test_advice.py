@@ -109,6 +109,11 @@ ADVICE = {
         ["MODEL.RESNETS.NORM", "FrozenBN"],
         ["FrozenBN normalises nothing", "BN, SyncBN or GN"],
     ),
+    "frozen statistics of random layers on the CPU": (
+        R18,
+        ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.DEVICE", "cpu"],
+        ["FrozenBN normalises nothing", "BN, naiveSyncBN or GN"],
+    ),
     "a warm-up without an end": (
         R18,
         ["SOLVER.WARMUP_ITERS", "451"],

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 
 from detectors import make_batch, make_cfg
 from retinanet_ext.engine.diagnosis import Step, diagnose
@@ -145,6 +146,21 @@ def test_a_gradient_that_is_not_finite_alone():
     assert "gamma below 1" in report["cause"]
 
 
+def test_a_head_of_three_outputs():
+    """FCOS predicts a centre-ness too."""
+    retinanet, step = make_step(*DETECTRON2)
+    backbone, features = retinanet.backbone, retinanet.head_in_features
+    shapes = [backbone.output_shape()[name] for name in features]
+    head = FCOSHead(input_shape=shapes, num_classes=4, conv_dims=[32], prior_prob=0.01)
+    pixels = {"pixel_mean": step.cfg.MODEL.PIXEL_MEAN, "pixel_std": step.cfg.MODEL.PIXEL_STD}
+    model = FCOS(backbone=backbone, head=head, head_in_features=features, num_classes=4, **pixels)
+    with torch.no_grad():
+        head.cls_score.bias.fill_(math.inf)
+    report = diagnose(model.train(), step)
+    assert report["first"]["term"] == "loss_cls" and report["first"]["level"] == "P3"
+    assert "weight head.cls_score.bias is not finite" in report["cause"]
+
+
 def test_float16_is_told_from_the_model():
     model, step = make_step(box_counts=(1,), precision="float16")
     step.batches[0][0]["image"] = step.batches[0][0]["image"][:, :64, :64]  # slow on the CPU
@@ -198,6 +214,21 @@ def test_micro_batches_are_one_step_and_told_apart():
     assert "image id 31" in report["first"]["image"]
     bad = [image["max_logit"]["P3"] == "nan" for image in report["images"]]
     assert bad == [False, False, True, False]
+
+
+def test_a_step_of_a_gpu_in_float16_is_repeated_on_a_cpu(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    model, step = make_step("OUTPUT_DIR", str(tmp_path), box_counts=(1,), precision="float16")
+    step.batches[0][0]["image"] = step.batches[0][0]["image"][:, :64, :64]
+    with torch.no_grad():
+        model.head.cls_score.weight.mul_(1e7)
+    amp = ("SOLVER.AMP.ENABLED", True, "TEST.PRECISION", "float16", "MODEL.DEVICE", "cuda")
+    step.cfg.merge_from_list(list(amp))
+    report = diagnose(model, step)
+    file = save_step(step, report, {"model": model.state_dict()})
+    with caplog.at_level("INFO", "retinanet_ext"):
+        assert replay_step(file.with_suffix(".pth")) == report
+    assert "on cpu, which ran on cuda, its network in float16 by autocast" in caplog.text
 
 
 @pytest.mark.usefixtures("no_check")

@@ -174,6 +174,34 @@ def test_no_more_steps_are_skipped_than_allowed(tmp_path):
         run(trainer, steps=3)
 
 
+@pytest.mark.parametrize(
+    ("fails", "error"),
+    [
+        ("diagnosis.diagnose", torch.OutOfMemoryError("no room")),
+        ("diagnosis.compute_losses", RuntimeError("of a hook")),
+        ("diagnosis._Pass.describe_images", KeyError("P3")),
+        ("step.save_step", TypeError("no such type")),
+    ],
+)
+def test_a_failed_explanation_changes_no_verdict(fails, error, tmp_path, monkeypatch):
+    """A step that is to be skipped is, one that is to end the run does, and why is said."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    batches = [spoil(BATCHES[0]), BATCHES[0], spoil(BATCHES[0])]
+    opts = ("OUTPUT_DIR", str(tmp_path), *SKIP, "SOLVER.NON_FINITE.MAX_SKIPPED", 1)
+    trainer = make_trainer(*opts, batches=batches)
+    monkeypatch.setattr(f"retinanet_ext.engine.{fails}", fail)
+    what = "it cannot be saved" if fails == "step.save_step" else "the explanation failed"
+    expected = f"diverged at iteration 2: .*; {what}: {type(error).__name__}: .*1 steps were"
+    with pytest.raises(NonFiniteError, match=expected):
+        run(trainer, steps=3)
+    assert not any(module._forward_hooks for module in trainer.model.modules())
+    for file in (tmp_path / "non_finite").glob("*.json"):
+        assert str(error) in json.loads(file.read_text())["cause"]
+
+
 def test_an_error_leaves_the_weights_as_they_were(tmp_path):
     trainer = make_trainer(
         *("OUTPUT_DIR", str(tmp_path), "SOLVER.ACCUMULATE", 2), batches=[spoil(BATCHES[0])]
@@ -305,7 +333,13 @@ def test_faults_on_one_of_two_processes_end_both_and_are_named(tmp_path):
             assert again["reproduced"] and again["cause"] == report["cause"]
 
 
-def test_a_refused_box_on_one_of_two_processes_ends_both(tmp_path):
-    code, _, line = faulty_train({1: "box"}, tmp_path / "run")
+def test_what_one_of_two_processes_cannot_explain_holds_up_none(tmp_path):
+    """A step that is skipped all the same; then a refused box, which ends both."""
+    code, output, line = faulty_train(
+        {1: "unexplained", 2: "box"}, tmp_path / "run", "SOLVER.NON_FINITE.POLICY", "skip"
+    )
     assert code == 2
     assert "tests/fixtures/bccd_mini/images/" in line and "has no area or is not finite" in line
+    assert "on rank 1; the explanation failed: MemoryError: no room; see " in output
+    saved = tmp_path / "run/non_finite/iter_0000001_rank1.pth"
+    assert "has pixel values that are not finite" in replay_step(saved)["cause"]
