@@ -11,24 +11,27 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from retinanet_ext.data import coco_json
-from retinanet_ext.data.check import (
-    KINDS,
-    CheckedData,
-    check_coco,
-    find_image_faults,
-    read_policy,
-)
+from retinanet_ext.data.check import DONE, KINDS, CheckedData, check_coco, read_policy
 from retinanet_ext.data.coco_json import join_some, printable
+from retinanet_ext.data.image_files import check_images, describe_shared_files
+from retinanet_ext.data.merge import (
+    CLASSES_KEY,
+    check_chosen,
+    choose_classes,
+    merge,
+    order_classes,
+)
 from retinanet_ext.data.sample_set import SampleSet, make_sample_set
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import write_file
@@ -41,6 +44,8 @@ SAMPLE_SPLITS = {
 }
 """Name in ``DATASETS.TRAIN`` or ``DATASETS.TEST`` to the part of the sample set."""
 
+_OF_LABELLED = ("empty_image", "unused_class")  # no findings where there is no list of annotations
+
 
 @dataclass(frozen=True)
 class Source:
@@ -49,15 +54,28 @@ class Source:
     Attributes:
         name: in Detectron2's catalogs.
         split: "TRAIN" or "TEST".
-        json_file, image_root: empty where other code has registered data of another format.
+        json_files, image_roots: one for each other; empty where other code has registered data of
+            another format.
         is_ours: whether it is registered here, and not by other code.
+        classes: names of those that are used, in their order; empty: all.
     """
 
     name: str
     split: str
-    json_file: str
-    image_root: str
+    json_files: tuple[str, ...]
+    image_roots: tuple[str, ...]
     is_ours: bool
+    classes: tuple[str, ...] = ()
+
+    @property
+    def json_file(self) -> str:
+        """All of them as text."""
+        return ", ".join(self.json_files)
+
+    @property
+    def image_root(self) -> str:
+        """All of them as text."""
+        return ", ".join(dict.fromkeys(self.image_roots))
 
 
 def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool) -> None:
@@ -86,9 +104,7 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
             f"DATASETS.{needed} is empty; name a registered data set, or COCO-format data by "
             f"DATASETS.CUSTOM.{needed}_JSON and DATASETS.CUSTOM.{needed}_IMAGES"
         )
-    for source in sources:
-        if source.is_ours:
-            _register(cfg, source)
+    paths = {source: _register(cfg, source) for source in sources if source.is_ours}
     for split in {source.split for source in sources}:
         cfg.DATASETS[split] = tuple(source.name for source in sources if source.split == split)
 
@@ -99,6 +115,8 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
         _set_num_classes(cfg, known, num_classes_is_set=num_classes_is_set)
     for source in sources:
         _check_files_exist(source)
+    for line in describe_shared_images(paths):
+        logger.warning("%s", line)
 
 
 def find_sources(cfg: CfgNode, splits: Sequence[str]) -> list[Source]:
@@ -111,15 +129,27 @@ def find_sources(cfg: CfgNode, splits: Sequence[str]) -> list[Source]:
 
 
 def _find_sources(cfg: CfgNode, split: str) -> Iterator[Source]:
-    keys = {f"DATASETS.CUSTOM.{split}_{part}": part for part in ("JSON", "IMAGES")}
-    values = {key: cfg.DATASETS.CUSTOM[f"{split}_{part}"] for key, part in keys.items()}
+    keys = [f"DATASETS.CUSTOM.{split}_{part}" for part in ("JSON", "IMAGES")]
+    values = {key: read_texts(cfg, key) for key in keys}
     missing = [key for key, value in values.items() if not value]
     if len(missing) == 1:
         given = next(key for key in keys if key not in missing)
-        raise InputError(f"{given} is {values[given]!r}, but {missing[0]} is empty; set both")
+        raise InputError(
+            f"{given} is {join_some(values[given])!r}, but {missing[0]} is empty; set both"
+        )
     if not missing:
-        json_file, image_root = values.values()
-        yield Source(f"custom_{split.lower()}", split, json_file, image_root, is_ours=True)
+        json_files, image_roots = values.values()
+        if len(image_roots) == 1:
+            image_roots *= len(json_files)
+        if len(image_roots) != len(json_files):
+            raise InputError(
+                f"{keys[0]} has {len(json_files)} entries and {keys[1]} {len(image_roots)}; give "
+                "a folder for each file, or one for all"
+            )
+        classes = read_texts(cfg, CLASSES_KEY)
+        yield Source(
+            f"custom_{split.lower()}", split, json_files, image_roots, is_ours=True, classes=classes
+        )
         return
     for name in cfg.DATASETS[split]:
         if name in SAMPLE_SPLITS:
@@ -128,13 +158,15 @@ def _find_sources(cfg: CfgNode, split: str) -> Iterator[Source]:
             folder = make_sample_set(parameters, os.path.join(datasets, "retinanet_ext_sample"))
             part = SAMPLE_SPLITS[name]
             yield Source(
-                name, split, str(folder / f"{part}.json"), str(folder / part), is_ours=True
+                name, split, (str(folder / f"{part}.json"),), (str(folder / part),), is_ours=True
             )
         elif name in DatasetCatalog:
             metadata = MetadataCatalog.get(name)
-            json_file = metadata.get("json_file") or ""
-            image_root = metadata.get("image_root") or ""
-            yield Source(name, split, json_file, image_root, is_ours=False)
+            json_files, image_roots = (
+                (value,) if (value := metadata.get(key)) else ()
+                for key in ("json_file", "image_root")
+            )
+            yield Source(name, split, json_files, image_roots, is_ours=False)
         else:
             close = get_close_matches(name, DatasetCatalog.list(), n=1)
             raise InputError(
@@ -145,28 +177,109 @@ def _find_sources(cfg: CfgNode, split: str) -> Iterator[Source]:
             )
 
 
-def _register(cfg: CfgNode, source: Source) -> None:
-    """Check COCO-format data and register what is used of them, in place of what had the name."""
-    content = coco_json.read_coco_json(source.json_file)
-    policy = read_policy(cfg.DATASETS.CHECK)
-    image_faults = find_image_faults(content, source.image_root, cfg.INPUT.FORMAT)
-    checked = check_coco(source.json_file, content, policy, image_faults)
+def read_texts(cfg: CfgNode, key: str) -> tuple[str, ...]:
+    """Return the texts of a key that holds one, empty for none, or a list of them.
+
+    Raises:
+        InputError: a list with something else
+    """
+    value = cfg.DATASETS.CUSTOM[key.rpartition(".")[2]]
+    texts = ((value,) if value else ()) if isinstance(value, str) else tuple(value)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise InputError(f"{key} takes texts that are not empty, in quotes; got {text!r}")
+    return texts
+
+
+def _register(cfg: CfgNode, source: Source) -> list[str]:
+    """Check COCO-format data and register what is used of them, in place of what had the name.
+
+    Returns:
+        the paths of the images.
+    """
+    checked = check_source(cfg, source)
     checked.raise_refused()
     _log(cfg, source, checked)
 
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.pop(source.name, None)
     # Kept as bytes: small, and each reader gets a copy of its own.
-    records = pickle.dumps(coco_json.to_dataset_dicts(checked.content, source.image_root))
-    DatasetCatalog.register(source.name, partial(pickle.loads, records))
+    records = coco_json.to_dataset_dicts(checked.content, checked.image_root)
+    DatasetCatalog.register(source.name, partial(pickle.loads, pickle.dumps(records)))
     MetadataCatalog.get(source.name).set(
         evaluator_type="coco",
         json_file=_for_evaluation(checked) if source.split == "TEST" else source.json_file,
-        image_root=source.image_root,
+        image_root=checked.image_root,
         num_images=len(checked.content["images"]),
         num_crowd_regions=sum(map(coco_json.is_region_to_ignore, checked.content["annotations"])),
         thing_classes=coco_json.class_names(checked.content),
         thing_dataset_id_to_contiguous_id=coco_json.contiguous_category_ids(checked.content),
+    )
+    return [record["file_name"] for record in records]
+
+
+def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> CheckedData:
+    """Return the data of one name after their check.
+
+    Args:
+        cfg: the whole config.
+        source: of COCO-format data.
+        decode_all: all images, however many.
+
+    Raises:
+        InputError: what cannot be checked: a json or a folder that cannot be read, classes that
+            are not in it, a policy that is not allowed
+    """
+    policy = read_policy(cfg.DATASETS.CHECK)
+    contents = [
+        coco_json.read_coco_json(json_file, needs_annotations=source.split == "TRAIN")
+        for json_file in source.json_files
+    ]
+    check_chosen(source.classes, dict(zip(source.json_files, contents, strict=True)))
+    parts = [
+        _check_file(cfg, source, place, content, policy, decode_all=decode_all)
+        for place, content in enumerate(contents)
+    ]
+    if len(parts) > 1:
+        return merge(parts, source.classes)
+    (checked,) = parts
+    if source.classes:
+        checked = replace(checked, content=order_classes(checked.content, source.classes))
+    return checked
+
+
+def _check_file(
+    cfg: CfgNode,
+    source: Source,
+    place: int,
+    original: dict[str, Any],
+    policy: Mapping[str, str],
+    *,
+    decode_all: bool,
+) -> CheckedData:
+    json_file, image_root = source.json_files[place], source.image_roots[place]
+    content, notes = choose_classes({"annotations": [], **original}, source.classes)
+    is_labelled = "annotations" in original
+    if not is_labelled:
+        policy = {**policy, **dict.fromkeys(_OF_LABELLED, "keep")}
+        notes.append("there is no list of annotations: detections are written, AP is not computed")
+    is_key = source.name.startswith("custom_") and len(source.json_files) == 1
+    images = check_images(
+        content,
+        image_root,
+        cfg.INPUT.FORMAT,
+        policy,
+        folder_key=f"DATASETS.CUSTOM.{source.split}_IMAGES" if is_key else "",
+        decode_all=decode_all,
+    )
+    checked = check_coco(json_file, images.content, policy, images.findings)
+    return replace(
+        checked,
+        findings=[f for f in checked.findings if is_labelled or f.kind not in _OF_LABELLED],
+        image_root=image_root,
+        notes=[*notes, *images.notes],
+        is_labelled=is_labelled,
+        original=original,
     )
 
 
@@ -178,7 +291,8 @@ def _log(cfg: CfgNode, source: Source, checked: CheckedData) -> None:
         what = f"{source.json_file}: has no box that is no crowd and has an area inside its image"
         if source.split == "TRAIN":
             raise InputError(f"{what}, so there is nothing to learn")
-        logger.warning("%s, so AP cannot be computed", what)
+        if checked.is_labelled:
+            logger.warning("%s, so AP cannot be computed", what)
 
     names = coco_json.class_names(content)
     labels = coco_json.contiguous_category_ids(content)
@@ -197,14 +311,16 @@ def _log(cfg: CfgNode, source: Source, checked: CheckedData) -> None:
         logger.info(
             "%s: category ids %s stand for classes 0..%d", name, join_some(labels), len(labels) - 1
         )
+    for note in checked.notes:
+        logger.info("%s: %s", source.json_file, note)
     for kind, findings in checked.by_kind().items():
-        dropped = checked.policy[kind] == "drop"
+        done = checked.policy[kind]
         logger.log(
-            logging.WARNING if dropped or KINDS[kind].is_fault else logging.INFO,
+            logging.WARNING if done == "drop" or KINDS[kind].is_fault else logging.INFO,
             "%s: %s%s: %d: %s",
             source.json_file,
             KINDS[kind].what,
-            ", left out" if dropped else _use_of(cfg, source, kind),
+            _use_of(cfg, source, kind) if done == "keep" else f", {DONE[done]}",
             len(findings),
             join_some((finding.message for finding in findings), 3, separator="; "),
         )
@@ -226,12 +342,13 @@ def _for_evaluation(checked: CheckedData) -> str:
     neither be stale nor be half written by another process.
     """
     completed = coco_json.complete_for_evaluation(checked.content)
-    dropped = any(checked.policy[finding.kind] == "drop" for finding in checked.findings)
-    if completed is checked.content and not dropped:
+    if not checked.is_labelled:  # told by the missing list
+        completed = {key: value for key, value in completed.items() if key != "annotations"}
+    if completed == checked.original and coco_json.is_plain_utf8(checked.json_file):
         return checked.json_file
     folder = tempfile.mkdtemp(prefix="retinanet_ext_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    copy = Path(folder, os.path.basename(checked.json_file))
+    copy = Path(folder, "instances.json")
     write_file(copy, json.dumps(completed))
     return str(copy)
 
@@ -271,8 +388,23 @@ def compare_classes(classes: Mapping[str, Sequence[str]]) -> str | None:
     return None
 
 
+def describe_shared_images(paths: Mapping[Source, Sequence[str]]) -> list[str]:
+    """Return a sentence for each set of test data that has images of the training data.
+
+    Args:
+        paths: of the images of each.
+    """
+    train = [path for source, group in paths.items() if source.split == "TRAIN" for path in group]
+    lines = (
+        describe_shared_files(train, group, source.name)
+        for source, group in paths.items()
+        if source.split == "TEST"
+    )
+    return [line for line in lines if line]
+
+
 def _check_files_exist(source: Source) -> None:
-    for path in (source.json_file, source.image_root):
+    for path in (*source.json_files, *source.image_roots):
         if path and "://" not in path and not os.path.exists(path):
             raise InputError(
                 f"{path}, which data set {source.name} needs, does not exist; the environment "

@@ -58,7 +58,10 @@ from retinanet_ext.errors import InputError, StoppedError
 RESULTS = ("last_checkpoint", "model_*.pth", "metrics.json", "inference")
 """What an earlier training or evaluation leaves in its OUTPUT_DIR, once it has come that far."""
 
-OF_ONE_MACHINE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.CUSTOM.")
+OF_ONE_MACHINE = (
+    *("OUTPUT_DIR", "MODEL.WEIGHTS"),
+    *("DATASETS.CUSTOM.TRAIN_", "DATASETS.CUSTOM.TEST_"),
+)
 """How the keys begin that may differ from machine to machine: paths."""
 
 logger = logging.getLogger(__name__)

@@ -119,8 +119,8 @@ def _without_person(value: Any) -> Any:
 
 
 def _describe_data(source: Source) -> dict[str, Any]:
-    json_file = source.json_file
-    data = {"json": json_file, "sha256": _hash(json_file) if os.path.isfile(json_file) else ""}
+    digests = [_hash(file) if os.path.isfile(file) else "" for file in source.json_files]
+    data = {"json": source.json_file, "sha256": ", ".join(digests)}
     if not source.is_ours:  # its records may be anything
         return data
     sizes = [os.stat(record["file_name"]).st_size for record in DatasetCatalog.get(source.name)]

@@ -76,7 +76,9 @@ def replay_step(path: str | Path) -> Report:
     try:
         cfg = get_cfg()
         add_retinanet_ext_config(cfg)
-        cfg.merge_from_other_cfg(CfgNode.load_cfg(values["cfg"]))
+        of_run = CfgNode.load_cfg(values["cfg"])
+        of_run.DATASETS.pop("CUSTOM")  # not used here, and yacs takes no list where a path is
+        cfg.merge_from_other_cfg(of_run)
         use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
         for name in cfg.DATASETS.TRAIN:
             if name not in MetadataCatalog:

@@ -134,7 +134,11 @@ def test_what_the_policy_drops_is_in_neither_records_nor_evaluation(
 def test_json_is_parsed_once(bccd: Bccd, cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = []
     read = coco_json.read_coco_json
-    monkeypatch.setattr(coco_json, "read_coco_json", lambda path: parsed.append(path) or read(path))
+    monkeypatch.setattr(
+        coco_json,
+        "read_coco_json",
+        lambda path, **options: parsed.append(path) or read(path, **options),
+    )
     prepare(bccd.use(cfg))
     first, second = DatasetCatalog.get("custom_train"), DatasetCatalog.get("custom_train")
     assert parsed == [str(bccd.train_json), str(bccd.val_json)]
