@@ -39,15 +39,14 @@ class MisnamedFiles:
         self._root = image_root
         self._root_parts = os.path.abspath(image_root).split("/")
         self._names: dict[str, Mapping[str, Sequence[str]]] = {}
-        names = sorted(name for alike in self._list(image_root).values() for name in alike)
-        subfolders = [name for name in names if os.path.isdir(os.path.join(image_root, name))]
-        self._subfolders = subfolders if len(subfolders) <= MAX_FOLDERS else []
+        with os.scandir(image_root) as entries:
+            self._subfolders = sorted(entry.name for entry in entries if entry.is_dir())
 
     def find(self, file_name: str) -> Found | None:
         """Return what is there in place of a ``file_name`` of the json, if anything."""
         for reason, spelled in _spellings(file_name):
             parts = [part for part in spelled.split("/") if part not in ("", ".")]
-            places = [("", 0), *((name, 0) for name in self._subfolders)]
+            places = [("", 0), *((name, 0) for name in self._subfolders[:MAX_FOLDERS])]
             matches = [(place, path) for place in places for path in self._match(*place, parts)]
             for skipped in range(1, len(parts)):
                 matches = matches or [(("", skipped), p) for p in self._match("", skipped, parts)]

@@ -11,28 +11,20 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from retinanet_ext.data import coco_json
-from retinanet_ext.data.check import DONE, KINDS, CheckedData, check_coco, read_policy
+from retinanet_ext.data.check import DONE, KINDS, CheckedData
 from retinanet_ext.data.coco_json import join_some, printable
-from retinanet_ext.data.image_files import check_images, describe_shared_files
-from retinanet_ext.data.merge import (
-    CLASSES_KEY,
-    check_chosen,
-    choose_classes,
-    merge,
-    order_classes,
-)
+from retinanet_ext.data.image_files import describe_shared_files
 from retinanet_ext.data.sample_set import SampleSet, make_sample_set
+from retinanet_ext.data.sources import CLASSES_KEY, Source, check_source, read_texts
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import write_file
 
@@ -43,39 +35,6 @@ SAMPLE_SPLITS = {
     "retinanet_ext_sample_val": "val",
 }
 """Name in ``DATASETS.TRAIN`` or ``DATASETS.TEST`` to the part of the sample set."""
-
-_OF_LABELLED = ("empty_image", "unused_class")  # no findings where there is no list of annotations
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the data of one name are.
-
-    Attributes:
-        name: in Detectron2's catalogs.
-        split: "TRAIN" or "TEST".
-        json_files, image_roots: one for each other; empty where other code has registered data of
-            another format.
-        is_ours: whether it is registered here, and not by other code.
-        classes: names of those that are used, in their order; empty: all.
-    """
-
-    name: str
-    split: str
-    json_files: tuple[str, ...]
-    image_roots: tuple[str, ...]
-    is_ours: bool
-    classes: tuple[str, ...] = ()
-
-    @property
-    def json_file(self) -> str:
-        """All of them as text."""
-        return ", ".join(self.json_files)
-
-    @property
-    def image_root(self) -> str:
-        """All of them as text."""
-        return ", ".join(dict.fromkeys(self.image_roots))
 
 
 def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool) -> None:
@@ -177,20 +136,6 @@ def _find_sources(cfg: CfgNode, split: str) -> Iterator[Source]:
             )
 
 
-def read_texts(cfg: CfgNode, key: str) -> tuple[str, ...]:
-    """Return the texts of a key that holds one, empty for none, or a list of them.
-
-    Raises:
-        InputError: a list with something else
-    """
-    value = cfg.DATASETS.CUSTOM[key.rpartition(".")[2]]
-    texts = ((value,) if value else ()) if isinstance(value, str) else tuple(value)
-    for text in texts:
-        if not isinstance(text, str) or not text:
-            raise InputError(f"{key} takes texts that are not empty, in quotes; got {text!r}")
-    return texts
-
-
 def _register(cfg: CfgNode, source: Source) -> list[str]:
     """Check COCO-format data and register what is used of them, in place of what had the name.
 
@@ -216,71 +161,6 @@ def _register(cfg: CfgNode, source: Source) -> list[str]:
         thing_dataset_id_to_contiguous_id=coco_json.contiguous_category_ids(checked.content),
     )
     return [record["file_name"] for record in records]
-
-
-def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> CheckedData:
-    """Return the data of one name after their check.
-
-    Args:
-        cfg: the whole config.
-        source: of COCO-format data.
-        decode_all: all images, however many.
-
-    Raises:
-        InputError: what cannot be checked: a json or a folder that cannot be read, classes that
-            are not in it, a policy that is not allowed
-    """
-    policy = read_policy(cfg.DATASETS.CHECK)
-    contents = [
-        coco_json.read_coco_json(json_file, needs_annotations=source.split == "TRAIN")
-        for json_file in source.json_files
-    ]
-    check_chosen(source.classes, dict(zip(source.json_files, contents, strict=True)))
-    parts = [
-        _check_file(cfg, source, place, content, policy, decode_all=decode_all)
-        for place, content in enumerate(contents)
-    ]
-    if len(parts) > 1:
-        return merge(parts, source.classes)
-    (checked,) = parts
-    if source.classes:
-        checked = replace(checked, content=order_classes(checked.content, source.classes))
-    return checked
-
-
-def _check_file(
-    cfg: CfgNode,
-    source: Source,
-    place: int,
-    original: dict[str, Any],
-    policy: Mapping[str, str],
-    *,
-    decode_all: bool,
-) -> CheckedData:
-    json_file, image_root = source.json_files[place], source.image_roots[place]
-    content, notes = choose_classes({"annotations": [], **original}, source.classes)
-    is_labelled = "annotations" in original
-    if not is_labelled:
-        policy = {**policy, **dict.fromkeys(_OF_LABELLED, "keep")}
-        notes.append("there is no list of annotations: detections are written, AP is not computed")
-    is_key = source.name.startswith("custom_") and len(source.json_files) == 1
-    images = check_images(
-        content,
-        image_root,
-        cfg.INPUT.FORMAT,
-        policy,
-        folder_key=f"DATASETS.CUSTOM.{source.split}_IMAGES" if is_key else "",
-        decode_all=decode_all,
-    )
-    checked = check_coco(json_file, images.content, policy, images.findings)
-    return replace(
-        checked,
-        findings=[f for f in checked.findings if is_labelled or f.kind not in _OF_LABELLED],
-        image_root=image_root,
-        notes=[*notes, *images.notes],
-        is_labelled=is_labelled,
-        original=original,
-    )
 
 
 def _log(cfg: CfgNode, source: Source, checked: CheckedData) -> None:

@@ -31,13 +31,8 @@ from retinanet_ext.data.coverage import (
     suggest_anchors,
     training_boxes,
 )
-from retinanet_ext.data.register import (
-    Source,
-    check_source,
-    compare_classes,
-    describe_shared_images,
-    find_sources,
-)
+from retinanet_ext.data.register import compare_classes, describe_shared_images, find_sources
+from retinanet_ext.data.sources import Source, check_source
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import write_file
 

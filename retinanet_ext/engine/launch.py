@@ -32,7 +32,8 @@ from torch import nn
 from retinanet_ext.config import all_keys, read_key
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.coverage import warn_of_unreached_boxes
-from retinanet_ext.data.register import Source, find_sources
+from retinanet_ext.data.register import find_sources
+from retinanet_ext.data.sources import Source
 from retinanet_ext.engine.advice import advise
 from retinanet_ext.engine.checkpoint import Checkpointer, find_weights
 from retinanet_ext.engine.config import check_config, load_config, use_cpu_without_cuda

@@ -21,7 +21,8 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch.utils import collect_env
 
-from retinanet_ext.data.register import Source, find_sources
+from retinanet_ext.data.register import find_sources
+from retinanet_ext.data.sources import Source
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import write_file
 from retinanet_ext.provenance import commit, cpu_name, versions

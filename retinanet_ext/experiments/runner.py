@@ -26,8 +26,8 @@ from tabulate import tabulate
 import retinanet_ext
 from retinanet_ext import provenance
 from retinanet_ext.data import prepare_datasets
-from retinanet_ext.data.register import read_texts
 from retinanet_ext.data.sample_set import GENERATOR_VERSION
+from retinanet_ext.data.sources import read_texts
 from retinanet_ext.engine.checkpoint import find_weights
 from retinanet_ext.engine.config import check_config, load_config, use_cpu_without_cuda
 from retinanet_ext.engine.distributed import end_with_parent

@@ -133,7 +133,7 @@ def test_what_the_policy_drops_is_in_neither_records_nor_evaluation(
 
 def test_json_is_parsed_once(bccd: Bccd, cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = []
-    read = coco_json.read_coco_json
+    read = sources.read_coco_json
     monkeypatch.setattr(
         coco_json,
         "read_coco_json",

@@ -1,21 +1,142 @@
-"""A choice of the classes of COCO jsons, and several of them as one."""
+"""The COCO jsons of one name: checked, with a choice of their classes, and as one."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import count
 from typing import Any
 
-from retinanet_ext.data.check import CheckedData, Finding, find_unused_classes, id_of
-from retinanet_ext.data.coco_json import class_names, join_some, printable
-from retinanet_ext.data.image_files import find_same_files, merge_images
+from detectron2.config import CfgNode
+
+from retinanet_ext.data.check import (
+    CheckedData,
+    Finding,
+    check_coco,
+    find_unused_classes,
+    id_of,
+    read_policy,
+)
+from retinanet_ext.data.coco_json import class_names, join_some, printable, read_coco_json
+from retinanet_ext.data.image_files import check_images, find_same_files, merge_images
 from retinanet_ext.errors import InputError
 
 CLASSES_KEY = "DATASETS.CUSTOM.CLASSES"
+
+_OF_LABELLED = ("empty_image", "unused_class")  # no findings where there is no list of annotations
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the data of one name are.
+
+    Attributes:
+        name: in Detectron2's catalogs.
+        split: "TRAIN" or "TEST".
+        json_files, image_roots: one for each other; empty where other code has registered data of
+            another format.
+        is_ours: whether it is registered here, and not by other code.
+        classes: names of those that are used, in their order; empty: all.
+    """
+
+    name: str
+    split: str
+    json_files: tuple[str, ...]
+    image_roots: tuple[str, ...]
+    is_ours: bool
+    classes: tuple[str, ...] = ()
+
+    @property
+    def json_file(self) -> str:
+        """All of them as text."""
+        return ", ".join(self.json_files)
+
+    @property
+    def image_root(self) -> str:
+        """All of them as text."""
+        return ", ".join(dict.fromkeys(self.image_roots))
+
+
+def read_texts(cfg: CfgNode, key: str) -> tuple[str, ...]:
+    """Return the texts of a key that holds one, empty for none, or a list of them.
+
+    Raises:
+        InputError: a list with something else
+    """
+    value = cfg.DATASETS.CUSTOM[key.rpartition(".")[2]]
+    texts = ((value,) if value else ()) if isinstance(value, str) else tuple(value)
+    for text in texts:
+        if not isinstance(text, str) or not text:
+            raise InputError(f"{key} takes texts that are not empty, in quotes; got {text!r}")
+    return texts
+
+
+def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> CheckedData:
+    """Return the data of one name after their check.
+
+    Args:
+        cfg: the whole config.
+        source: of COCO-format data.
+        decode_all: all images, however many.
+
+    Raises:
+        InputError: what cannot be checked: a json or a folder that cannot be read, classes that
+            are not in it, a policy that is not allowed
+    """
+    policy = read_policy(cfg.DATASETS.CHECK)
+    contents = [
+        read_coco_json(json_file, needs_annotations=source.split == "TRAIN")
+        for json_file in source.json_files
+    ]
+    check_chosen(source.classes, dict(zip(source.json_files, contents, strict=True)))
+    parts = [
+        _check_file(cfg, source, place, content, policy, decode_all=decode_all)
+        for place, content in enumerate(contents)
+    ]
+    if len(parts) > 1:
+        return merge(parts, source.classes)
+    (checked,) = parts
+    if source.classes:
+        checked = replace(checked, content=order_classes(checked.content, source.classes))
+    return checked
+
+
+def _check_file(
+    cfg: CfgNode,
+    source: Source,
+    place: int,
+    original: dict[str, Any],
+    policy: Mapping[str, str],
+    *,
+    decode_all: bool,
+) -> CheckedData:
+    json_file, image_root = source.json_files[place], source.image_roots[place]
+    content, notes = choose_classes({"annotations": [], **original}, source.classes)
+    is_labelled = "annotations" in original
+    if not is_labelled:
+        policy = {**policy, **dict.fromkeys(_OF_LABELLED, "keep")}
+        notes.append("there is no list of annotations: detections are written, AP is not computed")
+    is_key = source.name.startswith("custom_") and len(source.json_files) == 1
+    images = check_images(
+        content,
+        image_root,
+        cfg.INPUT.FORMAT,
+        policy,
+        folder_key=f"DATASETS.CUSTOM.{source.split}_IMAGES" if is_key else "",
+        decode_all=decode_all,
+    )
+    checked = check_coco(json_file, images.content, policy, images.findings)
+    return replace(
+        checked,
+        findings=[f for f in checked.findings if is_labelled or f.kind not in _OF_LABELLED],
+        image_root=image_root,
+        notes=[*notes, *images.notes],
+        is_labelled=is_labelled,
+        original=original,
+    )
 
 
 def check_chosen(chosen: Sequence[str], contents: Mapping[str, dict[str, Any]]) -> None:
@@ -115,9 +236,9 @@ def merge(parts: Sequence[CheckedData], chosen: Sequence[str]) -> CheckedData:
     categories: dict[str, dict[str, Any]] = {}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    origins: dict[int, tuple[str, Any]] = {}  # new image id -> file and id there
+    origins: dict[int, tuple[int, Any]] = {}  # new image id -> number of the part, id there
     numbers = count(1)
-    for part in parts:
+    for place, part in enumerate(parts):
         category_ids = {c["id"]: labels[c["name"]] for c in part.content["categories"]}
         for category in part.content["categories"]:
             new = {**category, "id": labels[category["name"]]}
@@ -127,7 +248,7 @@ def merge(parts: Sequence[CheckedData], chosen: Sequence[str]) -> CheckedData:
             image_ids[image["id"]] = new_id = len(images) + 1
             path = os.path.join(part.image_root, image["file_name"])
             images.append({**image, "id": new_id, "file_name": path})
-            origins[new_id] = part.json_file, image["id"]
+            origins[new_id] = place, image["id"]
         annotations += [
             {
                 **annotation,
@@ -149,9 +270,14 @@ def merge(parts: Sequence[CheckedData], chosen: Sequence[str]) -> CheckedData:
 def _check_merged(
     parts: Sequence[CheckedData],
     content: dict[str, Any],
-    origins: Mapping[int, tuple[str, Any]],
+    origins: Mapping[int, tuple[int, Any]],
 ) -> CheckedData:
     """Return what was found in all parts and between them."""
+
+    def describe(image: Mapping[str, Any]) -> str:
+        place, image_id = origins[image["id"]]
+        return f"{parts[place].json_file} (image id {image_id})"
+
     policy = parts[0].policy
     same = [
         entries
@@ -162,7 +288,7 @@ def _check_merged(
         Finding(
             "duplicate_file",
             f"{printable(entries[0]['file_name'])} is listed in "
-            + join_some(f"{file} (image id {key})" for file, key in _origins(entries, origins)),
+            f"{join_some(map(describe, entries))}",
         )
         for entries in same
     ]
@@ -174,7 +300,8 @@ def _check_merged(
             for finding in part.findings
             if finding.kind != "unused_class"
         ]
-    findings += find_unused_classes(content)
+    if parts[0].is_labelled:
+        findings += find_unused_classes(content)
     names = class_names(content)
     notes = [f"{part.json_file}: {note}" for part in parts for note in part.notes]
     if any(set(class_names(part.content)) != set(names) for part in parts):
@@ -190,9 +317,3 @@ def _check_merged(
         notes=notes,
         is_labelled=parts[0].is_labelled,
     )
-
-
-def _origins(
-    entries: Iterable[Mapping[str, Any]], origins: Mapping[int, tuple[str, Any]]
-) -> list[tuple[str, Any]]:
-    return [origins[entry["id"]] for entry in entries]

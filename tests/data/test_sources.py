@@ -276,6 +276,10 @@ def test_test_images_without_annotations(
     assert len(written) == 8 and {found["category_id"] for found in written} == {2}
     with pytest.raises(InputError, match="no list of annotations"):
         use(*other.opts())
+    use(
+        *lists(other, other, split="TEST"), "DATASETS.CHECK.DUPLICATE_FILE", "merge", eval_only=True
+    )
+    assert trained_on("custom_test") == [(name, []) for name, _ in OF_OTHER]
     both = lists(eight, other, split="TEST")
     with pytest.raises(InputError, match=f"{other.json} has no list of .*, but {eight.json} has"):
         use(*both, eval_only=True)
