@@ -227,11 +227,12 @@ def _describe_filled(images: Sequence[_Image]) -> list[str]:
 def find_same_files(images: Iterable[_Image], image_root: str) -> list[list[_Image]]:
     """Return the images of different ids that have one file, directly or by a symbolic link."""
     real_path = _real_paths()
-    groups: dict[str, dict[Any, _Image]] = defaultdict(dict)
+    groups: dict[str, list[_Image]] = {}
     for image in images:
         path = real_path(os.path.join(image_root, image["file_name"]))
-        groups[path].setdefault(image["id"], image)
-    return [list(group.values()) for group in groups.values() if len(group) > 1]
+        groups.setdefault(path, []).append(image)
+    by_id = ({i["id"]: i for i in group} for group in groups.values() if len(group) > 1)
+    return [list(group.values()) for group in by_id if len(group) > 1]
 
 
 def merge_images(content: dict[str, Any], same: Iterable[Sequence[_Image]]) -> dict[str, Any]:

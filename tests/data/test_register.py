@@ -16,7 +16,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from retinanet_ext.data import SampleSet, coco_json, prepare_datasets
+from retinanet_ext.data import SampleSet, prepare_datasets, sources
 from retinanet_ext.errors import InputError
 
 from .conftest import BCCD_MINI, Bccd
@@ -135,9 +135,9 @@ def test_json_is_parsed_once(bccd: Bccd, cfg: CfgNode, monkeypatch: pytest.Monke
     parsed = []
     read = sources.read_coco_json
     monkeypatch.setattr(
-        coco_json,
+        sources,
         "read_coco_json",
-        lambda path, **options: parsed.append(path) or read(path, **options),
+        lambda path, **kwargs: parsed.append(path) or read(path, **kwargs),
     )
     prepare(bccd.use(cfg))
     first, second = DatasetCatalog.get("custom_train"), DatasetCatalog.get("custom_train")
