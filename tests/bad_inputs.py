@@ -293,7 +293,7 @@ DATA = [
     ),
     (
         "file names with a folder that the image folder has too",
-        "TRAIN_IMAGES data finds them",
+        "`images/` is doubled",
         lambda c: [i.update(file_name=f"images/{i['file_name']}") for i in c.train["images"]],
     ),
     (

@@ -99,26 +99,18 @@ def check_images(
             images.update(mended)
             files.update(zip(mended, pool.map(read, mended.values()), strict=True))
 
+    there = {i: file for i, file in files.items() if file}
+    findings += [file.fault for file in there.values() if file.fault]
     filled = {
         i: {**images[i], "width": file.size[0], "height": file.size[1]}
-        for i, file in files.items()
-        if file and file.size
+        for i, file in there.items()
+        if file.size
     }
     images.update(filled)
-    findings += [file.fault for file in files.values() if file and file.fault]
-    content = {
-        **content,
-        "images": [images.get(i, image) for i, image in enumerate(content["images"])],
-    }
-    same = find_same_files([images[i] for i, file in files.items() if file], image_root)
-    findings += [
-        Finding(
-            "duplicate_file",
-            f"{printable(os.path.join(image_root, entries[0]['file_name']))} is listed under "
-            f"{len(entries)} image ids: {join_some(entry['id'] for entry in entries)}",
-        )
-        for entries in same
-    ]
+    all_images = [images.get(i, image) for i, image in enumerate(content["images"])]
+    content = {**content, "images": all_images}
+    same = find_same_files([images[i] for i in there], image_root)
+    findings += _describe_same(same, image_root)
     if policy["duplicate_file"] == "merge":
         content = merge_images(content, same)
     return CheckedImages(content, findings, _describe_filled(list(filled.values())))
@@ -221,6 +213,17 @@ def _describe_filled(images: Sequence[_Image]) -> list[str]:
         f"images without width and height, which are taken from their files: {len(images)}, such "
         f"as {printable(first['file_name'])} (image id {first['id']}) of {first['width']} x "
         f"{first['height']}"
+    ]
+
+
+def _describe_same(same: Iterable[Sequence[_Image]], image_root: str) -> list[Finding]:
+    return [
+        Finding(
+            "duplicate_file",
+            f"{printable(os.path.join(image_root, images[0]['file_name']))} is listed under "
+            f"{len(images)} image ids: {join_some(image['id'] for image in images)}",
+        )
+        for images in same
     ]
 
 
