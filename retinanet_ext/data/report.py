@@ -323,11 +323,15 @@ def _conclude(contents: list[dict[str, Any]], difference: str | None) -> tuple[s
     reasons += [f"{name} has no box to learn from" for name in nothing]
     reasons += [difference] if difference else []
     if reasons:
-        refused = [found for found in findings if found["policy"] == "refuse"]
-        drop = {KINDS[f["kind"]].key: None for f in refused if " drop " in f["remedy"]}
-        others = {f["remedy"]: None for f in refused if f["remedy"] and " drop " not in f["remedy"]}
-        remedies = [*others, *([f"to leave them out: {' drop '.join(drop)} drop"] if drop else [])]
-        return f"Training refuses these data: {'; '.join([*reasons, *remedies])}.", True
+        drop: dict[str, None] = {}  # in their order
+        for found in findings:
+            key = KINDS[found["kind"]].key
+            if found["remedy"].startswith(f"{key} drop "):
+                drop[key] = None
+            elif found["remedy"] not in ("", *reasons):
+                reasons.append(found["remedy"])
+        reasons += [f"to leave them out: {' drop '.join(drop)} drop"] if drop else []
+        return f"Training refuses these data: {'; '.join(reasons)}.", True
     done = [f"{DONE[policy]}: {counts[policy]}" for policy in ("drop", "keep")]
     done += [f"{DONE[policy]}: {counts[policy]}" for policy in ("merge", "mend") if counts[policy]]
     return f"Training takes these data; {', '.join(done)}.", False
