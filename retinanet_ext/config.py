@@ -239,14 +239,20 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     cfg.MODEL.ANCHOR_GENERATOR.BASE_SCALE = 4.0
 
     # Any COCO-format data: annotation files and the folders of their images. Class names and
-    # NUM_CLASSES are taken from them; DATASETS.TRAIN and DATASETS.TEST are set to them.
+    # NUM_CLASSES are taken from them; DATASETS.TRAIN and DATASETS.TEST are set to them. Each is a
+    # path or a list of paths: several files become one data set, their classes united by name,
+    # with a folder for each or one for all.
     cfg.DATASETS.CUSTOM = CfgNode(
         {"TRAIN_JSON": "", "TRAIN_IMAGES": "", "TEST_JSON": "", "TEST_IMAGES": ""}
     )
+    # Names of the classes to detect, in the order of their numbers; objects of others are
+    # background. Empty: all.
+    cfg.DATASETS.CUSTOM.CLASSES = []
 
     # What is done about each kind of fault in DATASETS.CUSTOM's data and the sample set: "refuse"
-    # them, "drop" what is faulty, with a warning that counts it, or "keep" it. data/check.py says
-    # what the kinds are and what each allows.
+    # them, "drop" what is faulty, with a warning that counts it, "keep" it, or put it right where
+    # that can be known ("merge", "mend"). data/check.py says what the kinds are and what each
+    # allows.
     cfg.DATASETS.CHECK = CfgNode(check.config_defaults())
 
     # With DATALOADER.ASPECT_RATIO_GROUPING, how many streams the samples are dealt to. Each is

@@ -280,7 +280,32 @@ DATA = [
         "leaves the image folder",
         image_entry(file_name="../../secret.jpg"),
     ),
-    ("an absolute file name", "leaves the image folder", image_entry(file_name="/etc/passwd")),
+    ("an absolute file name", "not an image", image_entry(file_name="/etc/passwd")),
+    (
+        "one file under two image ids",
+        "DATASETS.CHECK.DUPLICATE_FILE merge",
+        lambda c: c.train["images"][1].update(file_name=c.image.name),
+    ),
+    (
+        "file names in another case",
+        "MISNAMED_FILE mend",
+        lambda c: [i.update(file_name=i["file_name"].upper()) for i in c.train["images"]],
+    ),
+    (
+        "file names with a folder that the image folder has too",
+        "`images/` is doubled",
+        lambda c: [i.update(file_name=f"images/{i['file_name']}") for i in c.train["images"]],
+    ),
+    (
+        "three folders for one json",
+        "a folder for each file, or one for all",
+        opts("DATASETS.CUSTOM.TRAIN_IMAGES", "[a, b, c]"),
+    ),
+    (
+        "a class that is misspelt",
+        "did you mean 'WBC'?",
+        opts("DATASETS.CUSTOM.CLASSES", "[WCB]"),
+    ),
     ("a URL as file name", "missing", image_entry(file_name="http://a.example/b.jpg")),
     ("a file name with a zero byte", "missing", image_entry(file_name="a\0.jpg")),
     (

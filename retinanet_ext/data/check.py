@@ -8,12 +8,10 @@ refused, used without it, or used with it.
 
 from __future__ import annotations
 
-import os
 import reprlib
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import PurePath
@@ -24,12 +22,7 @@ from retinanet_ext.data.coco_json import (
     join_some,
     printable,
 )
-from retinanet_ext.data.images import ImageReader, find_image_fault, has_several_frames
 from retinanet_ext.errors import InputError
-
-MAX_DECODED_IMAGES = 1000
-"""Sets up to this size are decoded whole: at about 10 ms an image that is seconds. Of larger sets
-only the headers are read, and a fault behind the header ends training when it is met."""
 
 MIN_SIDE = 0.01
 """Pixels; what is narrower inside its image has no area once it is resized in float32."""
@@ -37,7 +30,6 @@ MIN_SIDE = 0.01
 SAME_IOU = 0.9
 """Two boxes of a class that overlap more are one object, labelled twice."""
 
-_EXIF_ORIENTATION = 274
 _EXAMPLES = 3
 
 
@@ -49,14 +41,17 @@ class Kind:
         name: as in reports; in capitals the key in ``DATASETS.CHECK``.
         what: how several of them are called.
         policies: what may be done about them, the default first: "refuse" the data, "drop" what
-            the finding names, "keep" it. Where there is no choice there is no key.
+            the finding names, "keep" it, or mend it ("mend", "merge"). Where there is no choice
+            there is no key.
         is_fault: False for what is worth knowing and no fault.
+        remedy: the policy that a refusal names, and what it does; empty: "drop", if there is.
     """
 
     name: str
     what: str
     policies: tuple[str, ...]
     is_fault: bool = True
+    remedy: str = ""
 
     @property
     def key(self) -> str:
@@ -71,9 +66,26 @@ KINDS = {
     for kind in (
         Kind("malformed_category", "categories that cannot be read", ("refuse",)),
         Kind("duplicate_category", "category ids or names used twice", ("refuse",)),
-        Kind("file_outside", "file names that leave the image folder", ("refuse",)),
+        Kind(
+            "file_outside",
+            "file names that leave the image folder",
+            ("refuse", "drop", "keep"),
+            remedy="keep takes such files",
+        ),
         Kind("malformed_image", "images without a usable id, file name or size", _FATAL),
         Kind("duplicate_image_id", "image ids used twice", _FATAL),
+        Kind(
+            "duplicate_file",
+            "image files under several image ids",
+            ("refuse", "merge", "keep"),
+            remedy="merge makes one image of a file's entries, with the boxes of all",
+        ),
+        Kind(
+            "misnamed_file",
+            "image files that are there under another name",
+            ("refuse", "mend", "drop"),
+            remedy="mend takes the files that are there",
+        ),
         Kind("missing_image", "missing image files", _FATAL),
         Kind("unreadable_image", "image files that cannot be read", _FATAL),
         Kind("image_size", "images of another size than the json says", _FATAL),
@@ -95,6 +107,15 @@ KINDS = {
         Kind("ignore", "boxes marked ignore, which are ignored", _ANY, is_fault=False),
     )
 }
+DONE = {
+    "refuse": "REFUSED",
+    "drop": "left out",
+    "merge": "merged",
+    "mend": "mended",
+    "keep": "kept",
+}
+"""Policy -> what became of findings."""
+
 DEFAULT_POLICY = {name: kind.policies[0] for name, kind in KINDS.items()}
 
 
@@ -106,29 +127,39 @@ class Finding:
         kind: a name in :data:`KINDS`.
         message: one sentence that names the place.
         image_id, annotation_id: None where there is none, or none that is an integer.
+        remedy: what mends it, where it is not what its kind says.
     """
 
     kind: str
     message: str
     image_id: int | None = None
     annotation_id: int | None = None
+    remedy: str = ""
 
 
 @dataclass(frozen=True)
 class CheckedData:
-    """A COCO json after its check.
+    """A COCO json after its check, or several as one.
 
     Attributes:
         json_file: where it is from.
-        policy: kind -> "refuse", "drop" or "keep".
+        policy: kind -> what is done about it.
         findings: all of them.
         content: the json without what the policy does not keep.
+        image_root: the folder that its file names are relative to.
+        notes: a sentence for each thing that was done without being asked.
+        is_labelled: False for test data without a list of annotations.
+        original: the json as it was read, where it is one.
     """
 
     json_file: str
     policy: Mapping[str, str]
     findings: Sequence[Finding]
     content: dict[str, Any]
+    image_root: str = ""
+    notes: Sequence[str] = ()
+    is_labelled: bool = True
+    original: Mapping[str, Any] | None = None
 
     def by_kind(self) -> dict[str, list[Finding]]:
         """Return the findings of each kind that has any, in the order of :data:`KINDS`."""
@@ -146,13 +177,25 @@ class CheckedData:
         findings = refused[first]
         head = "" if len(findings) == 1 else f"{len(findings)} {KINDS[first].what}: "
         examples = join_some((f.message for f in findings), _EXAMPLES, separator="; ")
-        remedy = ""
-        if "drop" in KINDS[first].policies:
-            remedy = f" ({KINDS[first].key} drop leaves {'it' if not head else 'them'} out)"
+        remedy = find_remedy(findings)
+        remedy = f" ({remedy})" if remedy else ""
         more = "".join(f"; {KINDS[name].what}: {len(refused[name])}" for name in others)
         if head or more:
             more += "; tools/check_data.py lists all"
         raise InputError(f"{self.json_file}: {head}{examples}{remedy}{more}")
+
+
+def find_remedy(findings: Sequence[Finding]) -> str:
+    """Return what makes training take data with these findings of one kind, empty if nothing."""
+    kind = KINDS[findings[0].kind]
+    own = {finding.remedy for finding in findings}
+    if len(own) == 1 and "" not in own:
+        return own.pop()
+    if kind.remedy:
+        return f"{kind.key} {kind.remedy}"
+    if "drop" in kind.policies:
+        return f"{kind.key} drop leaves {'it' if len(findings) == 1 else 'them'} out"
+    return ""
 
 
 def config_defaults() -> dict[str, str]:
@@ -214,43 +257,6 @@ _REQUIRED: dict[str, dict[str, _Rule]] = {
 _OPTIONAL = {"iscrowd": _FLAG, "area": _AREA, "ignore": _FLAG}
 
 
-def find_image_faults(
-    content: dict[str, Any], image_root: str, reader: ImageReader, *, decode_all: bool = False
-) -> list[Finding]:
-    """Return what is wrong with the image files of a json, the first fault of each.
-
-    Args:
-        content: of the json, checked or not; images that are malformed are passed over.
-        image_root: the folder that the json's ``file_name`` entries are relative to.
-        reader: reads them as training will.
-        decode_all: not only the headers of a set above :data:`MAX_DECODED_IMAGES`.
-
-    Raises:
-        InputError: the folder does not exist
-    """
-    if not os.path.isdir(image_root):
-        raise InputError(f"the image folder {image_root} does not exist")
-    images = [
-        image
-        for image in content["images"]
-        if not _field_fault("images", image) and not _leaves_folder(image["file_name"])
-    ]
-    headers_only = len(images) > MAX_DECODED_IMAGES and not decode_all
-
-    def check(image: dict[str, Any]) -> Finding | None:
-        path = os.path.join(image_root, image["file_name"])
-        where = f"{printable(path)} (image id {image['id']})"
-        if not os.path.isfile(path):
-            return Finding("missing_image", f"{where} is missing", image["id"])
-        if headers_only and _header_agrees(path, image, reader):
-            return None
-        fault = find_image_fault({**image, "file_name": path}, reader)
-        return fault and Finding(fault[0], f"{where}: {printable(fault[1])}", image["id"])
-
-    with ThreadPoolExecutor() as pool:
-        return [finding for finding in pool.map(check, images) if finding]
-
-
 def check_coco(
     json_file: str,
     content: dict[str, Any],
@@ -262,22 +268,19 @@ def check_coco(
     Args:
         json_file: named in the result.
         content: as :func:`retinanet_ext.data.coco_json.read_coco_json` returns it.
-        policy: kind -> "refuse", "drop" or "keep".
-        image_faults: what :func:`find_image_faults` has found.
+        policy: kind -> what is done about it.
+        image_faults: what :func:`retinanet_ext.data.image_files.check_images` has found.
     """
     findings: list[Finding] = []
 
     def found(kind: str, message: str, **ids: Any) -> bool:
         """Note a finding, and tell whether what it names is still used."""
         findings.append(Finding(kind, message, **ids))
-        return policy[kind] == "keep"
+        return policy[kind] in ("keep", "merge", "mend")
 
     categories = _check_categories(content["categories"], found)
-    images, listed_ids = _check_images(content["images"], found)
-    lost = set()
-    for fault in image_faults:
-        if not found(**vars(fault)):
-            lost.add(fault.image_id)
+    lost = {fault.image_id for fault in image_faults if not found(**vars(fault))}
+    images, listed_ids = _check_images(content["images"], lost, found)
     annotations = _check_annotations(
         content["annotations"],
         images,
@@ -296,15 +299,19 @@ def check_coco(
             if not found("empty_image", what, image_id=image["id"]):
                 del images[image["id"]]
     annotations = [a for a in annotations if a["image_id"] in images]
-    used = {a["category_id"] for a in annotations if not is_region_to_ignore(a)}
-    for category in categories:
-        if category["id"] not in used:
-            found(
-                "unused_class",
-                f"class {printable(category['name'])} (category {category['id']}) has no box",
-            )
     left = {"images": list(images.values()), "categories": categories, "annotations": annotations}
+    findings += find_unused_classes(left)
     return CheckedData(json_file, policy, findings, {**content, **left})
+
+
+def find_unused_classes(content: dict[str, Any]) -> list[Finding]:
+    """Return the classes of a checked json without a box."""
+    used = {a["category_id"] for a in content["annotations"] if not is_region_to_ignore(a)}
+    return [
+        Finding("unused_class", f"class {printable(c['name'])} (category {c['id']}) has no box")
+        for c in content["categories"]
+        if c["id"] not in used
+    ]
 
 
 _Found = Callable[..., bool]
@@ -314,7 +321,7 @@ _Items = list[dict[str, Any]]
 def _check_categories(categories: list[Any], found: _Found) -> _Items:
     usable: _Items = []
     for index, category in enumerate(categories):
-        if fault := _field_fault("categories", category):
+        if fault := field_fault("categories", category):
             found("malformed_category", f"{_name('categories', index, category)}: {fault}")
         else:
             usable.append(category)
@@ -326,24 +333,25 @@ def _check_categories(categories: list[Any], found: _Found) -> _Items:
     return usable
 
 
-def _check_images(images: list[Any], found: _Found) -> tuple[dict[int, dict[str, Any]], set[int]]:
-    """Return the usable images by id, and the ids of all."""
+def _check_images(
+    images: list[Any], lost: Collection[int | None], found: _Found
+) -> tuple[dict[int, dict[str, Any]], set[int]]:
+    """Return the usable images by id, and the ids of all; of those lost, the size is unknown."""
     usable: dict[int, _Items] = defaultdict(list)
     listed_ids = set()
     for index, image in enumerate(images):
-        name, image_id = _name("images", index, image), _id(image)
+        name, image_id = _name("images", index, image), id_of(image)
         if image_id is not None:
             listed_ids.add(image_id)
-        if fault := _field_fault("images", image):
-            found("malformed_image", f"{name}: {fault}", image_id=image_id)
-        elif _leaves_folder(image["file_name"]):
-            fault = (
-                f"file_name {image['file_name']!r} leaves the image folder; it must be a path "
-                "relative to that folder, without '..'"
-            )
-            found("file_outside", f"{name}: {fault}", image_id=image_id)
-        else:
-            usable[image["id"]].append(image)
+        if fault := field_fault("images", image):
+            if image_id is None or image_id not in lost:
+                found("malformed_image", f"{name}: {fault}", image_id=image_id)
+            continue
+        if leaves_folder(image["file_name"]):
+            what = f"{name}: file_name {image['file_name']!r} leaves the image folder by '..'"
+            if not found("file_outside", what, image_id=image_id):
+                continue
+        usable[image["id"]].append(image)
     for image_id, same in list(usable.items()):
         if len(same) > 1:
             names = join_some((printable(image["file_name"]) for image in same), _EXAMPLES)
@@ -368,7 +376,7 @@ def _check_annotations(
     known = join_some(sorted(category_ids))
     for index, annotation in enumerate(annotations):
         faults: list[tuple[str, str]] = []  # kind and what follows the name of the annotation
-        if fault := _field_fault("annotations", annotation):
+        if fault := field_fault("annotations", annotation):
             faults.append(("malformed_annotation", fault))
         else:
             if annotation["id"] in seen:
@@ -390,7 +398,7 @@ def _check_annotations(
         ok = True
         if faults:
             name = _name("annotations", index, annotation)
-            own_id, image_id = _id(annotation), _id(annotation, "image_id")
+            own_id, image_id = id_of(annotation), id_of(annotation, "image_id")
             if own_id is not None and image_id is not None and image_id in images:
                 file_name = printable(images[image_id]["file_name"])
                 name = f"annotation {own_id} of image {image_id} ({file_name})"
@@ -464,12 +472,12 @@ def _iou(one: dict[str, Any], other: dict[str, Any]) -> float:
     return common / (a[2] * a[3] + b[2] * b[3] - common)
 
 
-def _leaves_folder(file_name: str) -> bool:
-    path = PurePath(file_name)
-    return path.is_absolute() or ".." in path.parts
+def leaves_folder(file_name: str) -> bool:
+    """Tell whether a file name leads upwards; an absolute path is where its writer wants it."""
+    return ".." in PurePath(file_name).parts
 
 
-def _field_fault(key: str, item: Any) -> str | None:
+def field_fault(key: str, item: Any) -> str | None:
     """Return which field of an entry cannot be used, the first, if one."""
     if not isinstance(item, dict):
         return "it is not an object"
@@ -499,19 +507,7 @@ def _name(key: str, index: int, item: Any) -> str:
     return f"{key}[{index}]" + (f" ({ids})" if ids else "")
 
 
-def _id(item: Any, field: str = "id") -> int | None:
+def id_of(item: Any, field: str = "id") -> int | None:
+    """Return an id of an entry, None if there is none that is an integer."""
     value: Any = item.get(field) if isinstance(item, dict) else None
     return int(value) if _is_integer(value) else None
-
-
-def _header_agrees(path: str, image: dict[str, Any], reader: ImageReader) -> bool:
-    """Tell whether the header alone shows that the image can be used, and has the json's size."""
-    try:
-        with reader.open(path) as opened:
-            reader.range_of(opened)
-            # The first test comes first because getexif() decodes a PNG that has no EXIF block.
-            upright = "exif" not in opened.info or opened.getexif().get(_EXIF_ORIENTATION, 1) <= 4
-            fits = upright and opened.size == (image["width"], image["height"])
-            return fits and not has_several_frames(opened)
-    except Exception:  # decoding will tell; Detectron2 reads some images whose EXIF is malformed
-        return False

@@ -20,21 +20,28 @@ from retinanet_ext.errors import InputError
 LISTS = ("images", "categories", "annotations")
 
 
-def read_coco_json(json_file: str) -> dict[str, Any]:
+def read_coco_json(json_file: str, *, needs_annotations: bool = True) -> dict[str, Any]:
     """Read a json file that has the lists of COCO's instances format, whatever is in them.
+
+    Encodings are those of JSON: UTF-8, UTF-16 and UTF-32, with or without a byte order mark.
+
+    Args:
+        json_file: its path.
+        needs_annotations: not so of images to test on: COCO's image info format.
 
     Raises:
         InputError: the file cannot be read, has no such lists, or no images or categories.
     """
     try:
-        with open(json_file, encoding="utf-8") as file:
+        with open(json_file, "rb") as file:
             content = json.load(file)
     except OSError as error:
         raise InputError(f"{json_file}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         raise InputError(f"{json_file}: is not JSON: {error}") from error
     content = content if isinstance(content, dict) else {}
-    no_lists = [key for key in LISTS if not isinstance(content.get(key), list)]
+    optional = {"annotations": []} if not needs_annotations else {}
+    no_lists = [key for key in LISTS if not isinstance((optional | content).get(key), list)]
     if no_lists:
         raise InputError(
             f"{json_file}: is not a COCO instances file: no list of {join_some(no_lists)}"
@@ -43,6 +50,12 @@ def read_coco_json(json_file: str) -> dict[str, Any]:
         if not content[key]:
             raise InputError(f"{json_file}: the list of {key} is empty")
     return content
+
+
+def is_plain_utf8(json_file: str) -> bool:
+    """Tell whether pycocotools can read a json: not with a byte order mark, nor in UTF-16."""
+    with open(json_file, "rb") as file:
+        return json.detect_encoding(file.read(4)) == "utf-8"
 
 
 def contiguous_category_ids(content: dict[str, Any]) -> dict[int, int]:

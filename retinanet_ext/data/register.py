@@ -11,7 +11,6 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from itertools import zip_longest
@@ -21,16 +20,11 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from retinanet_ext.data import coco_json, images
-from retinanet_ext.data.check import (
-    KINDS,
-    CheckedData,
-    check_coco,
-    find_image_faults,
-    read_policy,
-)
+from retinanet_ext.data.check import DONE, KINDS, CheckedData
 from retinanet_ext.data.coco_json import join_some, printable
-from retinanet_ext.data.images import ImageReader
+from retinanet_ext.data.image_files import describe_shared_files
 from retinanet_ext.data.sample_set import SampleSet, make_sample_set
+from retinanet_ext.data.sources import CLASSES_KEY, Source, check_source, read_texts
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import write_file
 
@@ -41,24 +35,6 @@ SAMPLE_SPLITS = {
     "retinanet_ext_sample_val": "val",
 }
 """Name in ``DATASETS.TRAIN`` or ``DATASETS.TEST`` to the part of the sample set."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the data of one name are.
-
-    Attributes:
-        name: in Detectron2's catalogs.
-        split: "TRAIN" or "TEST".
-        json_file, image_root: empty where other code has registered data of another format.
-        is_ours: whether it is registered here, and not by other code.
-    """
-
-    name: str
-    split: str
-    json_file: str
-    image_root: str
-    is_ours: bool
 
 
 def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool) -> None:
@@ -91,9 +67,7 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
             f"DATASETS.CUSTOM.{needed}_JSON and DATASETS.CUSTOM.{needed}_IMAGES"
         )
     resolve_pixel_range(cfg, sources)
-    for source in sources:
-        if source.is_ours:
-            _register(cfg, source)
+    paths = {source: _register(cfg, source) for source in sources if source.is_ours}
     for split in {source.split for source in sources}:
         cfg.DATASETS[split] = tuple(source.name for source in sources if source.split == split)
 
@@ -106,6 +80,8 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
     resolve_class_alpha(cfg, next(iter(known.values()), indices))
     for source in sources:
         _check_files_exist(source)
+    for line in describe_shared_images(paths):
+        logger.warning("%s", line)
 
 
 def resolve_pixel_range(cfg: CfgNode, sources: Sequence[Source]) -> None:
@@ -122,9 +98,12 @@ def _image_files(source: Source) -> list[str]:
     """Return the paths of a data set's images, of a json that is still unchecked too."""
     if not source.is_ours:
         return [record["file_name"] for record in DatasetCatalog.get(source.name)]
-    entries = coco_json.read_coco_json(source.json_file)["images"]
-    names = (entry.get("file_name") for entry in entries if isinstance(entry, dict))
-    return [os.path.join(source.image_root, name) for name in names if isinstance(name, str)]
+    return [
+        os.path.join(image_root, entry["file_name"])
+        for json_file, image_root in zip(source.json_files, source.image_roots, strict=True)
+        for entry in coco_json.read_coco_json(json_file)["images"]
+        if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)
+    ]
 
 
 def find_sources(cfg: CfgNode, splits: Sequence[str]) -> list[Source]:
@@ -137,15 +116,27 @@ def find_sources(cfg: CfgNode, splits: Sequence[str]) -> list[Source]:
 
 
 def _find_sources(cfg: CfgNode, split: str) -> Iterator[Source]:
-    keys = {f"DATASETS.CUSTOM.{split}_{part}": part for part in ("JSON", "IMAGES")}
-    values = {key: cfg.DATASETS.CUSTOM[f"{split}_{part}"] for key, part in keys.items()}
+    keys = [f"DATASETS.CUSTOM.{split}_{part}" for part in ("JSON", "IMAGES")]
+    values = {key: read_texts(cfg, key) for key in keys}
     missing = [key for key, value in values.items() if not value]
     if len(missing) == 1:
         given = next(key for key in keys if key not in missing)
-        raise InputError(f"{given} is {values[given]!r}, but {missing[0]} is empty; set both")
+        raise InputError(
+            f"{given} is {join_some(values[given])!r}, but {missing[0]} is empty; set both"
+        )
     if not missing:
-        json_file, image_root = values.values()
-        yield Source(f"custom_{split.lower()}", split, json_file, image_root, is_ours=True)
+        json_files, image_roots = values.values()
+        if len(image_roots) == 1:
+            image_roots *= len(json_files)
+        if len(image_roots) != len(json_files):
+            raise InputError(
+                f"{keys[0]} has {len(json_files)} entries and {keys[1]} {len(image_roots)}; give "
+                "a folder for each file, or one for all"
+            )
+        classes = read_texts(cfg, CLASSES_KEY)
+        yield Source(
+            f"custom_{split.lower()}", split, json_files, image_roots, is_ours=True, classes=classes
+        )
         return
     for name in cfg.DATASETS[split]:
         if name in SAMPLE_SPLITS:
@@ -154,13 +145,15 @@ def _find_sources(cfg: CfgNode, split: str) -> Iterator[Source]:
             folder = make_sample_set(parameters, os.path.join(datasets, "retinanet_ext_sample"))
             part = SAMPLE_SPLITS[name]
             yield Source(
-                name, split, str(folder / f"{part}.json"), str(folder / part), is_ours=True
+                name, split, (str(folder / f"{part}.json"),), (str(folder / part),), is_ours=True
             )
         elif name in DatasetCatalog:
             metadata = MetadataCatalog.get(name)
-            json_file = metadata.get("json_file") or ""
-            image_root = metadata.get("image_root") or ""
-            yield Source(name, split, json_file, image_root, is_ours=False)
+            json_files, image_roots = (
+                (value,) if (value := metadata.get(key)) else ()
+                for key in ("json_file", "image_root")
+            )
+            yield Source(name, split, json_files, image_roots, is_ours=False)
         else:
             close = get_close_matches(name, DatasetCatalog.list(), n=1)
             raise InputError(
@@ -171,32 +164,34 @@ def _find_sources(cfg: CfgNode, split: str) -> Iterator[Source]:
             )
 
 
-def _register(cfg: CfgNode, source: Source) -> None:
-    """Check COCO-format data and register what is used of them, in place of what had the name."""
-    content = coco_json.read_coco_json(source.json_file)
-    policy = read_policy(cfg.DATASETS.CHECK)
-    image_faults = find_image_faults(content, source.image_root, ImageReader.from_config(cfg))
-    checked = check_coco(source.json_file, content, policy, image_faults)
+def _register(cfg: CfgNode, source: Source) -> list[str]:
+    """Check COCO-format data and register what is used of them, in place of what had the name.
+
+    Returns:
+        the paths of the images.
+    """
+    checked = check_source(cfg, source)
     checked.raise_refused()
     _log(cfg, source, checked)
 
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.pop(source.name, None)
     # Kept as bytes: small, and each reader gets a copy of its own.
-    records = pickle.dumps(coco_json.to_dataset_dicts(checked.content, source.image_root))
+    records = coco_json.to_dataset_dicts(checked.content, checked.image_root)
     annotations = checked.content["annotations"]
     objects = Counter(a["image_id"] for a in annotations if not coco_json.is_region_to_ignore(a))
-    DatasetCatalog.register(source.name, partial(pickle.loads, records))
+    DatasetCatalog.register(source.name, partial(pickle.loads, pickle.dumps(records)))
     MetadataCatalog.get(source.name).set(
         evaluator_type="coco",
         json_file=_for_evaluation(checked) if source.split == "TEST" else source.json_file,
-        image_root=source.image_root,
+        image_root=checked.image_root,
         num_images=len(checked.content["images"]),
         num_crowd_regions=sum(map(coco_json.is_region_to_ignore, annotations)),
         images_by_num_objects=dict(Counter(objects.values())),
         thing_classes=coco_json.class_names(checked.content),
         thing_dataset_id_to_contiguous_id=coco_json.contiguous_category_ids(checked.content),
     )
+    return [record["file_name"] for record in records]
 
 
 def _log(cfg: CfgNode, source: Source, checked: CheckedData) -> None:
@@ -207,7 +202,8 @@ def _log(cfg: CfgNode, source: Source, checked: CheckedData) -> None:
         what = f"{source.json_file}: has no box that is no crowd and has an area inside its image"
         if source.split == "TRAIN":
             raise InputError(f"{what}, so there is nothing to learn")
-        logger.warning("%s, so AP cannot be computed", what)
+        if checked.is_labelled:
+            logger.warning("%s, so AP cannot be computed", what)
 
     names = coco_json.class_names(content)
     labels = coco_json.contiguous_category_ids(content)
@@ -226,14 +222,16 @@ def _log(cfg: CfgNode, source: Source, checked: CheckedData) -> None:
         logger.info(
             "%s: category ids %s stand for classes 0..%d", name, join_some(labels), len(labels) - 1
         )
+    for note in checked.notes:
+        logger.info("%s: %s", source.json_file, note)
     for kind, findings in checked.by_kind().items():
-        dropped = checked.policy[kind] == "drop"
+        done = checked.policy[kind]
         logger.log(
-            logging.WARNING if dropped or KINDS[kind].is_fault else logging.INFO,
+            logging.WARNING if done == "drop" or KINDS[kind].is_fault else logging.INFO,
             "%s: %s%s: %d: %s",
             source.json_file,
             KINDS[kind].what,
-            ", left out" if dropped else _use_of(cfg, source, kind),
+            _use_of(cfg, source, kind) if done == "keep" else f", {DONE[done]}",
             len(findings),
             join_some((finding.message for finding in findings), 3, separator="; "),
         )
@@ -255,12 +253,13 @@ def _for_evaluation(checked: CheckedData) -> str:
     neither be stale nor be half written by another process.
     """
     completed = coco_json.complete_for_evaluation(checked.content)
-    dropped = any(checked.policy[finding.kind] == "drop" for finding in checked.findings)
-    if completed is checked.content and not dropped:
+    if not checked.is_labelled:  # told by the missing list
+        completed = {key: value for key, value in completed.items() if key != "annotations"}
+    if completed == checked.original and coco_json.is_plain_utf8(checked.json_file):
         return checked.json_file
     folder = tempfile.mkdtemp(prefix="retinanet_ext_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    copy = Path(folder, os.path.basename(checked.json_file))
+    copy = Path(folder, "instances.json")
     write_file(copy, json.dumps(completed))
     return str(copy)
 
@@ -317,8 +316,23 @@ def compare_classes(classes: Mapping[str, Sequence[str]]) -> str | None:
     return None
 
 
+def describe_shared_images(paths: Mapping[Source, Sequence[str]]) -> list[str]:
+    """Return a sentence for each set of test data that has images of the training data.
+
+    Args:
+        paths: of the images of each.
+    """
+    train = [path for source, group in paths.items() if source.split == "TRAIN" for path in group]
+    lines = (
+        describe_shared_files(train, group, source.name)
+        for source, group in paths.items()
+        if source.split == "TEST"
+    )
+    return [line for line in lines if line]
+
+
 def _check_files_exist(source: Source) -> None:
-    for path in (source.json_file, source.image_root):
+    for path in (*source.json_files, *source.image_roots):
         if path and "://" not in path and not os.path.exists(path):
             raise InputError(
                 f"{path}, which data set {source.name} needs, does not exist; the environment "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,13 @@ from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
 import retinanet_ext
-from retinanet_ext.data.check import (
-    KINDS,
-    CheckedData,
-    check_coco,
-    find_image_faults,
-    read_policy,
-)
+from retinanet_ext.data.check import DONE, KINDS, CheckedData, find_remedy
 from retinanet_ext.data.coco_json import (
     class_names,
     contiguous_category_ids,
     is_region_to_ignore,
     join_some,
     printable,
-    read_coco_json,
     to_dataset_dicts,
 )
 from retinanet_ext.data.coverage import (
@@ -37,15 +30,18 @@ from retinanet_ext.data.coverage import (
     suggest_anchors,
     training_boxes,
 )
-from retinanet_ext.data.images import ImageReader
-from retinanet_ext.data.register import Source, compare_classes, find_sources, resolve_pixel_range
+from retinanet_ext.data.register import (
+    compare_classes,
+    describe_shared_images,
+    find_sources,
+    resolve_pixel_range,
+)
+from retinanet_ext.data.sources import Source, check_source
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import to_json, write_file
 
 FORMAT = 1
 SHOWN = 5  # findings of a kind in the text; the JSON has all
-
-MARKS = {"refuse": "REFUSED", "drop": "left out", "keep": "kept"}
 
 
 @dataclass(frozen=True)
@@ -98,19 +94,20 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
     cfg = cfg.clone()
     cfg.defrost()
     resolve_pixel_range(cfg, sources)
-    policy = read_policy(cfg.DATASETS.CHECK)
     contents, texts = [], []
-    classes = {}
+    classes: dict[str, list[str]] = {}
+    paths: dict[Source, list[str]] = {}
     for source in sources:
-        checked = _check(cfg, source, policy)
+        checked = _check(cfg, source)
         names = class_names(checked.content)
         classes[source.name] = names
-        place = {key: value for key, value in asdict(source).items() if key != "is_ours"}
+        place = {key: getattr(source, key) for key in ("name", "split", "json_file", "image_root")}
         content = {**place, **_describe(checked)}
         text = [_format_data(source, content)]
+        records = to_dataset_dicts(checked.content, checked.image_root)
+        paths[source] = [record["file_name"] for record in records]
         if source.split == "TRAIN" and content["facts"]["boxes"]:
             backbone, grid = build_grid(cfg)
-            records = to_dataset_dicts(checked.content, source.image_root)
             data = training_boxes(cfg, records, backbone)
             content["coverage"] = measure_coverage(cfg, data, grid, names)
             text.append(_format_coverage(content["coverage"]))
@@ -120,6 +117,8 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
         contents.append(content)
         texts.append("\n\n".join(text))
 
+    shared = describe_shared_images(paths)
+    texts += shared
     conclusion, refused = _conclude(contents, compare_classes(classes))
     return Report(
         {
@@ -127,6 +126,7 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
             "version": retinanet_ext.__version__,
             "refused": refused,
             "conclusion": conclusion,
+            "shared_images": shared,
             "data_sets": contents,
         },
         "\n\n\n".join([*texts, conclusion]),
@@ -134,19 +134,16 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
     )
 
 
-def _check(cfg: CfgNode, source: Source, policy: dict[str, str]) -> CheckedData:
+def _check(cfg: CfgNode, source: Source) -> CheckedData:
     if not source.is_ours and MetadataCatalog.get(source.name).get("evaluator_type") != "coco":
         raise InputError(
             f"data set {source.name} is not in COCO's format, which is all that is read"
         )
-    content = read_coco_json(source.json_file)
-    reader = ImageReader.from_config(cfg)
-    faults = find_image_faults(content, source.image_root, reader, decode_all=True)
-    return check_coco(source.json_file, content, policy, faults)
+    return check_source(cfg, source, decode_all=True)
 
 
 def _describe(checked: CheckedData) -> dict[str, Any]:
-    """Return the facts about what is used, and the findings by kind."""
+    """Return the facts about what is used, the notes, and the findings by kind."""
     content = checked.content
     images, categories = content["images"], content["categories"]
     objects = [a for a in content["annotations"] if not is_region_to_ignore(a)]
@@ -186,14 +183,16 @@ def _describe(checked: CheckedData) -> dict[str, Any]:
             },
             "classes": classes,
         },
+        "notes": list(checked.notes),
         "findings": [
             {
                 "kind": kind,
                 "what": KINDS[kind].what,
                 "policy": checked.policy[kind],
                 "count": len(findings),
+                "remedy": find_remedy(findings) if checked.policy[kind] == "refuse" else "",
                 "items": [
-                    {key: value for key, value in asdict(finding).items() if key != "kind"}
+                    {key: getattr(finding, key) for key in ("message", "image_id", "annotation_id")}
                     for finding in findings
                 ],
             }
@@ -222,10 +221,11 @@ def _format_data(source: Source, content: dict[str, Any]) -> str:
         ),
         "",
     ]
+    lines += [f"{'note':>8}  {note}" for note in content["notes"]]
     if not content["findings"]:
         lines.append("Nothing is wrong with them.")
     for found in content["findings"]:
-        lines.append(f"{MARKS[found['policy']]:>8}  {found['what']}: {found['count']}")
+        lines.append(f"{DONE[found['policy']]:>8}  {found['what']}: {found['count']}")
         messages = [item["message"] for item in found["items"]]
         lines += [f"{'':10}{line}" for line in messages[:SHOWN]]
         if len(messages) > SHOWN:
@@ -317,21 +317,31 @@ def _conclude(contents: list[dict[str, Any]], difference: str | None) -> tuple[s
     findings = [found for content in contents for found in content["findings"]]
     counts = {
         policy: sum(found["count"] for found in findings if found["policy"] == policy)
-        for policy in MARKS
+        for policy in DONE
     }
-    nothing = [c["name"] for c in contents if c["split"] == "TRAIN" and not c["facts"]["boxes"]]
+    nothing = [
+        content["name"]
+        for content in contents
+        if content["split"] == "TRAIN"
+        and not content["facts"]["boxes"]
+        and not any(found["policy"] == "refuse" for found in content["findings"])
+    ]
     reasons = [f"faults that are refused: {counts['refuse']}"] if counts["refuse"] else []
     reasons += [f"{name} has no box to learn from" for name in nothing]
     reasons += [difference] if difference else []
     if reasons:
-        keys = [
-            KINDS[found["kind"]].key
-            for found in findings
-            if found["policy"] == "refuse" and "drop" in KINDS[found["kind"]].policies
-        ]
-        remedy = f"; to leave them out: {' drop '.join(dict.fromkeys(keys))} drop" if keys else ""
-        return f"Training refuses these data: {'; '.join(reasons)}{remedy}.", True
-    return f"Training takes these data; left out: {counts['drop']}, kept: {counts['keep']}.", False
+        drop: dict[str, None] = {}  # in their order
+        for found in findings:
+            key = KINDS[found["kind"]].key
+            if found["remedy"].startswith(f"{key} drop "):
+                drop[key] = None
+            elif found["remedy"] not in ("", *reasons):
+                reasons.append(found["remedy"])
+        reasons += [f"to leave them out: {' drop '.join(drop)} drop"] if drop else []
+        return f"Training refuses these data: {'; '.join(reasons)}.", True
+    done = [f"{DONE[policy]}: {counts[policy]}" for policy in ("drop", "keep")]
+    done += [f"{DONE[policy]}: {counts[policy]}" for policy in ("merge", "mend") if counts[policy]]
+    return f"Training takes these data; {', '.join(done)}.", False
 
 
 def _table(headers: list[str], rows: Iterable[list[Any]]) -> str:

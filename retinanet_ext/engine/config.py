@@ -29,6 +29,11 @@ from retinanet_ext.modeling.inference import check_precision
 
 NUM_CLASSES_KEY = "MODEL.RETINANET.NUM_CLASSES"
 
+PATHS = tuple(
+    f"DATASETS.CUSTOM.{name}" for name in ("TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES")
+)
+"""Keys that hold a path or a list of paths."""
+
 MAX_SIDE = 16384
 """Pixels of an image's side: a batch of more fits no machine."""
 
@@ -464,6 +469,12 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
             raise InputError(f"{source}: unknown key {name}{_suggestion(key, cfg)}")
         node = node[part]
     default = node
+    if key in (*PATHS, "DATASETS.CUSTOM.CLASSES"):
+        value = _read_texts(value)
+        if key in PATHS and isinstance(value, str | list):
+            # yacs takes only a value of the type that is there.
+            group, _, name = key.rpartition(".")
+            default = read_key(cfg, group)[name] = type(value)()
     if isinstance(default, CfgNode):
         raise InputError(f"{source}: {key} is a group of keys, not a value; got {value!r}")
     try:
@@ -489,6 +500,19 @@ def _set(cfg: CfgNode, key: str, value: Any, source: str) -> None:
             f"{source}: {key} takes a value of type {type(default).__name__}, "
             f"such as {default!r}; got {repr(value)[:80]}{hint}"
         ) from None
+
+
+def _read_texts(value: Any) -> Any:
+    """Return the list that a text such as ``[a, b]`` is in YAML, other values as they are.
+
+    yacs reads Python, where the items would need quotes.
+    """
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            pass
+    return value
 
 
 def _suggestion(key: str, cfg: CfgNode) -> str:

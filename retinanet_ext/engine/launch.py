@@ -32,7 +32,8 @@ from torch import nn
 from retinanet_ext.config import all_keys, read_key
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.coverage import warn_of_unreached_boxes
-from retinanet_ext.data.register import Source, find_sources, registered_classes
+from retinanet_ext.data.register import find_sources, registered_classes
+from retinanet_ext.data.sources import Source
 from retinanet_ext.engine.advice import advise
 from retinanet_ext.engine.checkpoint import Checkpointer, find_weights
 from retinanet_ext.engine.config import check_config, load_config, use_cpu_without_cuda
@@ -58,7 +59,10 @@ from retinanet_ext.errors import InputError, StoppedError
 RESULTS = ("last_checkpoint", "model_*.pth", "metrics.json", "inference")
 """What an earlier training or evaluation leaves in its OUTPUT_DIR, once it has come that far."""
 
-OF_ONE_MACHINE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.CUSTOM.")
+OF_ONE_MACHINE = (
+    *("OUTPUT_DIR", "MODEL.WEIGHTS"),
+    *("DATASETS.CUSTOM.TRAIN_", "DATASETS.CUSTOM.TEST_"),
+)
 """How the keys begin that may differ from machine to machine: paths."""
 
 logger = logging.getLogger(__name__)

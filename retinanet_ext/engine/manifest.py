@@ -21,7 +21,8 @@ from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from torch.utils import collect_env
 
-from retinanet_ext.data.register import Source, find_sources
+from retinanet_ext.data.register import find_sources
+from retinanet_ext.data.sources import Source
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import to_json, write_file
 from retinanet_ext.provenance import commit, cpu_name, versions
@@ -119,8 +120,8 @@ def _without_person(value: Any) -> Any:
 
 
 def _describe_data(source: Source) -> dict[str, Any]:
-    json_file = source.json_file
-    data = {"json": json_file, "sha256": _hash(json_file) if os.path.isfile(json_file) else ""}
+    digests = [_hash(file) if os.path.isfile(file) else "" for file in source.json_files]
+    data = {"json": source.json_file, "sha256": ", ".join(digests)}
     if not source.is_ours:  # its records may be anything
         return data
     sizes = [os.stat(record["file_name"]).st_size for record in DatasetCatalog.get(source.name)]

@@ -79,7 +79,9 @@ def replay_step(path: str | Path) -> Report:
     try:
         cfg = get_cfg()
         add_retinanet_ext_config(cfg)
-        cfg.merge_from_other_cfg(CfgNode.load_cfg(values["cfg"]))
+        of_run = CfgNode.load_cfg(values["cfg"])
+        of_run.DATASETS.pop("CUSTOM")  # not used here, and yacs takes no list where a path is
+        cfg.merge_from_other_cfg(of_run)
         trained_on = cfg.MODEL.DEVICE
         use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
         cfg.TEST.PRECISION = "float32"  # of detection, which no step is, and not for every device

@@ -566,7 +566,7 @@ def _options(info: Mapping[str, Any]) -> str:
     return ", ".join(
         f"{key} {value}"
         for key, value in zip(opts[::2], opts[1::2], strict=True)
-        if not key.startswith("DATASETS.CUSTOM.")
+        if not key.startswith(("DATASETS.CUSTOM.TRAIN_", "DATASETS.CUSTOM.TEST_"))
     )
 
 

@@ -27,6 +27,7 @@ import retinanet_ext
 from retinanet_ext import provenance
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.sample_set import GENERATOR_VERSION
+from retinanet_ext.data.sources import read_texts
 from retinanet_ext.engine.checkpoint import find_weights
 from retinanet_ext.engine.config import check_config, load_config, use_cpu_without_cuda
 from retinanet_ext.engine.distributed import end_with_parent
@@ -174,13 +175,13 @@ def _campaign(
     cfg, _ = row_config(preset, Row("base", {}, {}), 0, opts, configs)
     if len(cfg.DATASETS.TEST) > 1:
         raise InputError(f"DATASETS.TEST must name one data set here, got {cfg.DATASETS.TEST}")
-    custom = cfg.DATASETS.CUSTOM
+    files = {side: read_texts(cfg, f"DATASETS.CUSTOM.{side}_JSON") for side in ("TRAIN", "TEST")}
     data = {
         side.lower(): {
-            "name": custom[f"{side}_JSON"] or ", ".join(cfg.DATASETS[side]),
-            "sha256": file_digest(custom[f"{side}_JSON"]),
+            "name": ", ".join(files[side] or cfg.DATASETS[side]),
+            "sha256": ", ".join(map(file_digest, files[side])),
         }
-        for side in ("TRAIN", "TEST")
+        for side in files
     }
     content = {
         "format": record.FORMAT,
@@ -199,8 +200,10 @@ def _digest(cfg: CfgNode, file_digest: Callable[[str], str]) -> str:
     """Return a digest of what a run's result depends on; data counts by content, not by place."""
     cfg = cfg.clone()
     cfg.OUTPUT_DIR, cfg.SEED = "", 0
-    for key, value in cfg.DATASETS.CUSTOM.items():
-        cfg.DATASETS.CUSTOM[key] = file_digest(value) if key.endswith("_JSON") else ""
+    for side in ("TRAIN", "TEST"):
+        files = read_texts(cfg, f"DATASETS.CUSTOM.{side}_JSON")
+        cfg.DATASETS.CUSTOM[f"{side}_JSON"] = ", ".join(map(file_digest, files))
+        cfg.DATASETS.CUSTOM[f"{side}_IMAGES"] = ""
     return hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest()[:12]
 
 

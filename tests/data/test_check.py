@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from retinanet_ext.data import check, coco_json, prepare_datasets
-from retinanet_ext.data.check import DEFAULT_POLICY, KINDS, check_coco, find_image_faults
+from retinanet_ext.data import check, coco_json, image_files, prepare_datasets
+from retinanet_ext.data.check import DEFAULT_POLICY, KINDS, check_coco
+from retinanet_ext.data.image_files import check_images
 from retinanet_ext.data.images import ImageReader
 from retinanet_ext.errors import InputError
 
@@ -78,11 +79,6 @@ FAULTS: dict[str, tuple[Spoil, str, list[str]]] = {
         "malformed_image",
         ["images[1] (id 125): file_name is missing"],
     ),
-    "image of no width": (
-        remove("images", 1, "width"),
-        "malformed_image",
-        ["(id 125): width is missing"],
-    ),
     "width 0": (put("images", 0, width=0), "malformed_image", ["width is 0", "above 0"]),
     "id text": (put("images", 0, id="80"), "malformed_image", ["images[0]", "id is '80'"]),
     "file_name null": (put("images", 0, file_name=None), "malformed_image", ["is None"]),
@@ -91,12 +87,21 @@ FAULTS: dict[str, tuple[Spoil, str, list[str]]] = {
         "duplicate_image_id",
         ["image id 80 is used by BloodImage_00164.jpg, BloodImage_00254.jpg"],
     ),
-    "absolute path": (
-        put("images", 0, file_name="/etc/passwd"),
+    "path upwards": (
+        put("images", 0, file_name=f"../images/{FIRST}"),
         "file_outside",
-        ["(id 80): file_name '/etc/passwd' leaves the image folder"],
+        ["(id 80): file_name '../images/BloodImage_00164.jpg' leaves the image folder by '..'"],
     ),
-    "path upwards": (put("images", 0, file_name="a/../../b.jpg"), "file_outside", ["(id 80)"]),
+    "file twice": (
+        put("images", 1, file_name=FIRST),
+        "duplicate_file",
+        [f"images/{FIRST} is listed under 2 image ids: 80, 125"],
+    ),
+    "another case": (
+        put("images", 0, file_name=FIRST.upper()),
+        "misnamed_file",
+        ["(image id 80) is missing: upper and lower case differ; `BloodImage_00164.jpg` is there"],
+    ),
     "image gone": (
         lambda bccd: (bccd.images / FIRST).unlink(),
         "missing_image",
@@ -210,8 +215,9 @@ ZERO_AREA = {"zero_area_box": 1}  # of annotation 2288, in the data as they came
 
 
 def check_train(bccd: Bccd, **policy: str) -> check.CheckedData:
-    faults = find_image_faults(bccd.train, str(bccd.images), ImageReader())
-    return check_coco("train.json", bccd.train, {**DEFAULT_POLICY, **policy}, faults)
+    policy = {**DEFAULT_POLICY, **policy}
+    images = check_images(bccd.train, str(bccd.images), ImageReader(), policy)
+    return check_coco("train.json", images.content, policy, images.findings)
 
 
 def count(checked: check.CheckedData) -> dict[str, int]:
@@ -236,12 +242,13 @@ def test_fault_is_found_named_and_treated_as_its_kind_says(
             with pytest.raises(InputError) as error:
                 done.raise_refused()
             assert str(error.value).startswith("train.json: ") and str(error.value).isprintable()
-            assert (f"{KINDS[kind].key} drop leaves it out" in str(error.value)) == (
-                "drop" in KINDS[kind].policies and len(done.by_kind()[kind]) == 1
-            )
+            mended = KINDS[kind].remedy or ("drop" if "drop" in KINDS[kind].policies else "")
+            remedy = f"({KINDS[kind].key} {mended}" if mended else ""
+            assert remedy in str(error.value)
         else:
-            again = check_coco("train.json", done.content, dict.fromkeys(KINDS, "keep"))
-            found = count(again)
+            keep = dict.fromkeys(KINDS, "keep")
+            images = check_images(done.content, str(bccd.images), ImageReader(), keep)
+            found = count(check_coco("train.json", images.content, keep, images.findings))
             assert (kind in found) == (policy == "keep"), found
     assert str(bccd.train) == str(before)  # nan is not equal to itself
 
@@ -323,7 +330,7 @@ def test_policy_is_checked(cfg: CfgNode, bccd: Bccd) -> None:
 def test_headers_show_faults_of_a_large_set(
     case: str, bccd: Bccd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "MAX_DECODED_IMAGES", 2)
+    monkeypatch.setattr(image_files, "MAX_DECODED_IMAGES", 2)
     spoil, kind, _ = FAULTS[case]
     spoil(bccd)
     assert count(check_train(bccd)) == {kind: 1, **ZERO_AREA}
@@ -331,9 +338,10 @@ def test_headers_show_faults_of_a_large_set(
 
 def test_large_set_is_decoded_on_request_alone(bccd: Bccd, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil_image(None, 9000)(bccd)
-    monkeypatch.setattr(check, "MAX_DECODED_IMAGES", 2)
-    assert not find_image_faults(bccd.train, str(bccd.images), ImageReader())
-    assert len(find_image_faults(bccd.train, str(bccd.images), ImageReader(), decode_all=True)) == 1
+    monkeypatch.setattr(image_files, "MAX_DECODED_IMAGES", 2)
+    assert not check_images(bccd.train, str(bccd.images), ImageReader()).findings
+    decoded = check_images(bccd.train, str(bccd.images), ImageReader(), decode_all=True)
+    assert len(decoded.findings) == 1
 
 
 @pytest.mark.parametrize("max_decoded", [2, 3], ids=["headers", "decoded"])
@@ -341,13 +349,13 @@ def test_large_set_is_decoded_on_request_alone(bccd: Bccd, monkeypatch: pytest.M
 def test_size_is_that_of_the_upright_image(
     max_decoded: int, suffix: str, bccd: Bccd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(check, "MAX_DECODED_IMAGES", max_decoded)
+    monkeypatch.setattr(image_files, "MAX_DECODED_IMAGES", max_decoded)
     turn_image(bccd)
     image = bccd.train["images"][0]
     with Image.open(bccd.images / FIRST) as opened:
         opened.save(bccd.images / f"turned{suffix}", exif=opened.getexif())
     image.update(file_name=f"turned{suffix}", width=480, height=640)
-    assert not find_image_faults(bccd.train, str(bccd.images), ImageReader())
+    assert not check_images(bccd.train, str(bccd.images), ImageReader()).findings
 
 
 def test_files_outside_the_folder_are_not_opened(
@@ -356,8 +364,8 @@ def test_files_outside_the_folder_are_not_opened(
     (bccd.folder / "secret.jpg").write_bytes(b"")
     put("images", 0, file_name="../secret.jpg")(bccd)
     opened = []
-    monkeypatch.setattr(check, "find_image_fault", lambda image, _: opened.append(image))
-    find_image_faults(bccd.train, str(bccd.images), ImageReader())
+    monkeypatch.setattr(image_files, "find_image_fault", lambda image, _: opened.append(image))
+    check_images(bccd.train, str(bccd.images), ImageReader())
     assert len(opened) == 2 and not any("secret" in image["file_name"] for image in opened)
 
 
@@ -422,8 +430,8 @@ def test_whatever_a_field_holds_it_is_used_or_refused(
         elif isinstance(content[key][index], dict):
             content[key][index][field] = value
     content = json.loads(json.dumps(content))
-    faults = find_image_faults(content, str(BCCD_MINI / "images"), ImageReader())
-    checked = check_coco("changed.json", content, policy, faults)
+    images = check_images(content, str(BCCD_MINI / "images"), ImageReader(), policy)
+    checked = check_coco("changed.json", images.content, policy, images.findings)
     assert all(finding.message.isprintable() for finding in checked.findings)
     try:
         checked.raise_refused()

@@ -11,7 +11,8 @@ from detectron2.config import CfgNode
 from detectron2.data.datasets.coco import load_coco_json
 
 from retinanet_ext.data import CheckedDatasetMapper, coco_json, prepare_datasets
-from retinanet_ext.data.check import check_coco, find_image_faults
+from retinanet_ext.data.check import check_coco
+from retinanet_ext.data.image_files import check_images
 from retinanet_ext.data.images import ImageReader
 from retinanet_ext.errors import InputError
 
@@ -146,4 +147,4 @@ def test_folder_with_subfolders_is_read(bccd: Bccd) -> None:
     (bccd.images / "a b").mkdir()
     shutil.move(bccd.images / "BloodImage_00164.jpg", bccd.images / "a b" / "ü.jpg")
     bccd.train["images"][0]["file_name"] = "./a b/ü.jpg"
-    assert not find_image_faults(bccd.train, str(bccd.images), ImageReader())
+    assert not check_images(bccd.train, str(bccd.images), ImageReader()).findings

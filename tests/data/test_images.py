@@ -252,7 +252,7 @@ def test_findings_about_images_are_kept_with_a_warning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     write, kind, message = FINDINGS[case]
-    monkeypatch.setattr("retinanet_ext.data.check.MAX_DECODED_IMAGES", max_decoded)
+    monkeypatch.setattr("retinanet_ext.data.image_files.MAX_DECODED_IMAGES", max_decoded)
     bccd.train["images"][0]["file_name"] = "found.tif"
     write(bccd.images / "found.tif")
     prepare(bccd.use(cfg))
@@ -275,7 +275,7 @@ def test_findings_about_images_are_kept_with_a_warning(
 def test_images_without_a_range_or_too_large_are_refused_before_training(
     max_decoded: int, bccd: Bccd, cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("retinanet_ext.data.check.MAX_DECODED_IMAGES", max_decoded)
+    monkeypatch.setattr("retinanet_ext.data.image_files.MAX_DECODED_IMAGES", max_decoded)
     cfg.INPUT.MAX_PIXELS = 640 * 480 - 1
     with pytest.raises(InputError, match=r"^\S+: 3 image files .*INPUT\.MAX_PIXELS allows 307,199"):
         prepare(bccd.use(cfg))

@@ -16,7 +16,7 @@ from detectron2.data.datasets import register_coco_instances
 from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from retinanet_ext.data import SampleSet, coco_json, prepare_datasets
+from retinanet_ext.data import SampleSet, prepare_datasets, sources
 from retinanet_ext.data.register import registered_classes
 from retinanet_ext.errors import InputError
 
@@ -134,8 +134,12 @@ def test_what_the_policy_drops_is_in_neither_records_nor_evaluation(
 
 def test_json_is_parsed_once(bccd: Bccd, cfg: CfgNode, monkeypatch: pytest.MonkeyPatch) -> None:
     parsed = []
-    read = coco_json.read_coco_json
-    monkeypatch.setattr(coco_json, "read_coco_json", lambda path: parsed.append(path) or read(path))
+    read = sources.read_coco_json
+    monkeypatch.setattr(
+        sources,
+        "read_coco_json",
+        lambda path, **kwargs: parsed.append(path) or read(path, **kwargs),
+    )
     prepare(bccd.use(cfg))
     first, second = DatasetCatalog.get("custom_train"), DatasetCatalog.get("custom_train")
     assert parsed == [str(bccd.train_json), str(bccd.val_json)]

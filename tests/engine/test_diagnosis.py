@@ -234,6 +234,7 @@ def test_a_step_of_a_gpu_in_float16_is_repeated_on_a_cpu(tmp_path, monkeypatch, 
 @pytest.mark.usefixtures("no_check")
 def test_a_saved_step_is_repeated_by_the_tool(tmp_path):
     model, step = make_step("OUTPUT_DIR", str(tmp_path))
+    step.cfg.DATASETS.CUSTOM.TRAIN_JSON = ["a.json", "b.json"]
     image = step.batches[0][1]["image"].float()
     image[0, 5, 5] = math.nan
     step.batches[0][1] |= {"image": image, "image_id": 12, "ignore_boxes": torch.ones(1, 4)}

@@ -153,7 +153,6 @@ def test_proposals_which_detectron2_unpickles_are_not_read(split, refused, marke
     [
         "../secret.jpg",
         "sub/../../secret.jpg",
-        "{folder}/secret.jpg",
         "http://example.com/image.jpg",
         "detectron2://image.jpg",
         "file:///etc/passwd",
@@ -164,7 +163,7 @@ def test_image_outside_of_its_folder(file_name, refused, data, no_network):
     content, opts, folder = data
     shutil.copy(next((folder / "images").iterdir()), folder / "secret.jpg")
     image = content["images"][0]
-    image["file_name"] = file_name.format(folder=folder)
+    image["file_name"] = file_name
     assert "train.json" in refused(CONFIG, *opts())
 
 

@@ -1,0 +1,138 @@
+"""What a missing image file is called instead: what other systems and tools make of file names."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from unicodedata import normalize
+from urllib.parse import unquote
+
+from retinanet_ext.data.coco_json import join_some, printable
+
+MAX_FOLDERS = 100
+"""Folders below the image folder that are searched."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is there in place of a missing file.
+
+    Attributes:
+        text: says so.
+        reason: how the names differ; the same text for all names that differ so.
+        path: relative to the image folder; empty where several files may be meant.
+        folder: the image folder with which the name would be right, empty if there is none.
+    """
+
+    text: str
+    reason: str = ""
+    path: str = ""
+    folder: str = ""
+
+
+class MisnamedFiles:
+    """Finds files by other spellings of their names; the names in a folder are read once."""
+
+    def __init__(self, image_root: str) -> None:
+        self._root = image_root
+        self._root_parts = os.path.abspath(image_root).split("/")
+        self._names: dict[str, Mapping[str, Sequence[str]]] = {}
+        with os.scandir(image_root) as entries:
+            self._subfolders = sorted(entry.name for entry in entries if entry.is_dir())
+
+    def find(self, file_name: str) -> Found | None:
+        """Return what is there in place of a ``file_name`` of the json, if anything."""
+        for reason, spelled in _spellings(file_name):
+            parts = [part for part in spelled.split("/") if part not in ("", ".")]
+            places = [("", 0), *((name, 0) for name in self._subfolders[:MAX_FOLDERS])]
+            matches = [(place, path) for place in places for path in self._match(*place, parts)]
+            for skipped in range(1, len(parts)):
+                matches = matches or [(("", skipped), p) for p in self._match("", skipped, parts)]
+            if len(matches) > 1:
+                names = join_some((f"`{printable(path)}`" for _, path in matches), 3)
+                return Found(f"{names} are there, and which is meant cannot be known")
+            if matches:
+                return self._describe(reason, parts, *matches[0])
+        return None
+
+    def _match(self, subfolder: str, skipped: int, parts: Sequence[str]) -> list[str]:
+        """Return the files that a name may mean, relative to the image folder."""
+        path = subfolder
+        for place, part in enumerate(parts[skipped:], start=skipped):
+            alike = self._list(os.path.join(self._root, path)).get(_fold(part), [])
+            paths = [os.path.join(path, name) for name in ([part] if part in alike else alike)]
+            if place == len(parts) - 1:
+                return [path for path in paths if os.path.isfile(os.path.join(self._root, path))]
+            if len(paths) != 1:
+                break
+            path = paths[0]
+        return []
+
+    def _list(self, folder: str) -> Mapping[str, Sequence[str]]:
+        """Return the names in a folder by their folded form."""
+        if folder not in self._names:
+            names = defaultdict(list)
+            try:
+                for name in os.listdir(folder):
+                    names[_fold(name)].append(name)
+            except (OSError, ValueError):  # no folder
+                pass
+            self._names[folder] = names
+        return self._names[folder]
+
+    def _describe(
+        self, reason: str, parts: Sequence[str], place: tuple[str, int], path: str
+    ) -> Found:
+        subfolder, skipped = place
+        reasons, folder = [reason] if reason else [], ""
+        if subfolder:
+            reasons.append(f"files are in `{printable(subfolder)}/`")
+            folder = os.path.join(self._root, subfolder)
+        elif skipped and parts[:skipped] == self._root_parts[-skipped:]:
+            reasons.append(f"`{printable('/'.join(parts[:skipped]))}/` is doubled")
+            folder = os.path.normpath(os.path.join(self._root, *[".."] * skipped))
+        elif skipped:
+            reasons.append("files are in another folder")
+        by_name = _differences(parts[skipped:], path.split("/")[bool(subfolder) :])
+        if reason or by_name:
+            folder = ""
+        reason = " and ".join([*reasons, *by_name]) or "the name is written in another way"
+        return Found(f"{reason}; `{printable(path)}` is there", reason, path, folder)
+
+
+def _spellings(file_name: str) -> Iterator[tuple[str, str]]:
+    """Yield other ways to read a name, each with what they say of all such names."""
+    reasons = []
+    if "://" not in file_name:
+        yield "", file_name
+    if "\\" in file_name:
+        reasons.append("file names use backslashes")
+        file_name = file_name.replace("\\", "/")
+        yield " and ".join(reasons), file_name
+    if "://" in file_name:
+        reasons.append("file names are URLs")
+        file_name = file_name.partition("://")[2].partition("?")[0]
+        yield " and ".join(reasons), file_name
+    if "%" in file_name:
+        reasons.append("file names are percent-encoded")
+        yield " and ".join(reasons), unquote(file_name)
+
+
+def _fold(name: str) -> str:
+    """Return what names that are easily taken for each other have in common."""
+    return normalize("NFC", normalize("NFC", name.strip()).lower())
+
+
+def _differences(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    found: dict[str, None] = {}  # in their order
+    for name, other in zip(names, others, strict=True):
+        if name != name.strip() or other != other.strip():
+            found["there are spaces at an end"] = None
+        name, other = name.strip(), other.strip()
+        if normalize("NFC", name) != normalize("NFC", other):
+            found["upper and lower case differ"] = None
+        elif name != other:
+            found["the Unicode normal form differs"] = None
+    return list(found)

@@ -1,0 +1,110 @@
+"""Eight images with one box each, written as annotation tools write them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import DatasetCatalog
+from PIL import Image
+
+from retinanet_ext import add_retinanet_ext_config
+from retinanet_ext.data import prepare_datasets
+
+WIDTH, HEIGHT = 64, 48
+CLASSES = ("cat", "dog")
+
+
+def picture(seed: int) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+class Eight:
+    """A folder with ``images/`` and a json; a test changes ``content`` or the files."""
+
+    def __init__(self, folder: Path, names: str = "a{}.jpg", *, seed: int = 0) -> None:
+        self.folder = folder
+        self.images = folder / "images"
+        self.images.mkdir(parents=True)
+        self.content: dict[str, Any] = {"info": {}, "images": [], "annotations": []}
+        self.content["categories"] = [
+            {"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)
+        ]
+        for number in range(1, 9):
+            name = names.format(number)
+            picture(100 * seed + number).save(self.images / name, format="JPEG")
+            self.content["images"].append(
+                {"id": number, "file_name": name, "width": WIDTH, "height": HEIGHT}
+            )
+            self.content["annotations"].append(
+                {
+                    "id": number,
+                    "image_id": number,
+                    "category_id": 1 + number % 2,
+                    "bbox": [number, 5, 20, 16],
+                    "area": 320,
+                    "iscrowd": 0,
+                }
+            )
+
+    @property
+    def json(self) -> Path:
+        return self.folder / "instances.json"
+
+    def rename(self, spell: Callable[[str], str]) -> None:
+        """Change the file names in the json."""
+        for image in self.content["images"]:
+            image["file_name"] = spell(image["file_name"])
+
+    def move_into(self, folder: str) -> None:
+        """Move the files into a folder below their own."""
+        files = list(self.images.iterdir())
+        (self.images / folder).mkdir()
+        for file in files:
+            file.rename(self.images / folder / file.name)
+
+    def write(self, encoding: str = "utf-8") -> Eight:
+        self.json.write_bytes(json.dumps(self.content).encode(encoding))
+        return self
+
+    def opts(self, split: str = "TRAIN") -> list[str]:
+        key = f"DATASETS.CUSTOM.{split}"
+        return [f"{key}_JSON", str(self.json), f"{key}_IMAGES", str(self.images)]
+
+
+def config(*opts: Any) -> CfgNode:
+    cfg = get_cfg()
+    add_retinanet_ext_config(cfg)
+    cfg.merge_from_list([copy.deepcopy(opt) for opt in opts])
+    return cfg
+
+
+def prepare(*opts: Any, eval_only: bool = False) -> CfgNode:
+    """Check and register the data that keys name."""
+    cfg = config(*opts)
+    prepare_datasets(cfg, num_classes_is_set=False, eval_only=eval_only)
+    return cfg
+
+
+def trained_on(name: str = "custom_train") -> list[tuple[str, list[tuple[int, list[float]]]]]:
+    """Return of each image the file and its boxes with their classes, and see that it is there."""
+    records = DatasetCatalog.get(name)
+    assert all((record["width"], record["height"]) == (WIDTH, HEIGHT) for record in records)
+    assert all(Path(record["file_name"]).is_file() for record in records)
+    return [
+        (
+            Path(record["file_name"]).name,
+            [(a["category_id"], a["bbox"]) for a in record["annotations"]],
+        )
+        for record in records
+    ]
+
+
+ALL = [(f"a{n}.jpg", [(n % 2, [float(n), 5.0, 20.0, 16.0])]) for n in range(1, 9)]
+"""What is trained on where nothing is at fault."""
