@@ -4,7 +4,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_iou
 
 from retinanet_ext import add_retinanet_ext_config
 
@@ -27,6 +27,28 @@ def make_cfg(*opts, depth=18, num_classes=4):
 def make_model(*opts, **kwargs):
     torch.manual_seed(0)
     return build_model(make_cfg(*opts, **kwargs))
+
+
+def make_detecting_model(*opts, **kwargs):
+    """A model of random weights that finds some dozens of objects in noise."""
+    model = make_model(*opts, **kwargs).eval()
+    with torch.no_grad():  # scores that pass the threshold, deltas that move boxes
+        model.head.cls_score.weight.mul_(20)
+        model.head.cls_score.bias.fill_(-2)
+        model.head.bbox_pred.weight.mul_(10)
+    return model
+
+
+def assert_same_detections(found, expected, score_tolerance=1e-4, share=1.0):
+    """As sets: each detection has one of its class and score that overlaps it at IoU 0.99."""
+    for f, e in zip(found, expected, strict=True):
+        f, e = f["instances"], e["instances"]
+        assert len(f) == len(e) and tuple(f.image_size) == tuple(e.image_size)
+        same = pairwise_iou(f.pred_boxes, e.pred_boxes) > 0.99
+        same &= f.pred_classes[:, None] == e.pred_classes
+        same &= (f.scores[:, None] - e.scores).abs() < score_tolerance
+        for matched in (same.any(0), same.any(1)):
+            assert matched.sum() >= share * len(matched)
 
 
 def build_without_memory(cfg):

@@ -105,5 +105,7 @@ def _class_weights_unseen(alpha: Tensor, num_classes: int) -> Tensor:
         raise InputError(f"alpha has {alpha.numel()} values for {num_classes} classes")
     alpha = alpha.double()
     weights = torch.stack([alpha, 1 - alpha])
-    weights = torch.where((alpha >= ALPHA_RANGE.low) & (alpha <= ALPHA_RANGE.high), weights, torch.nan)
+    weights = torch.where(
+        (alpha >= ALPHA_RANGE.low) & (alpha <= ALPHA_RANGE.high), weights, torch.nan
+    )
     return weights if alpha.dim() else torch.where(alpha == UNBALANCED, 1, weights)

@@ -30,6 +30,7 @@ from retinanet_ext.modeling.matching import (
     check_targets,
     ignore_anchors,
     label_anchors,
+    undefined_targets,
 )
 
 
@@ -153,19 +154,26 @@ class RetinaNetExt(DenseDetector):
         In training an image's ``ignore_boxes``, (M, 4), are regions of which nothing is learnt.
 
         Raises:
-            InputError: in training, a box or class that the loss is not defined on
+            InputError: in training, a box or class that the loss is not defined on. In generated
+                code, which cannot look at values and raise, the losses are NaN.
         """
         if not self.training:
             # What autocast narrows, convolutions and products, ends with the head.
             with self._test_autocast():
                 return super().forward(batched_inputs)
-        check_targets(batched_inputs, self.num_classes)
+        if not torch.compiler.is_compiling():
+            check_targets(batched_inputs, self.num_classes)
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         features = [features[name] for name in self.head_in_features]
         gt_instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
         regions = [inputs.get("ignore_boxes") for inputs in batched_inputs]
-        return self.forward_training(images, features, self.head(features), gt_instances, regions)
+        losses = self.forward_training(images, features, self.head(features), gt_instances, regions)
+        if torch.compiler.is_compiling():
+            undefined = [undefined_targets(gt, self.num_classes) for gt in gt_instances]
+            bad = torch.cat([mask for masks in undefined for mask in masks]).any()
+            losses = {name: torch.where(bad, torch.nan, loss) for name, loss in losses.items()}
+        return losses
 
     def _test_autocast(self) -> AbstractContextManager:
         if self.test_precision == "float32":
@@ -174,12 +182,33 @@ class RetinaNetExt(DenseDetector):
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Normalise, pad and batch the images, as Detectron2 does."""
-        images = super().preprocess_image(batched_inputs)
+        if torch.compiler.is_compiling():
+            images = self._batch_of_known_sizes([inputs["image"] for inputs in batched_inputs])
+        else:
+            images = super().preprocess_image(batched_inputs)
         tensor = images.tensor
         if self.training and self.pad_multiple:
             height, width = (-side % self.pad_multiple for side in tensor.shape[-2:])
             tensor = pad(tensor, (0, width, 0, height))
         return ImageList(tensor.contiguous(memory_format=self.memory_format), images.image_sizes)
+
+    def _batch_of_known_sizes(self, images: list[Tensor]) -> ImageList:
+        """Do what Detectron2 does by tensors of sizes, by numbers that torch.compile follows."""
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        constraints = self.backbone.padding_constraints
+        divisor = constraints.get("size_divisibility", self.backbone.size_divisibility)
+        square = constraints.get("square_size", 0)
+        height, width = (square or max(sides) for sides in zip(*sizes, strict=True))
+        if divisor > 1:
+            height, width = (-(-side // divisor) * divisor for side in (height, width))
+        batch = [
+            pad(
+                (image.to(self.device) - self.pixel_mean) / self.pixel_std,
+                (0, width - w, 0, height - h),
+            )
+            for image, (h, w) in zip(images, sizes, strict=True)
+        ]
+        return ImageList(torch.stack(batch), sizes)
 
     def forward_training(
         self,
