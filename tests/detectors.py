@@ -30,11 +30,11 @@ def make_model(*opts, **kwargs):
 
 
 def make_detecting_model(*opts, **kwargs):
-    """A model of random weights that finds some dozens of objects in noise."""
+    """A model of random weights that finds objects in noise."""
     model = make_model(*opts, **kwargs).eval()
     with torch.no_grad():  # scores that pass the threshold, deltas that move boxes
         model.head.cls_score.weight.mul_(20)
-        model.head.cls_score.bias.fill_(-2)
+        model.head.cls_score.bias.fill_(-3)
         model.head.bbox_pred.weight.mul_(10)
     return model
 

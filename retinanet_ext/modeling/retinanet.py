@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator, build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -24,7 +23,13 @@ from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
 from retinanet_ext.modeling.criterion import RetinaNetCriterion, log_counts
 from retinanet_ext.modeling.head import RetinaNetExtHead
-from retinanet_ext.modeling.inference import check_precision, decode_candidates
+from retinanet_ext.modeling.inference import (
+    Candidates,
+    check_precision,
+    clip,
+    decode_candidates,
+    suppress,
+)
 from retinanet_ext.modeling.matching import (
     AnchorMatcher,
     check_targets,
@@ -244,9 +249,34 @@ class RetinaNetExt(DenseDetector):
             gt_boxes.tensor,
         )
 
+    def detect(self, images: Sequence[Tensor]) -> list[Candidates]:
+        """Return the detections of each image, (C, H, W), clipped to it, as tensors alone.
+
+        Those of :meth:`forward`, for ``torch.export``: Detectron2's ``Boxes`` steers by their
+        number, which is not known before the program runs.
+        """
+        batch = self.preprocess_image([{"image": image} for image in images])
+        with self._test_autocast():
+            features = self.backbone(batch.tensor)
+            features = [features[name] for name in self.head_in_features]
+            found = self._detections(features, self.head(features))
+        return [clip(each, size) for each, size in zip(found, batch.image_sizes, strict=True)]
+
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
     ) -> list[Instances]:
+        return [
+            Instances(
+                size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.classes
+            )
+            for size, found in zip(
+                images.image_sizes, self._detections(features, predictions), strict=True
+            )
+        ]
+
+    def _detections(
+        self, features: list[Tensor], predictions: list[list[Tensor]]
+    ) -> list[Candidates]:
         candidates = decode_candidates(
             *predictions,
             self.anchor_generator(features),
@@ -255,21 +285,11 @@ class RetinaNetExt(DenseDetector):
             topk=self.test_topk_candidates,
             box2box_transform=self.box2box_transform,
         )
-        results = []
-        for image_size, (boxes, scores, classes) in zip(
-            images.image_sizes, candidates, strict=True
-        ):
-            keep = batched_nms(boxes, scores, classes, self.test_nms_thresh)
-            keep = keep[: self.max_detections_per_image]
-            results.append(
-                Instances(
-                    image_size,
-                    pred_boxes=Boxes(boxes[keep]),
-                    scores=scores[keep],
-                    pred_classes=classes[keep],
-                )
-            )
-        return results
+        kept = [
+            suppress(found, self.test_nms_thresh)[: self.max_detections_per_image]
+            for found in candidates
+        ]
+        return [found.at(index) for found, index in zip(candidates, kept, strict=True)]
 
 
 def to_detectron2_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
