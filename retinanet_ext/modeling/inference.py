@@ -103,11 +103,12 @@ def suppress(candidates: Candidates, iou_thresh: float) -> Tensor:
     boxes, scores, classes = candidates
     if not torch.compiler.is_compiling():
         return batched_nms(boxes, scores, classes, iou_thresh)
-    # batched_nms asks how many boxes there are. Its way of one call: each class elsewhere.
-    boxes = boxes.float()
-    low, high = pad(boxes.flatten(), (0, 1)).aminmax()
-    offsets = classes.to(boxes) * (high - low + 1)
-    return nms(boxes + offsets[:, None], scores, iou_thresh)
+    # batched_nms steers by the number of boxes. This is its way of one call: each class elsewhere.
+    # torchvision has an exported program expect that two boxes are left: two without area are.
+    boxes, classes = pad(boxes.float(), (0, 0, 0, 2)), pad(classes, (0, 2))
+    low, high = boxes.aminmax()
+    boxes = boxes + (classes * (high - low + 1)).unsqueeze(1)
+    return nms(boxes, pad(scores, (0, 2), value=-1.0), iou_thresh)[:-2]
 
 
 def clip(candidates: Candidates, image_size: tuple[int, int]) -> Candidates:
