@@ -4,13 +4,15 @@ import copy
 
 import pytest
 import torch
-from detectron2.export import TracingAdapter
+from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.modeling.backbone import Backbone
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.testing import assert_close
 
 from detectors import assert_same_detections, make_batch, make_detecting_model, make_model
+from retinanet_ext.modeling import to_detectron2_state_dict
+from retinanet_ext.modeling.anchor_generator import OctaveAnchorGenerator
 
 
 class TinyBackbone(Backbone):
@@ -157,3 +159,21 @@ def test_detect_is_forward_without_instances(model):
         assert torch.equal(boxes, expected.pred_boxes.tensor)
         assert torch.equal(scores, expected.scores)
         assert torch.equal(classes, expected.pred_classes)
+
+
+def test_detectron2s_model_scripts_with_this_ones_weights():
+    """The way round for torch.jit.script, which docs/deviations.md names."""
+    ours = make_detecting_model()
+    stock = make_model("MODEL.META_ARCHITECTURE", "RetinaNet").eval()
+    stock.load_state_dict(to_detectron2_state_dict(ours.state_dict()))
+    assert type(stock.anchor_generator) is OctaveAnchorGenerator
+    fields = {"pred_boxes": Boxes, "scores": torch.Tensor, "pred_classes": torch.Tensor}
+    images = [{"image": image} for image in make_images(2, (160, 192))]
+    with torch.no_grad():
+        expected = ours(images)
+        found = scripting_with_instances(stock, fields)(images)
+    for one, other in zip(found, expected, strict=True):
+        other = other["instances"]
+        scores = one.scores[one.pred_boxes.nonempty()]
+        assert len(other) > 0
+        assert_close(scores.sort().values, other.scores.sort().values)
