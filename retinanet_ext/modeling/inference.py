@@ -106,8 +106,7 @@ def suppress(candidates: Candidates, iou_thresh: float) -> Tensor:
     # batched_nms steers by the number of boxes. This is its way of one call: each class elsewhere.
     # torchvision has an exported program expect that two boxes are left: two without area are.
     boxes, classes = pad(boxes.float(), (0, 0, 0, 2)), pad(classes, (0, 2))
-    low, high = boxes.aminmax()
-    boxes = boxes + (classes * (high - low + 1)).unsqueeze(1)
+    boxes = boxes + (classes * (boxes.max() - boxes.min() + 1)).unsqueeze(1)
     return nms(boxes, pad(scores, (0, 2), value=-1.0), iou_thresh)[:-2]
 
 
@@ -147,14 +146,18 @@ def _best_of_level(
     They are found among the k anchors with the highest logits: a pass over the maxima is all
     that the many others cost.
     """
+    height, width = logits.shape[2:]
     logits = logits.unflatten(1, (-1, num_classes))
     deltas = deltas.unflatten(1, (-1, 4))
-    num_anchors, _, height, width = logits.shape[1:]
+    num_anchors = logits.shape[1]
     image = torch.arange(logits.shape[0], device=logits.device)[:, None]
 
     best = logits.amax(2).flatten(1)
     index = best.topk(_at_most(topk, best.shape[1])).indices
-    anchor, y, x = index // (height * width), index // width % height, index % width
+    anchor = index // (height * width)
+    cell = index - anchor * (height * width)
+    y = cell // width
+    x = cell - y * width
     candidates = logits[image, anchor, :, y, x].flatten(1)
     top, index = candidates.topk(_at_most(topk, candidates.shape[1]))
     anchor, y, x = (values.gather(1, index // num_classes) for values in (anchor, y, x))
