@@ -68,6 +68,7 @@ class OHEM:
         if self.scope not in SCOPES:
             raise InputError(f"OHEM scope must be one of {SCOPES}, got {self.scope!r}")
 
+    @torch.compiler.disable  # the search goes by values
     @torch.no_grad()
     def __call__(self, losses: Tensor, labels: Tensor, boxes: Tensor, num_classes: int) -> Tensor:
         """Return the mask of the anchors that count.

@@ -30,6 +30,16 @@ def make_model(*opts, **kwargs):
     return build_model(make_cfg(*opts, **kwargs))
 
 
+def make_detecting_model(*opts, **kwargs):
+    """A model of random weights that finds objects in noise."""
+    model = make_model(*opts, **kwargs).eval()
+    with torch.no_grad():  # scores that pass the threshold, deltas that move boxes
+        model.head.cls_score.weight.mul_(20)
+        model.head.cls_score.bias.fill_(-3)
+        model.head.bbox_pred.weight.mul_(10)
+    return model
+
+
 def build_without_memory(cfg):
     """Build the model that a config describes, for its errors alone."""
     with torch.device("meta"):
@@ -70,6 +80,14 @@ def assert_same_detections(found, expected, *, rtol, atol=0.0, box_rtol, box_ato
         alone = torch.ones(len(instances), dtype=torch.bool)
         alone[matched] = False
         assert (instances.scores[alone] <= last * (1 + rtol) + atol).all(), instances[alone]
+
+
+def assert_same_outputs(found, expected, **tolerances):
+    """What two models return for a batch: for each image the same detections."""
+    tolerances = {"rtol": 1e-4, "atol": 1e-5, "box_rtol": 1e-4, "box_atol": 1e-2} | tolerances
+    for f, e in zip(found, expected, strict=True):
+        assert tuple(f["instances"].image_size) == tuple(e["instances"].image_size)
+        assert_same_detections(f["instances"].to("cpu"), e["instances"].to("cpu"), **tolerances)
 
 
 def make_batch(box_counts, num_classes=4, size=(160, 192), seed=0):

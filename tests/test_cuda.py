@@ -6,10 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.export import TracingAdapter
 from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 
-from detectors import DENSE_CLASSES, dense_case, make_batch, make_model
+from detectors import (
+    DENSE_CLASSES,
+    assert_same_outputs,
+    dense_case,
+    make_batch,
+    make_detecting_model,
+    make_model,
+)
 from retinanet_ext.losses import LOSSES
 from retinanet_ext.selection import OHEM
 
@@ -58,9 +66,11 @@ def test_mixed_precision_keeps_the_loss_in_float32(dtype):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_labels_and_losses_never_wait_for_the_device():
+@pytest.mark.parametrize("box_loss", ["smooth_l1", "giou", "diou", "ciou"])
+def test_labels_and_losses_never_wait_for_the_device(box_loss):
     """From the batch on, whose boxes are checked before they are copied to the device."""
-    model = make_model("MODEL.DEVICE", "cuda").train()
+    opts = ["MODEL.DEVICE", "cuda", "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_loss]
+    model = make_model(*opts).train()
     batch = make_batch([7, 0])
     images = model.preprocess_image(batch)
     targets = [inputs["instances"].to("cuda") for inputs in batch]
@@ -80,6 +90,63 @@ def test_labels_and_losses_never_wait_for_the_device():
             step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("box_loss", ["smooth_l1", "giou"])
+def test_the_whole_training_forward_compiles(box_loss):
+    """One graph, from the images to the losses: values and gradients as without."""
+    opts = ["MODEL.DEVICE", "cuda", "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_loss]
+    torch._dynamo.reset()
+    results = []
+    for compiled in (False, True):
+        model = make_model(*opts).train()
+        losses = (torch.compile(model, fullgraph=True) if compiled else model)(make_batch([7, 0]))
+        sum(losses.values()).backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        results.append(({k: v.detach() for k, v in losses.items()}, gradients))
+    (wanted, wanted_gradients), (found, gradients) = results
+    assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    for name, gradient in wanted_gradients.items():
+        scale = gradient.abs().max().item()
+        assert_close(gradients[name], gradient, rtol=0, atol=1e-2 * scale, msg=name)
+
+
+def test_box_losses_of_fixed_shape_take_milliseconds(record_property):
+    """Of 120,000 anchors in each of 8 images, with backward."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    corner = torch.rand(120_000, 2, generator=generator, device="cuda") * 900
+    anchors = torch.cat([corner, corner + 64], 1)
+    deltas = 0.1 * torch.randn(8, 120_000, 4, generator=generator, device="cuda")
+    counts = torch.rand(8, 120_000, generator=generator, device="cuda") < 0.002
+    arguments = anchors, deltas.requires_grad_(), counts, torch.zeros_like(counts).long(), anchors
+    for kind in ("smooth_l1", "giou", "diou", "ciou"):
+        criterion = make_model("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", kind).criterion.cuda()
+        times = []
+        for _ in range(5):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            criterion._box_loss_per_image_of_fixed_shape(*arguments).sum().backward()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end))
+        record_property(kind, min(times))
+        print(f"{kind}: {min(times):.2f} ms")
+        assert min(times) < 100
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_a_traced_model_gives_eagers_detections_at_another_size(num_images):
+    model = make_detecting_model("MODEL.DEVICE", "cuda")
+    small, large = (
+        [{"image": x["image"].cuda()} for x in make_batch([0] * num_images, size=size)]
+        for size in ((160, 192), (256, 320))
+    )
+    adapter = TracingAdapter(model, small)
+    traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+    found = adapter.outputs_schema(traced(*(inputs["image"] for inputs in large)))
+    with torch.no_grad():
+        expected = model(large)
+    assert_same_outputs(found, expected)
 
 
 def test_train_net_with_mixed_precision(tmp_path):

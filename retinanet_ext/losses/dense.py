@@ -42,6 +42,7 @@ def dense_loss(
     """Return the weighted sum of the loss over all anchors that are not ignored, and classes.
 
     Differentiable once by the logits, and backward runs once: it hands out what forward stored.
+    Within a function that torch.compile generates code for, it is a formula like any other.
 
     Args:
         loss: of x_t
@@ -58,12 +59,14 @@ def dense_loss(
 
     Raises:
         InputError: logits, labels, weights and K do not fit together, or a label is out of range
-            (on a GPU labels are not looked at, the host would wait: -2 is taken for ignored, K + 1
-            for background)
+            (on a GPU, where the host would wait, and in generated code labels are not looked at:
+            -2 is taken for ignored, K + 1 for background)
     """
     _check(levels, labels, image_weights, num_classes)
     if alpha_weights is None:
         alpha_weights = image_weights.new_ones(2)
+    if torch.compiler.is_compiling():
+        return _formula(loss, levels, labels, image_weights, alpha_weights, num_classes)
     compute = _way(labels.device, compiled)
     return _DenseLoss.apply(
         compute, loss, labels, image_weights, alpha_weights, num_classes, *levels
@@ -95,7 +98,7 @@ def _check(
     devices = {str(tensor.device) for tensor in (*levels, labels, image_weights)}
     if len(devices) > 1:
         raise InputError(f"logits, labels and weights are on {' and '.join(sorted(devices))}")
-    if labels.device.type == "cpu" and labels.numel():
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
         least, most = labels.aminmax()
         if least < -1 or most > num_classes:
             raise InputError(
@@ -117,26 +120,16 @@ class _DenseLoss(torch.autograd.Function):
         *levels: Tensor,
     ) -> Tensor:
         total = image_weights.new_zeros((), dtype=torch.float64)
-        gradients, first = [], 0
-        for logits in levels:
-            num_images, channels, height, width = logits.shape
-            num_anchors = channels // num_classes
-            count = num_anchors * height * width
-            level_labels = labels[:, first : first + count]
-            first += count
+        gradients = []
+        for logits, level_labels in _by_level(levels, labels, num_classes):
             value, gradient = compute(
-                loss,
-                logits.detach().unflatten(1, (num_anchors, num_classes)),
-                level_labels.view(num_images, height, width, num_anchors).permute(0, 3, 1, 2),
-                image_weights,
-                alpha_weights,
+                loss, logits.detach(), level_labels, image_weights, alpha_weights
             )
             total = total + value
             gradients.append(gradient.flatten(1, 2))
         ctx.gradients = gradients
         ctx.dtypes = [logits.dtype for logits in levels]
-        dtypes = (logits.dtype for logits in levels)
-        return total.to(functools.reduce(torch.promote_types, dtypes, torch.float32))
+        return total.to(_sum_dtype(levels))
 
     @staticmethod
     @once_differentiable
@@ -148,6 +141,52 @@ class _DenseLoss(torch.autograd.Function):
             gradients = [gradient.mul_(grad_output) for gradient in gradients]
         typed = [gradients.pop(0).to(dtype) for dtype in ctx.dtypes]  # one in two types at a time
         return (None,) * 6 + tuple(typed)
+
+
+def _by_level(
+    levels: Sequence[Tensor], labels: Tensor, num_classes: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits (N, A, K, H, W) and labels (N, A, H, W) of each level, views both."""
+    first = 0
+    for logits in levels:
+        num_images, channels, height, width = logits.shape
+        num_anchors = channels // num_classes
+        count = num_anchors * height * width
+        level_labels = labels[:, first : first + count]
+        first += count
+        yield (
+            logits.unflatten(1, (num_anchors, num_classes)),
+            level_labels.view(num_images, height, width, num_anchors).permute(0, 3, 1, 2),
+        )
+
+
+def _formula(
+    loss: BoundLoss,
+    levels: Sequence[Tensor],
+    labels: Tensor,
+    image_weights: Tensor,
+    alpha_weights: Tensor,
+    num_classes: int,
+) -> Tensor:
+    """Return :func:`dense_loss` as one expression: the compiler derives and fuses it."""
+    total = image_weights.new_zeros((), dtype=torch.float64)
+    classes = torch.arange(num_classes, device=labels.device).view(-1, 1, 1)
+    for logits, level_labels in _by_level(levels, labels, num_classes):
+        block = at_least_float32(logits)
+        label = level_labels.unsqueeze(2)
+        positive, ignored = label == classes, label < 0
+        alpha, one_minus_alpha = alpha_weights.to(block.dtype).view(2, -1, 1, 1).unbind()
+        weights = image_weights.to(block.dtype).view(-1, 1, 1, 1, 1)
+        # Ignored logits are replaced, not their loss alone: its gradient could be 0 times infinity.
+        x_t = torch.where(ignored, 0, torch.where(positive, block, -block))
+        value = loss(x_t) * torch.where(positive, alpha, one_minus_alpha) * weights
+        total = total + torch.where(ignored, 0, value).sum(dtype=torch.float64)
+    return total.to(_sum_dtype(levels))
+
+
+def _sum_dtype(levels: Sequence[Tensor]) -> torch.dtype:
+    dtypes = (logits.dtype for logits in levels)
+    return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
 def _gradient_dtype(logits: Tensor) -> torch.dtype:

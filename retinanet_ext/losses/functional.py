@@ -44,7 +44,9 @@ def elementwise_loss(
         float32 (float64 for float64 inputs): the shape of ``inputs``, or a scalar
 
     Raises:
-        InputError: shapes differ, a target other than 0 and 1, alpha or reduction not allowed
+        InputError: shapes differ, a target other than 0 and 1, alpha or reduction not allowed. In
+            generated code, which cannot look at values and raise, a target other than 0 and 1
+            gives NaN, and so does a tensor ``alpha`` that is not allowed.
     """
     if reduction not in ("none", "mean", "sum"):
         raise InputError(f'reduction must be "none", "mean" or "sum", got {reduction!r}')
@@ -53,11 +55,14 @@ def elementwise_loss(
             f"inputs {tuple(inputs.shape)} and targets {tuple(targets.shape)} differ in shape"
         )
     positive = targets == 1
-    if not torch.compiler.is_compiling() and not (positive | (targets == 0)).all():
+    defined = positive | (targets == 0)
+    if not torch.compiler.is_compiling() and not defined.all():
         raise InputError("targets must be 0 or 1: this loss is not defined on soft labels")
 
     inputs = at_least_float32(inputs)
     loss = formula(torch.where(positive, inputs, -inputs))
+    if torch.compiler.is_compiling():
+        loss = torch.where(defined, loss, torch.nan)
     weights = class_weights(alpha, inputs.shape[-1] if inputs.dim() else 0)
     if weights is not None:
         foreground, background = weights.to(inputs).unbind()
@@ -77,6 +82,8 @@ def class_weights(alpha: Alpha, num_classes: int) -> Tensor | None:
     Returns:
         float64 (in float32, 1 - .999 would be off by 1e-5), (2,) or (2, K); None for no balancing
     """
+    if isinstance(alpha, Tensor) and torch.compiler.is_compiling():
+        return _class_weights_unseen(alpha, num_classes)
     values = alpha.tolist() if isinstance(alpha, Tensor) else alpha
     if isinstance(values, (int, float)):
         if check_alpha("alpha", values) == UNBALANCED:
@@ -90,3 +97,15 @@ def class_weights(alpha: Alpha, num_classes: int) -> Tensor | None:
             ALPHA_RANGE.check(f"alpha[{index}]", value)
     alphas = torch.tensor(values, dtype=torch.float64)
     return torch.stack([alphas, 1 - alphas])
+
+
+def _class_weights_unseen(alpha: Tensor, num_classes: int) -> Tensor:
+    """Return :func:`class_weights` without a look at the values: NaN for what is not allowed."""
+    if alpha.dim() and alpha.shape != (num_classes,):
+        raise InputError(f"alpha has {alpha.numel()} values for {num_classes} classes")
+    alpha = alpha.double()
+    weights = torch.stack([alpha, 1 - alpha])
+    weights = torch.where(
+        (alpha >= ALPHA_RANGE.low) & (alpha <= ALPHA_RANGE.high), weights, torch.nan
+    )
+    return weights if alpha.dim() else torch.where(alpha == UNBALANCED, 1, weights)

@@ -102,7 +102,7 @@ class Loss:
         return BoundLoss(self, values)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # torch.compile hashes it, and a dict has no hash
 class BoundLoss:
     """A loss with its parameters: a function of x_t."""
 

@@ -54,20 +54,21 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
         super().__init__(sizes=sizes, aspect_ratios=aspect_ratios, strides=strides, offset=offset)
 
     def forward(self, features: list[Tensor]) -> list[Boxes]:
-        """Return the anchors of each level as Detectron2 does, made on the features' device.
+        """Return the anchors of each level as Detectron2 does, made on the device.
 
         Detectron2 makes them on the host: each level's copies have it wait for a GPU.
         """
-        anchors = []
-        for level, stride, cell in zip(features, self.strides, self.cell_anchors, strict=True):
-            x, y = (
-                torch.arange(self.offset * stride, size * stride, stride, device=cell.device)
-                for size in level.shape[:-3:-1]
-            )
+        # As torch.jit.script takes it.
+        cells: list[Tensor] = [named[1] for named in self.cell_anchors.named_buffers()]
+        anchors: list[Tensor] = []
+        for level, stride, cell in zip(features, self.strides, cells):  # noqa: B905
+            start, device = self.offset * stride, cell.device
+            x = torch.arange(start, level.shape[-1] * stride, stride, device=device)
+            y = torch.arange(start, level.shape[-2] * stride, stride, device=device)
             y, x = torch.meshgrid(y, x, indexing="ij")
             shifts = torch.stack([x, y, x, y], dim=2).view(-1, 1, 4)
-            anchors.append(Boxes((shifts + cell).view(-1, 4)))
-        return anchors
+            anchors.append((shifts + cell).view(-1, 4))
+        return [Boxes(level) for level in anchors]
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: list[ShapeSpec]) -> dict[str, Any]:

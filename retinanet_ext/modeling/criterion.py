@@ -12,12 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.layers import ciou_loss, diou_loss
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
 from detectron2.utils.events import get_event_storage, has_event_storage
-from fvcore.nn import giou_loss, smooth_l1_loss
+from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
+from torchvision.ops import complete_box_iou, distance_box_iou, generalized_box_iou
 
 from retinanet_ext.config import CLASS_ALPHA, loss_parameter_keys, read_key
 from retinanet_ext.errors import InputError
@@ -25,11 +25,11 @@ from retinanet_ext.losses import LOSSES, Interval
 from retinanet_ext.losses.dense import dense_loss
 from retinanet_ext.losses.functional import Alpha, at_least_float32, class_weights
 from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, BoundLoss, check_alpha
-from retinanet_ext.modeling.matching import is_foreground
+from retinanet_ext.modeling.matching import is_foreground, shapes_may_follow_values
 from retinanet_ext.selection import OHEM, SELECTIONS, SelectAll
 
 NORMALIZERS = ("foreground_ema", "foreground", "foreground_batch", "selected")
-BOX_LOSSES = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
+BOX_IOUS = {"giou": generalized_box_iou, "diou": distance_box_iou, "ciou": complete_box_iou}
 LOG_PERIOD = 20  # iterations; Detectron2's writers' own
 
 
@@ -74,10 +74,10 @@ class RetinaNetCriterion(nn.Module):
             raise InputError(
                 f"MODEL.RETINANET.LOSS_NORMALIZER must be one of {NORMALIZERS}, got {normalizer!r}"
             )
-        if box_reg_loss_type not in ("smooth_l1", *BOX_LOSSES):
+        if box_reg_loss_type not in ("smooth_l1", *BOX_IOUS):
             raise InputError(
                 "MODEL.RETINANET.BBOX_REG_LOSS_TYPE must be one of "
-                f"{('smooth_l1', *BOX_LOSSES)}, got {box_reg_loss_type!r}"
+                f"{('smooth_l1', *BOX_IOUS)}, got {box_reg_loss_type!r}"
             )
         Interval("[0, inf)").check("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", smooth_l1_beta)
         if compile_cls_loss and cls_loss.loss.derivative is None:
@@ -163,10 +163,9 @@ class RetinaNetCriterion(nn.Module):
             per_image = torch.where(selected, cls_losses, 0).sum(1)
             loss_cls = (per_image * weights.to(per_image.dtype)).sum()
 
-        on_cpu = deltas.device.type == "cpu"
         box_loss = (
             self._box_loss_per_image
-            if on_cpu or not len(gt_boxes)
+            if shapes_may_follow_values(deltas)
             else self._box_loss_per_image_of_fixed_shape
         )
         per_image = box_loss(
@@ -207,10 +206,12 @@ class RetinaNetCriterion(nn.Module):
     def _box_loss_per_image_of_fixed_shape(
         self, anchors: Tensor, deltas: Tensor, counts: Tensor, matches: Tensor, gt_boxes: Tensor
     ) -> Tensor:
-        """Return the same over all anchors, for a GPU: the host need not know how many count.
+        """Return the same over all anchors: the host need not know how many count.
 
         The others are given their anchor as prediction and as target.
         """
+        if not len(gt_boxes):
+            return deltas[:, :0].sum((1, 2))
         marked = counts.unsqueeze(2)
         losses = self.box_losses(
             anchors.expand(len(deltas), -1, -1).flatten(0, 1),
@@ -225,7 +226,7 @@ class RetinaNetCriterion(nn.Module):
             targets = self._box_targets(anchors, gt_boxes)
             return smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta).sum(1)
         boxes = self.box2box_transform.apply_deltas(deltas, anchors)
-        return BOX_LOSSES[self.box_reg_loss_type](boxes, gt_boxes)
+        return 1 - _iou_of_pairs(self.box_reg_loss_type, boxes, gt_boxes)
 
     def _box_targets(self, anchors: Tensor, gt_boxes: Tensor) -> Tensor:
         """Return ``Box2BoxTransform.get_deltas``, whose assertion waits for a GPU."""
@@ -286,13 +287,25 @@ class RetinaNetCriterion(nn.Module):
         count, num_processes = _sum_over_processes(count.double())
         count = count.clamp(min=1)
         if self.normalizer == "foreground_ema":
-            self.loss_normalizer.mul_(0.9).add_(0.1 * count)
-            count = self.loss_normalizer
+            count = 0.9 * self.loss_normalizer + 0.1 * count
+            # By an alias: torch.compile (2.11) loses what is written to a lone float64 on the CPU.
+            self.loss_normalizer.detach().copy_(count)
         return num_processes / count
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         state_dict.setdefault(prefix + "loss_normalizer", self.loss_normalizer)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _iou_of_pairs(kind: str, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
+    """Return torchvision's IoU of each box with its own ground truth, both (F, 4): (F,).
+
+    By the functions for all pairs, mapped over pairs of one box each. Those for losses list the
+    boxes that overlap, which waits for a GPU; fvcore's and Detectron2's assert besides that boxes
+    are valid, which ends a run that diverges without a verdict.
+    """
+    iou = BOX_IOUS[kind]
+    return torch.vmap(lambda box, gt_box: iou(box[None], gt_box[None])[0, 0])(boxes, gt_boxes)
 
 
 def _sum_over_processes(count: Tensor) -> tuple[Tensor, int]:
@@ -303,8 +316,11 @@ def _sum_over_processes(count: Tensor) -> tuple[Tensor, int]:
 
 
 def log_counts(name: str, counts: Tensor) -> None:
-    """Log the mean of counts an image, at the iterations that are written where reading waits."""
-    if has_event_storage():
+    """Log the mean of counts an image, at the iterations that are written where reading waits.
+
+    Generated code, which cannot read values, logs nothing.
+    """
+    if not torch.compiler.is_compiling() and has_event_storage():
         storage = get_event_storage()
         if counts.device.type == "cpu" or (storage.iter + 1) % LOG_PERIOD == 0:
             storage.put_scalar(name, counts.double().mean().item())

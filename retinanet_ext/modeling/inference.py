@@ -7,12 +7,15 @@ XYXY in input pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from detectron2.layers import batched_nms
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
 from torch import Tensor
+from torch.nn.functional import pad
+from torchvision.ops import nms
 
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses.functional import at_least_float32
@@ -27,6 +30,10 @@ class Candidates(NamedTuple):
     boxes: Tensor
     scores: Tensor
     classes: Tensor
+
+    def at(self, index: Tensor) -> Candidates:
+        """Return those at ``index``."""
+        return Candidates(self.boxes[index], self.scores[index], self.classes[index])
 
 
 def check_precision(precision: str, device: str) -> None:
@@ -70,23 +77,50 @@ def decode_candidates(
         topk: candidates a level and image at most
         box2box_transform: deltas and anchors to boxes
     """
-    top = _best_of_levels(logits, deltas, anchors, num_classes, topk)
-    if top[0].isnan().any():  # NaN sorts before every number: none goes unseen
+    # NaN sorts before every number: none goes unseen. What is recorded cannot look, and has none.
+    recorded = is_recorded()
+    if not recorded:
+        top = _best_of_levels(logits, deltas, anchors, num_classes, topk)
+    if recorded or top[0].isnan().any():
         numbers = [level.nan_to_num(-torch.inf, torch.inf, -torch.inf) for level in logits]
         top = _best_of_levels(numbers, deltas, anchors, num_classes, topk)
-    top_logits, classes, top_deltas, top_anchors = top
-    scores = at_least_float32(top_logits).sigmoid()
-    good = scores > score_thresh
-    counts = good.sum(1).tolist()
-    image, candidate = good.nonzero(as_tuple=True)
-    boxes = box2box_transform.apply_deltas(
-        top_deltas[image, candidate], top_anchors[image, candidate]
-    )
-    split = [
-        values.split(counts)
-        for values in (boxes, scores[image, candidate], classes[image, candidate])
-    ]
-    return [Candidates(*values) for values in zip(*split, strict=True)]
+    results = []
+    for top_logits, classes, top_deltas, top_anchors in zip(*top, strict=True):
+        scores = at_least_float32(top_logits).sigmoid()
+        index = (scores > score_thresh).nonzero().squeeze(1)
+        boxes = box2box_transform.apply_deltas(top_deltas[index], top_anchors[index])
+        results.append(Candidates(boxes, scores[index], classes[index]))
+    return results
+
+
+def is_recorded() -> bool:
+    """Tell whether the operations are recorded for other inputs: no value may steer Python."""
+    return torch.jit.is_tracing() or torch.compiler.is_compiling()
+
+
+def suppress(candidates: Candidates, iou_thresh: float) -> Tensor:
+    """Return the indices of what class-wise non-maximum suppression keeps, best first."""
+    boxes, scores, classes = candidates
+    if not torch.compiler.is_compiling():
+        return batched_nms(boxes, scores, classes, iou_thresh)
+    # batched_nms steers by the number of boxes. This is its way of one call: each class elsewhere.
+    # torchvision has an exported program expect that two boxes are left: two without area are.
+    boxes, classes = pad(boxes.float(), (0, 0, 0, 2)), pad(classes, (0, 2))
+    boxes = boxes + (classes * (boxes.max() - boxes.min() + 1)).unsqueeze(1)
+    return nms(boxes, pad(scores, (0, 2), value=-1.0), iou_thresh)[:-2]
+
+
+def clip(candidates: Candidates, image_size: tuple[int, int]) -> Candidates:
+    """Return candidates clipped to an image (height, width), without those that lie outside."""
+    height, width = image_size
+    x, y = candidates.boxes[:, ::2].clamp(0, width), candidates.boxes[:, 1::2].clamp(0, height)
+    clipped = candidates._replace(boxes=torch.stack([x, y], dim=2).flatten(1))
+    return clipped.at(((x[:, 1] > x[:, 0]) & (y[:, 1] > y[:, 0])).nonzero().squeeze(1))
+
+
+def _at_most(count: int, size: Any) -> Any:
+    """Return the smaller: of a size that is a number, a tensor (traced) or a symbol (exported)."""
+    return size.clamp(max=count) if isinstance(size, Tensor) else torch.sym_min(count, size)
 
 
 def _best_of_levels(
@@ -112,16 +146,20 @@ def _best_of_level(
     They are found among the k anchors with the highest logits: a pass over the maxima is all
     that the many others cost.
     """
+    height, width = logits.shape[2:]
     logits = logits.unflatten(1, (-1, num_classes))
     deltas = deltas.unflatten(1, (-1, 4))
-    num_anchors, _, height, width = logits.shape[1:]
-    image = torch.arange(len(logits), device=logits.device)[:, None]
+    num_anchors = logits.shape[1]
+    image = torch.arange(logits.shape[0], device=logits.device)[:, None]
 
     best = logits.amax(2).flatten(1)
-    index = best.topk(min(topk, best.shape[1])).indices
-    anchor, y, x = index // (height * width), index // width % height, index % width
+    index = best.topk(_at_most(topk, best.shape[1])).indices
+    anchor = index // (height * width)
+    cell = index - anchor * (height * width)
+    y = cell // width
+    x = cell - y * width
     candidates = logits[image, anchor, :, y, x].flatten(1)
-    top, index = candidates.topk(min(topk, candidates.shape[1]))
+    top, index = candidates.topk(_at_most(topk, candidates.shape[1]))
     anchor, y, x = (values.gather(1, index // num_classes) for values in (anchor, y, x))
     return (
         top,

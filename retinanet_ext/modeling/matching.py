@@ -73,7 +73,7 @@ class AnchorMatcher:
         Returns:
             indices of boxes, (R,) int64, and 0 background, -1 ignore or 1 foreground, (R,) int8
         """
-        pairs = PAIRS_CPU if _is_on_host(anchors) else PAIRS_GPU
+        pairs = PAIRS_CPU if shapes_may_follow_values(anchors) else PAIRS_GPU
         # Coordinates as rows, each contiguous.
         blocks = anchors.T.contiguous().split(max(MIN_BLOCK, pairs // len(boxes)), dim=1)
         near = [_boxes_near(boxes, block) for block in blocks]
@@ -97,8 +97,12 @@ class AnchorMatcher:
         return torch.cat(matches), labels
 
 
-def _is_on_host(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu"
+def shapes_may_follow_values(tensor: Tensor) -> bool:
+    """Tell whether to list what counts, or to compute all of it.
+
+    To list, the host would wait for a GPU; code that torch.compile generates has fixed shapes.
+    """
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _boxes_near(boxes: Tensor, block: Tensor) -> Tensor:
@@ -106,7 +110,7 @@ def _boxes_near(boxes: Tensor, block: Tensor) -> Tensor:
 
     The first is always among them: it is the match of anchors that overlap none.
     """
-    if not _is_on_host(block):  # how many are near, it would have to wait to know
+    if not shapes_may_follow_values(block):  # how many are near, it would have to wait to know
         return torch.arange(len(boxes), device=boxes.device)
     lower, upper = block[:2].amin(1), block[2:].amax(1)
     near = (torch.minimum(boxes[:, 2:], upper) > torch.maximum(boxes[:, :2], lower)).all(1)
@@ -131,7 +135,7 @@ def _best_of_a_box(
     best.masked_fill_(best == 0, torch.inf)  # which no anchor reaches
     masks = []
     for block, index, iou in zip(blocks, near, box_ious, strict=True):
-        if _is_on_host(block):
+        if shapes_may_follow_values(block):
             index = index[iou == best[index]]  # few boxes have their best anchor in this block
         masks.append((_pairwise_iou(boxes[index], block) == best[index, None]).any(dim=0))
     return torch.cat(masks)
@@ -179,7 +183,7 @@ def label_anchors(
     """
     if isinstance(matcher, Matcher):
         matcher = AnchorMatcher.from_detectron2(matcher)
-    if anchors.tensor.is_cuda and HAS_TRITON:
+    if anchors.tensor.is_cuda and HAS_TRITON and not torch.compiler.is_compiling():
         return _label_anchors_by_kernel(matcher, anchors.tensor, gt_instances, num_classes)
     labels, matches = [], []
     first = 0
@@ -256,6 +260,13 @@ def ignore_anchors(
     return labels.masked_fill(inside & (labels == num_classes), -1)
 
 
+def undefined_targets(instances: Instances, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Return which boxes the loss is not defined on, (M,), and which classes, (M,)."""
+    boxes = instances.gt_boxes.tensor
+    degenerate = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1))
+    return degenerate, ~is_foreground(instances.gt_classes, num_classes)
+
+
 def check_targets(batched_inputs: list[dict], num_classes: int) -> None:
     """Refuse boxes and classes that would make the loss infinite, NaN or silently wrong.
 
@@ -267,12 +278,10 @@ def check_targets(batched_inputs: list[dict], num_classes: int) -> None:
         InputError: names the image, the box and what is wrong with it
     """
     for inputs in batched_inputs:
-        instances = inputs["instances"]
-        boxes, classes = instances.gt_boxes.tensor, instances.gt_classes
-        degenerate = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1))
-        unknown = ~is_foreground(classes, num_classes)
+        degenerate, unknown = undefined_targets(inputs["instances"], num_classes)
         if not (degenerate | unknown).any():
             continue
+        boxes, classes = inputs["instances"].gt_boxes.tensor, inputs["instances"].gt_classes
         index = int((degenerate | unknown).nonzero()[0])
         name = inputs.get("file_name", inputs.get("image_id", "(no file_name)"))
         where = f"image {name}: box {index}, {boxes[index].tolist()} (XYXY, pixels)"

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode, configurable
-from detectron2.layers import batched_nms
 from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator, build_backbone
 from detectron2.modeling.backbone import Backbone
 from detectron2.modeling.box_regression import Box2BoxTransform
@@ -24,12 +23,19 @@ from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
 from retinanet_ext.modeling.criterion import RetinaNetCriterion, log_counts
 from retinanet_ext.modeling.head import RetinaNetExtHead
-from retinanet_ext.modeling.inference import check_precision, decode_candidates
+from retinanet_ext.modeling.inference import (
+    Candidates,
+    check_precision,
+    clip,
+    decode_candidates,
+    suppress,
+)
 from retinanet_ext.modeling.matching import (
     AnchorMatcher,
     check_targets,
     ignore_anchors,
     label_anchors,
+    undefined_targets,
 )
 
 
@@ -153,19 +159,26 @@ class RetinaNetExt(DenseDetector):
         In training an image's ``ignore_boxes``, (M, 4), are regions of which nothing is learnt.
 
         Raises:
-            InputError: in training, a box or class that the loss is not defined on
+            InputError: in training, a box or class that the loss is not defined on. In generated
+                code, which cannot look at values and raise, the losses are NaN.
         """
         if not self.training:
             # What autocast narrows, convolutions and products, ends with the head.
             with self._test_autocast():
                 return super().forward(batched_inputs)
-        check_targets(batched_inputs, self.num_classes)
+        if not torch.compiler.is_compiling():
+            check_targets(batched_inputs, self.num_classes)
         images = self.preprocess_image(batched_inputs)
         features = self.backbone(images.tensor)
         features = [features[name] for name in self.head_in_features]
         gt_instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
         regions = [inputs.get("ignore_boxes") for inputs in batched_inputs]
-        return self.forward_training(images, features, self.head(features), gt_instances, regions)
+        losses = self.forward_training(images, features, self.head(features), gt_instances, regions)
+        if torch.compiler.is_compiling():
+            undefined = [undefined_targets(gt, self.num_classes) for gt in gt_instances]
+            bad = torch.cat([mask for masks in undefined for mask in masks]).any()
+            losses = {name: torch.where(bad, torch.nan, loss) for name, loss in losses.items()}
+        return losses
 
     def _test_autocast(self) -> AbstractContextManager:
         if self.test_precision == "float32":
@@ -174,12 +187,33 @@ class RetinaNetExt(DenseDetector):
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
         """Normalise, pad and batch the images, as Detectron2 does."""
-        images = super().preprocess_image(batched_inputs)
+        if torch.compiler.is_compiling():
+            images = self._batch_of_known_sizes([inputs["image"] for inputs in batched_inputs])
+        else:
+            images = super().preprocess_image(batched_inputs)
         tensor = images.tensor
         if self.training and self.pad_multiple:
             height, width = (-side % self.pad_multiple for side in tensor.shape[-2:])
             tensor = pad(tensor, (0, width, 0, height))
         return ImageList(tensor.contiguous(memory_format=self.memory_format), images.image_sizes)
+
+    def _batch_of_known_sizes(self, images: list[Tensor]) -> ImageList:
+        """Do what Detectron2 does by tensors of sizes, by numbers that torch.compile follows."""
+        sizes = [(image.shape[-2], image.shape[-1]) for image in images]
+        constraints = self.backbone.padding_constraints
+        divisor = constraints.get("size_divisibility", self.backbone.size_divisibility)
+        square = constraints.get("square_size", 0)
+        height, width = (square or max(sides) for sides in zip(*sizes, strict=True))
+        if divisor > 1:
+            height, width = (-(-side // divisor) * divisor for side in (height, width))
+        batch = [
+            pad(
+                (image.to(self.device) - self.pixel_mean) / self.pixel_std,
+                (0, width - w, 0, height - h),
+            )
+            for image, (h, w) in zip(images, sizes, strict=True)
+        ]
+        return ImageList(torch.stack(batch), sizes)
 
     def forward_training(
         self,
@@ -215,9 +249,34 @@ class RetinaNetExt(DenseDetector):
             gt_boxes.tensor,
         )
 
+    def detect(self, images: Sequence[Tensor]) -> list[Candidates]:
+        """Return the detections of each image, (C, H, W), clipped to it, as tensors alone.
+
+        Those of :meth:`forward`, for ``torch.export``: Detectron2's ``Boxes`` steers by their
+        number, which is not known before the program runs.
+        """
+        batch = self.preprocess_image([{"image": image} for image in images])
+        with self._test_autocast():
+            features = self.backbone(batch.tensor)
+            features = [features[name] for name in self.head_in_features]
+            found = self._detections(features, self.head(features))
+        return [clip(each, size) for each, size in zip(found, batch.image_sizes, strict=True)]
+
     def forward_inference(
         self, images: ImageList, features: list[Tensor], predictions: list[list[Tensor]]
     ) -> list[Instances]:
+        return [
+            Instances(
+                size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.classes
+            )
+            for size, found in zip(
+                images.image_sizes, self._detections(features, predictions), strict=True
+            )
+        ]
+
+    def _detections(
+        self, features: list[Tensor], predictions: list[list[Tensor]]
+    ) -> list[Candidates]:
         candidates = decode_candidates(
             *predictions,
             self.anchor_generator(features),
@@ -226,21 +285,11 @@ class RetinaNetExt(DenseDetector):
             topk=self.test_topk_candidates,
             box2box_transform=self.box2box_transform,
         )
-        results = []
-        for image_size, (boxes, scores, classes) in zip(
-            images.image_sizes, candidates, strict=True
-        ):
-            keep = batched_nms(boxes, scores, classes, self.test_nms_thresh)
-            keep = keep[: self.max_detections_per_image]
-            results.append(
-                Instances(
-                    image_size,
-                    pred_boxes=Boxes(boxes[keep]),
-                    scores=scores[keep],
-                    pred_classes=classes[keep],
-                )
-            )
-        return results
+        kept = [
+            suppress(found, self.test_nms_thresh)[: self.max_detections_per_image]
+            for found in candidates
+        ]
+        return [found.at(index) for found, index in zip(candidates, kept, strict=True)]
 
 
 def to_detectron2_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

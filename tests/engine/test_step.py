@@ -333,6 +333,16 @@ def test_faults_on_one_of_two_processes_end_both_and_are_named(tmp_path):
             assert again["reproduced"] and again["cause"] == report["cause"]
 
 
+def test_boxes_that_diverge_on_one_of_two_processes_get_the_verdict(tmp_path):
+    """Of an IoU loss, whose usual forms assert that boxes are valid."""
+    code, output, line = faulty_train(
+        *({1: "weight"}, tmp_path / "run", "MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou"),
+        *("SOLVER.NON_FINITE.POLICY", "skip", "SOLVER.NON_FINITE.MAX_SKIPPED", "1"),
+    )
+    assert code == 3 and output.count("Skipped the step") == 1
+    assert "diverged at iteration 2: loss_cls" in line and "loss_box_reg nan on rank 1" in line
+
+
 def test_what_one_of_two_processes_cannot_explain_holds_up_none(tmp_path):
     """A step that is skipped all the same; then a refused box, which ends both."""
     code, output, line = faulty_train(

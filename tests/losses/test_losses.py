@@ -188,6 +188,40 @@ def test_alpha_of_each_class():
     assert_close(sigmoid_focal_loss(x, t, alpha=torch.tensor(alphas)), torch.stack(columns, 1))
 
 
+COMPILED_ALPHAS = [-1.0, 0.25, [0.1, 0.5, 0.9], torch.tensor(0.25), torch.tensor([0.1, 0.5, 0.9]),
+                   torch.tensor(-1.0)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [sigmoid_focal_loss, sigmoid_focal_loss_star, sigmoid_cross_entropy_loss, sigmoid_hinge_loss],
+)
+def test_compiles_to_one_graph_and_equals_eager(loss):
+    torch.manual_seed(0)
+    x, t = 8 * torch.randn(40, 3), (torch.rand(40, 3) < 0.3).float()
+    alphas = [{"alpha": alpha} for alpha in COMPILED_ALPHAS]
+    for arguments in [{}] if loss is sigmoid_hinge_loss else alphas:
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            lambda x, t, a=arguments: loss(x, t, **a), fullgraph=True, backend="aot_eager"
+        )
+        found = value_and_gradient(compiled, x, t)
+        expected = value_and_gradient(lambda x, t, a=arguments: loss(x, t, **a), x, t)
+        assert_close(found, expected, rtol=0, atol=0)
+    soft = compiled(x, t.masked_fill(x > 8, 0.5))
+    assert torch.equal(soft.isnan(), x > 8) and soft.isnan().any()
+
+
+def test_compiled_code_answers_an_alpha_out_of_range_with_nan():
+    x, t = torch.zeros(2, 3), torch.ones(2, 3)
+    torch._dynamo.reset()
+    compiled = torch.compile(sigmoid_focal_loss, fullgraph=True, backend="aot_eager")
+    found = compiled(x, t, torch.tensor([0.5, 1.5, -1.0]))
+    assert found.isnan().any(0).tolist() == [False, True, True]
+    with pytest.raises(Exception, match="alpha has 2 values for 3 classes"):
+        compiled(x, t, torch.tensor([0.5, 0.5]))
+
+
 @pytest.mark.parametrize("target_type", [torch.float32, torch.int64, torch.bool, torch.uint8])
 def test_targets_of_any_type_and_reductions(target_type):
     x, t = torch.randn(7, 3), torch.randint(0, 2, (7, 3)).to(target_type)

@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import torch
+from detectron2.layers import ciou_loss, diou_loss
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
+from fvcore.nn import giou_loss
 from torch.testing import assert_close
 
 from detectors import build_without_memory, make_batch, make_cfg, make_model
@@ -18,6 +20,7 @@ from retinanet_ext.modeling.matching import AnchorMatcher, label_anchors
 from retinanet_ext.selection import OHEM
 
 K = 4
+FVCORE = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
 
 def criterion(**arguments):
@@ -267,6 +270,39 @@ def test_box_loss_of_fixed_shape_takes_images_without_boxes(box_counts):
     found = module._box_loss_per_image_of_fixed_shape(*arguments)
     assert_close(found, module._box_loss_per_image(*arguments))
     assert [bool(loss) for loss in found] == [bool(count) for count in box_counts]
+
+
+@pytest.mark.parametrize("kind", FVCORE)
+def test_iou_losses_equal_fvcores(kind):
+    """In float64, values and gradients: overlapping boxes, distant ones, one inside the other."""
+    anchors, _, deltas, *_, boxes = predictions()
+    anchors, boxes, deltas = anchors.double(), boxes.double(), deltas[0].double()
+    boxes[:50] += 300
+    module = criterion(box_reg_loss_type=kind)
+    module.box2box_transform.apply_deltas = lambda deltas, anchors: anchors + deltas
+    results = []
+    for loss in (
+        lambda deltas: module.box_losses(anchors, deltas, boxes),
+        lambda deltas: FVCORE[kind](anchors + deltas, boxes),
+    ):
+        leaf = deltas.clone().requires_grad_()
+        values = loss(leaf)
+        results.append((values.detach(), torch.autograd.grad(values.sum(), leaf)[0]))
+    # fvcore adds 1e-7 pixels to areas.
+    assert_close(*results, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["smooth_l1", *FVCORE])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 1e30])
+def test_a_prediction_that_diverged_has_a_loss_that_tells(kind, value):
+    """No assertion: what becomes of such a step is the policy's to decide."""
+    anchors, _, deltas, labels, matches, boxes = predictions()
+    deltas[1, labels[1] == 0, 0] = value
+    module, counts = criterion(box_reg_loss_type=kind), (labels >= 0) & (labels < K)
+    for method in (module._box_loss_per_image, module._box_loss_per_image_of_fixed_shape):
+        losses = method(anchors, deltas, counts, matches, boxes)
+        assert losses[[0, 2]].isfinite().all()
+        assert not losses[1].isfinite() or abs(value) != torch.inf
 
 
 def test_box_targets_are_detectron2s():

@@ -83,7 +83,7 @@ def assert_equal(rule, policy, anchors, gt_instances):
 
 @pytest.fixture(params=[True, False], ids=["as on a CPU", "as on a GPU"])
 def _on_host(request, monkeypatch):
-    monkeypatch.setattr(matching, "_is_on_host", lambda _: request.param)
+    monkeypatch.setattr(matching, "shapes_may_follow_values", lambda _: request.param)
 
 
 @pytest.mark.parametrize("policy", LOW_QUALITY_MATCHES)
@@ -135,7 +135,7 @@ def test_ties_on_a_grid(images, grid_anchors, rule, policy, block, on_host):
         patch.setattr(matching, "MIN_BLOCK", block)
         patch.setattr(matching, "PAIRS_CPU", 1)
         patch.setattr(matching, "PAIRS_GPU", 1)
-        patch.setattr(matching, "_is_on_host", lambda _: on_host)
+        patch.setattr(matching, "shapes_may_follow_values", lambda _: on_host)
         gt_instances = [make_gt(to_boxes(rows)) for rows in images]
         assert_equal(rule, policy, Boxes(to_boxes(grid_anchors)), gt_instances)
 

@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 from torch.testing import assert_close
 from torchvision.ops import sigmoid_focal_loss
 
-import retinanet_ext.modeling.retinanet as our_module
+import retinanet_ext.modeling.inference as our_module
 from detectors import assert_same_detections, make_batch, make_model
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine import load_config
