@@ -131,10 +131,14 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     cfg.DATASETS.CUSTOM = CfgNode(
         {"TRAIN_JSON": "", "TRAIN_IMAGES": "", "TEST_JSON": "", "TEST_IMAGES": ""}
     )
+    # What the four numbers of a bbox are in both files: COCO's "xywh", corners "xyxy", or center
+    # and size "cxcywh", in pixels; or "relative_xywh", "relative_xyxy" or "relative_cxcywh", as
+    # fractions of the image.
+    cfg.DATASETS.CUSTOM.BOX_FORMAT = "xywh"
 
     # What is done about each kind of fault in DATASETS.CUSTOM's data and the sample set: "refuse"
-    # them, "drop" what is faulty, with a warning that counts it, or "keep" it. data/check.py says
-    # what the kinds are and what each allows.
+    # them, "drop" what is faulty, with a warning that counts it, or "keep" it; CROWD "object"
+    # takes crowd regions as objects. data/check.py says what the kinds are and what each allows.
     cfg.DATASETS.CHECK = CfgNode(check.config_defaults())
 
     # Equal runs on equal hardware give equal bits: algorithms of torch that are not deterministic

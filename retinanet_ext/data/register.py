@@ -21,12 +21,14 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from retinanet_ext.data import coco_json
+from retinanet_ext.data.box_format import BOX_FORMATS
 from retinanet_ext.data.check import (
     KINDS,
     CheckedData,
     check_coco,
     find_image_faults,
     read_policy,
+    suggest_objects,
 )
 from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.data.sample_set import SampleSet, make_sample_set
@@ -51,6 +53,7 @@ class Source:
         split: "TRAIN" or "TEST".
         json_file, image_root: empty where other code has registered data of another format.
         is_ours: whether it is registered here, and not by other code.
+        box_format: of the json, a name in :data:`BOX_FORMATS`.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Source:
     json_file: str
     image_root: str
     is_ours: bool
+    box_format: str = "xywh"
 
 
 def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool) -> None:
@@ -105,7 +109,8 @@ def find_sources(cfg: CfgNode, splits: Sequence[str]) -> list[Source]:
     """Return the data that a config names for "TRAIN", "TEST" or both, unchecked.
 
     Raises:
-        InputError: a name that is not registered, or half of a pair of ``DATASETS.CUSTOM``
+        InputError: a name that is not registered, half of a pair of ``DATASETS.CUSTOM``, or a
+            format of boxes that is not known
     """
     return [source for split in splits for source in _find_sources(cfg, split)]
 
@@ -119,7 +124,14 @@ def _find_sources(cfg: CfgNode, split: str) -> Iterator[Source]:
         raise InputError(f"{given} is {values[given]!r}, but {missing[0]} is empty; set both")
     if not missing:
         json_file, image_root = values.values()
-        yield Source(f"custom_{split.lower()}", split, json_file, image_root, is_ours=True)
+        box_format = cfg.DATASETS.CUSTOM.BOX_FORMAT
+        if box_format not in BOX_FORMATS:
+            known = ", ".join(map(repr, BOX_FORMATS))
+            raise InputError(
+                f"DATASETS.CUSTOM.BOX_FORMAT {box_format!r} is unknown; known: {known}"
+            )
+        name = f"custom_{split.lower()}"
+        yield Source(name, split, json_file, image_root, is_ours=True, box_format=box_format)
         return
     for name in cfg.DATASETS[split]:
         if name in SAMPLE_SPLITS:
@@ -150,7 +162,7 @@ def _register(cfg: CfgNode, source: Source) -> None:
     content = coco_json.read_coco_json(source.json_file)
     policy = read_policy(cfg.DATASETS.CHECK)
     image_faults = find_image_faults(content, source.image_root, cfg.INPUT.FORMAT)
-    checked = check_coco(source.json_file, content, policy, image_faults)
+    checked = check_coco(source.json_file, content, policy, image_faults, source.box_format)
     checked.raise_refused()
     _log(cfg, source, checked)
 
@@ -176,9 +188,10 @@ def _log(cfg: CfgNode, source: Source, checked: CheckedData) -> None:
     objects = [a for a in content["annotations"] if not coco_json.is_region_to_ignore(a)]
     if not objects:
         what = f"{source.json_file}: has no box that is no crowd and has an area inside its image"
+        remedy = suggest_objects(checked.policy, len(checked.by_kind().get("crowd", [])))
         if source.split == "TRAIN":
-            raise InputError(f"{what}, so there is nothing to learn")
-        logger.warning("%s, so AP cannot be computed", what)
+            raise InputError(f"{what}, so there is nothing to learn{remedy}")
+        logger.warning("%s, so AP cannot be computed%s", what, remedy)
 
     names = coco_json.class_names(content)
     labels = coco_json.contiguous_category_ids(content)
@@ -203,7 +216,7 @@ def _log(cfg: CfgNode, source: Source, checked: CheckedData) -> None:
             logging.WARNING if dropped or KINDS[kind].is_fault else logging.INFO,
             "%s: %s%s: %d: %s",
             source.json_file,
-            KINDS[kind].what,
+            checked.describe(kind),
             ", left out" if dropped else _use_of(cfg, source, kind),
             len(findings),
             join_some((finding.message for finding in findings), 3, separator="; "),
@@ -226,8 +239,8 @@ def _for_evaluation(checked: CheckedData) -> str:
     neither be stale nor be half written by another process.
     """
     completed = coco_json.complete_for_evaluation(checked.content)
-    dropped = any(checked.policy[finding.kind] == "drop" for finding in checked.findings)
-    if completed is checked.content and not dropped:
+    lists = (completed[key] == checked.original[key] for key in coco_json.LISTS)
+    if completed is checked.content and all(lists):
         return checked.json_file
     folder = tempfile.mkdtemp(prefix="retinanet_ext_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

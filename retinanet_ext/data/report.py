@@ -21,6 +21,7 @@ from retinanet_ext.data.check import (
     check_coco,
     find_image_faults,
     read_policy,
+    suggest_objects,
 )
 from retinanet_ext.data.coco_json import (
     class_names,
@@ -45,7 +46,7 @@ from retinanet_ext.files import write_file
 FORMAT = 1
 SHOWN = 5  # findings of a kind in the text; the JSON has all
 
-MARKS = {"refuse": "REFUSED", "drop": "left out", "keep": "kept"}
+MARKS = {"refuse": "REFUSED", "drop": "left out", "keep": "kept", "object": "taken"}
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _check(cfg: CfgNode, source: Source, policy: dict[str, str]) -> CheckedData:
         )
     content = read_coco_json(source.json_file)
     faults = find_image_faults(content, source.image_root, cfg.INPUT.FORMAT, decode_all=True)
-    return check_coco(source.json_file, content, policy, faults)
+    return check_coco(source.json_file, content, policy, faults, source.box_format)
 
 
 def _describe(checked: CheckedData) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def _describe(checked: CheckedData) -> dict[str, Any]:
     for annotation in objects:
         row = classes[names[labels[annotation["category_id"]]]]
         row["boxes"] += 1
-        area = annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3])
+        area = annotation["bbox"][2] * annotation["bbox"][3]
         row[next(name for name, limit in SIZES.items() if area < limit)] += 1
     return {
         "facts": {
@@ -185,7 +186,7 @@ def _describe(checked: CheckedData) -> dict[str, Any]:
         "findings": [
             {
                 "kind": kind,
-                "what": KINDS[kind].what,
+                "what": checked.describe(kind),
                 "policy": checked.policy[kind],
                 "count": len(findings),
                 "items": [
@@ -315,9 +316,13 @@ def _conclude(contents: list[dict[str, Any]], difference: str | None) -> tuple[s
         policy: sum(found["count"] for found in findings if found["policy"] == policy)
         for policy in MARKS
     }
-    nothing = [c["name"] for c in contents if c["split"] == "TRAIN" and not c["facts"]["boxes"]]
     reasons = [f"faults that are refused: {counts['refuse']}"] if counts["refuse"] else []
-    reasons += [f"{name} has no box to learn from" for name in nothing]
+    for content in contents:
+        if content["split"] == "TRAIN" and not content["facts"]["boxes"]:
+            found = {f["kind"]: f for f in content["findings"]}
+            crowd = found.get("crowd", {"policy": "", "count": 0})
+            remedy = suggest_objects({"crowd": crowd["policy"]}, crowd["count"])
+            reasons.append(f"{content['name']} has no box to learn from{remedy}")
     reasons += [difference] if difference else []
     if reasons:
         keys = [
