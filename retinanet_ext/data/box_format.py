@@ -119,9 +119,12 @@ def find_format_fault(boxes: BoxTable, box_format: str, name: Callable[[int], st
 
 
 def _are_fractions(boxes: BoxTable) -> _Mask:
-    """Tell which boxes are below one pixel at the image's origin; of integers if all boxes are."""
-    small: _Mask = ((boxes.numbers >= -0.01) & (boxes.numbers <= 1.01)).all(1)
-    return small if small.all() else small & (boxes.numbers % 1 != 0).any(1)
+    """Tell which boxes are fractions of the image, as their numbers show without its size."""
+    if (np.abs(boxes.numbers) <= 2).all():  # with some that reach far outside
+        return np.ones(len(boxes.indices), bool)
+    small = ((boxes.numbers >= -0.01) & (boxes.numbers <= 1.01)).all(1)
+    fractions: _Mask = small & (boxes.numbers % 1 != 0).any(1)
+    return fractions
 
 
 def _fits(boxes: BoxTable, box_format: str, fractions: _Mask) -> _Mask:
@@ -146,14 +149,19 @@ def _find_other_formats(
     wrong = misfits[box_format]
     all_fractions = bool(fractions.all()) and not is_relative(box_format)
     if all_fractions or (wrong >= _MIN_BOXES and (10 * wrong >= total or wrong >= 20)):
-        others = [other for other in BOX_FORMATS if 10 * misfits[other] <= wrong]
+        others = [
+            other
+            for other in BOX_FORMATS
+            if (is_relative(other) if all_fractions else 10 * misfits[other] <= wrong)
+        ]
         others = [other for other in others if misfits[other] == min(map(misfits.get, others))]
-        if others:
+        if others and misfits[others[0]] < total:
             by_area = [other for other in others if _agree_with_area(boxes, other).mean() > 0.9]
             others = by_area or others
             rest = f"all but {misfits[others[0]]}" if misfits[others[0]] else "all"
             reason = (
-                f"all {total} boxes are below one pixel; they look like fractions of the image"
+                f"no number of {total} boxes is above {boxes.numbers.max():.3g}; they look like "
+                "fractions of the image"
                 if all_fractions
                 else f"as {box_format} {wrong} of {total} boxes do not lie inside their images; "
                 f"as {' or '.join(others)} {rest} do"

@@ -14,7 +14,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import PurePath
 from typing import Any
 
@@ -28,6 +27,7 @@ from retinanet_ext.data.coco_json import (
     join_some,
     printable,
 )
+from retinanet_ext.data.duplicates import SAME_IOU, check_duplicate_boxes
 from retinanet_ext.data.normalize import (
     Normalized,
     explain_unused_classes,
@@ -43,9 +43,6 @@ only the headers are read, and a fault behind the header ends training when it i
 
 MIN_SIDE = 0.01
 """Pixels; what is narrower inside its image has no area once it is resized in float32."""
-
-SAME_IOU = 0.9
-"""Two boxes of a class that overlap more are one object, labelled twice."""
 
 _EXIF_ORIENTATION = 274
 _EXAMPLES = 3
@@ -338,7 +335,7 @@ def check_coco(
         annotations = [{**a, "iscrowd": 0} if a.get("iscrowd") else a for a in annotations]
     images = {image_id: image for image_id, image in images.items() if image_id not in lost}
     annotations = [a for a in annotations if a["image_id"] in images]
-    annotations = _check_duplicate_boxes(annotations, images, found)
+    annotations = check_duplicate_boxes(annotations, images, found)
 
     counts = Counter(a["image_id"] for a in annotations if not is_region_to_ignore(a))
     for image in list(images.values()):
@@ -498,53 +495,6 @@ def _box_fault(
     if min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:  # not for rounding
         return [("clipped_box", f"{name} reaches outside its image {size}")]
     return []
-
-
-def _check_duplicate_boxes(annotations: _Items, images: _Images, found: _Found) -> _Items:
-    """Return the annotations without those that repeat an earlier one, where they are not kept.
-
-    Along x the boxes are in order, so only near ones are compared.
-    """
-    groups: dict[tuple[int | str, int | str], _Items] = defaultdict(list)
-    for annotation in annotations:
-        if not is_region_to_ignore(annotation):
-            groups[annotation["image_id"], annotation["category_id"]].append(annotation)
-    dropped = set()
-    for group in groups.values():
-        order = sorted(range(len(group)), key=lambda k: group[k]["bbox"][0])
-        again: set[int] = set()
-        for position, left in enumerate(order):
-            x, _, width, _ = group[left]["bbox"]
-            for right in islice(order, position + 1, None):
-                # Boxes that overlap so much begin this close.
-                if left in again or group[right]["bbox"][0] > x + (1 - SAME_IOU) * width:
-                    break
-                if right in again or _iou(group[left], group[right]) <= SAME_IOU:
-                    continue
-                again.add(max(left, right))
-                earlier, later = group[min(left, right)], group[max(left, right)]
-                image_id = later["image_id"]
-                names = " and ".join(
-                    printable(a["id"]) if "id" in a else "without id" for a in (earlier, later)
-                )
-                what = (
-                    f"annotations {names} of image {printable(image_id)} "
-                    f"({printable(images[image_id]['file_name'])}): bbox {earlier['bbox']} and "
-                    f"{later['bbox']}, IoU {_iou(earlier, later):.2f}"
-                )
-                own_id = later.get("id")
-                if not found("duplicate_box", what, image_id=image_id, annotation_id=own_id):
-                    dropped.add(id(later))
-    return [annotation for annotation in annotations if id(annotation) not in dropped]
-
-
-def _iou(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """Return the IoU of the boxes of two annotations."""
-    a, b = one["bbox"], other["bbox"]
-    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    common = max(width, 0) * max(height, 0)
-    return common / (a[2] * a[3] + b[2] * b[3] - common)
 
 
 def _leaves_folder(file_name: str) -> bool:

@@ -214,7 +214,6 @@ def _corners_of_mask(
 
     The corners are in pixels, or as fractions of the image where boxes are.
     """
-    relative = is_relative(box_format)
     if polygons := _polygons(segmentation):
         xs = [x for polygon in polygons for x in polygon[::2]]
         ys = [y for polygon in polygons for y in polygon[1::2]]
@@ -223,13 +222,9 @@ def _corners_of_mask(
     if rle is None or image is None:
         return [], ""
     x, y, width, height = mask_util.toBbox(rle).tolist()
-    scale = (1 / image["width"], 1 / image["height"]) if relative else (1, 1)
-    return [
-        x * scale[0],
-        y * scale[1],
-        (x + width) * scale[0],
-        (y + height) * scale[1],
-    ], "mask"
+    unit = (image["width"], image["height"]) if is_relative(box_format) else (1, 1)
+    corners = [x / unit[0], y / unit[1], (x + width) / unit[0], (y + height) / unit[1]]
+    return (corners, "mask") if width * height else ([], "")
 
 
 def _polygons(segmentation: Any) -> list[list[float]]:
