@@ -7,6 +7,7 @@ their images, and read otherwise none does.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +40,11 @@ def is_number(value: Any) -> bool:
 
 def is_box(value: Any) -> bool:
     """Tell whether it is a list of four finite numbers."""
-    return isinstance(value, list) and len(value) == 4 and all(map(is_number, value))
+    if not isinstance(value, list) or len(value) != 4:
+        return False
+    # The first is the fast way: a sum of floats is finite only if they are.
+    all_floats = set(map(type, value)) == {float} and math.isfinite(sum(value))
+    return all_floats or all(map(is_number, value))
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,8 @@ def find_format_fault(boxes: BoxTable, box_format: str, name: Callable[[int], st
 
     def example(mask: _Mask) -> str:
         row = int(mask.argmax())
-        return f"{name(boxes.indices[row])} has {boxes.numbers[row].tolist()}"
+        numbers = ", ".join(f"{number:.6g}" for number in boxes.numbers[row])
+        return f"{name(boxes.indices[row])} has [{numbers}]"
 
     with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest float
         fractions = _are_fractions(boxes)
@@ -111,9 +117,9 @@ def find_format_fault(boxes: BoxTable, box_format: str, name: Callable[[int], st
         if two := _find_two_formats(boxes, box_format, fits, fractions):
             (one, one_rows), (other, other_rows) = two
             return (
-                f"boxes are of two formats: {example(one_rows)}, {one}, and "
-                f"{example(other_rows)}, {other}; convert one of them, or set "
-                f"DATASETS.CHECK.OTHER_BOX_FORMAT keep if all are {box_format}"
+                f"boxes are of two formats: {example(one_rows)} ({one}), {example(other_rows)} "
+                f"({other}); convert one of them, or set DATASETS.CHECK.OTHER_BOX_FORMAT keep if "
+                f"all are {box_format}"
             )
     return None
 

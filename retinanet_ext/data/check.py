@@ -213,6 +213,8 @@ def _is_integer(value: Any) -> bool:
 
 
 def _is_id(value: Any) -> bool:
+    if type(value) is int and abs(value) < 2**63:  # the fast way
+        return True
     return _is_integer(value) or (isinstance(value, str) and value != "")
 
 
@@ -436,6 +438,7 @@ def _check_annotations(
     seen: set[int | str] = set()
     known = join_some(map(printable, sorted(category_ids, key=id_order)))
     box_rule: _Rule = (f"4 finite numbers {BOX_FORMATS[box_format]}", is_box)
+    valid = set(normalized.boxes.indices)
     origin = "" if box_format == "xywh" else f", converted from {box_format},"
     for index, annotation in enumerate(normalized.annotations):
         faults: list[tuple[str, str]] = []  # kind and what follows the name of the annotation
@@ -453,7 +456,7 @@ def _check_annotations(
             if annotation["category_id"] not in category_ids:
                 fault = f"category_id {printable(annotation['category_id'])} is not a category"
                 faults.append(("unknown_class", f"{fault} ({known})"))
-            if fault := _rule_fault(annotation, "bbox", box_rule):
+            if index not in valid and (fault := _rule_fault(annotation, "bbox", box_rule)):
                 if not annotation.get("bbox"):
                     fault += ", or a polygon or mask must be there to take it from"
                 faults.append(("malformed_box", fault))
@@ -481,19 +484,18 @@ def _box_fault(
 ) -> list[tuple[str, str]]:
     """Return in a list what is wrong with four finite numbers as the box of an image, if so."""
     x, y, w, h = box
-    name = f"bbox {box}{origin}"
     if w < 0 or h < 0:
-        return [("inverted_box", f"{name} must have width and height >= 0")]
+        return [("inverted_box", f"bbox {box}{origin} must have width and height >= 0")]
     if w < MIN_SIDE or h < MIN_SIDE:
-        return [("zero_area_box", f"{name} has no area")]
+        return [("zero_area_box", f"bbox {box}{origin} has no area")]
     if image is None:
         return []
     width, height = image["width"], image["height"]
     size = f"of {width} x {height}"
     if min(x + w, width) - max(x, 0) < MIN_SIDE or min(y + h, height) - max(y, 0) < MIN_SIDE:
-        return [("outside_box", f"{name} is outside its image {size}")]
+        return [("outside_box", f"bbox {box}{origin} is outside its image {size}")]
     if min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:  # not for rounding
-        return [("clipped_box", f"{name} reaches outside its image {size}")]
+        return [("clipped_box", f"bbox {box}{origin} reaches outside its image {size}")]
     return []
 
 
@@ -507,12 +509,12 @@ def _field_fault(key: str, item: Any) -> str | None:
     if not isinstance(item, dict):
         return "it is not an object"
     for field, rule in _REQUIRED[key].items():
-        if fault := _rule_fault(item, field, rule):
-            return fault
+        if field not in item or not rule[1](item[field]):
+            return _rule_fault(item, field, rule)
     if key == "annotations":
         for field, rule in _OPTIONAL.items():
-            if field in item and (fault := _rule_fault(item, field, rule)):
-                return fault
+            if field in item and not rule[1](item[field]):
+                return _rule_fault(item, field, rule)
     return None
 
 

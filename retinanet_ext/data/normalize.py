@@ -23,9 +23,9 @@ BACKGROUND_NAMES = ("background", "__background__", "_background_", "bg")
 # What is taken where a field is null or, as is said of the first two, missing.
 _FILLED = {
     "id": "numbered for the evaluation",
-    "area": "width x height of the box",
-    "iscrowd": "0",
-    "ignore": "0",
+    "area": "width x height of the box is taken",
+    "iscrowd": "read as 0",
+    "ignore": "read as 0",
 }
 _MAX_NAMES = 20  # of classes in a line to paste
 _MAX_MASKS = 100  # looked at, to tell what crowd annotations cover
@@ -140,7 +140,8 @@ def normalize_annotations(
             or None in annotation.values()
         ):
             annotation = result[index] = _without_nulls(annotation, filled)
-        image = _image_of(annotation, images)
+        image_id = annotation.get("image_id")
+        image = images.get(image_id) if isinstance(image_id, int | float | str) else None
         box = annotation.get("bbox")
         if not box or box == [0, 0, 0, 0]:
             corners, source = _corners_of_mask(annotation.get("segmentation"), image, box_format)
@@ -160,7 +161,7 @@ def normalize_annotations(
         np.array(areas, np.float64),
     )
     notes = [
-        f"{field} is {lack} in {count} annotations ({_FILLED[field]})"
+        f"{field} is {lack} in {_annotations(count)} ({_FILLED[field]})"
         for (field, lack), count in filled.items()
     ]
     if box_format != "xywh":
@@ -176,13 +177,6 @@ def _without_nulls(annotation: dict[str, Any], filled: Counter[tuple[str, str]])
     if isinstance(annotation.get("id"), str):
         filled["id", "text"] += 1
     return {k: v for k, v in annotation.items() if k not in nulls} if nulls else annotation
-
-
-def _image_of(
-    annotation: Mapping[str, Any], images: Mapping[Any, Mapping[str, Any]]
-) -> Mapping[str, Any] | None:
-    image_id = annotation.get("image_id")
-    return images.get(image_id) if isinstance(image_id, int | float | str) else None
 
 
 def _convert_boxes(annotations: list[Any], boxes: BoxTable, box_format: str) -> list[str]:
@@ -203,8 +197,12 @@ def _convert_boxes(annotations: list[Any], boxes: BoxTable, box_format: str) -> 
         if not keep:
             annotations[index].pop("area", None)
     wrong = int((~is_kept & ~np.isnan(boxes.areas)).sum())
-    what = f"area does not fit the box, converted from {box_format}, in {wrong} annotations"
+    what = f"area does not fit the box, converted from {box_format}, in {_annotations(wrong)}"
     return [f"{what} ({_FILLED['area']})"] if wrong else []
+
+
+def _annotations(count: int) -> str:
+    return f"{count} annotation{'' if count == 1 else 's'}"
 
 
 def _corners_of_mask(

@@ -144,8 +144,8 @@ def test_boxes_of_another_format_are_refused_and_the_key_converts_them(
     message = refusal(cfg)
     assert f"set DATASETS.CUSTOM.BOX_FORMAT {box_format}, or DATASETS.CHECK" in message
     assert any(
-        f"annotation {a['id']} of image {a['id']} ({a['id']}.png) has {a['bbox']}" in message
-        for a in written["annotations"]
+        f"annotation {k} of image {k} ({k}.png) has [{a['bbox'][0]:.6g}, " in message
+        for k, a in enumerate(written["annotations"], start=1)
     )
 
     prepare(use(written, **{"DATASETS.CUSTOM.BOX_FORMAT": box_format}))
@@ -398,11 +398,11 @@ def test_nulls_and_missing_fields_are_filled_in(
     said = next(m for m in log.messages if "fields of annotations, filled in: 5: " in m)
     notes = messages(check(content))["filled_field"]
     assert sorted(notes) == [
-        "area is missing in 1 annotations (width x height of the box)",
-        "area is null in 7 annotations (width x height of the box)",
+        "area is missing in 1 annotation (width x height of the box is taken)",
+        "area is null in 7 annotations (width x height of the box is taken)",
         "id is missing in 8 annotations (numbered for the evaluation)",
-        "ignore is null in 8 annotations (0)",
-        "iscrowd is null in 8 annotations (0)",
+        "ignore is null in 8 annotations (read as 0)",
+        "iscrowd is null in 8 annotations (read as 0)",
     ]
     assert all(note in said for note in notes[:3])
     assert trained_boxes() == BOXES
