@@ -210,14 +210,14 @@ def _find_two_formats(
         return ("pixels", pixels), ("fractions of the image", fractions)
 
     prefix = "relative_" if is_relative(box_format) else ""
-    one, other = f"{prefix}xywh", f"{prefix}xyxy"
-    if box_format not in (one, other):
+    pair = f"{prefix}xywh", f"{prefix}xyxy"
+    if box_format not in pair:
         return None
+    one, other = box_format, pair[pair[0] == box_format]
     alone = {one: fits[one] & ~fits[other], other: fits[other] & ~fits[one]}
-    counts = [int(alone[box_format].sum()), int((alone[one] | alone[other]).sum())]
-    strangers = counts[1] - counts[0]
     enough = max(_MIN_BOXES, len(boxes.indices) / 10)
-    if counts[0] and strangers >= enough and (fits[one] | fits[other]).mean() >= 0.9:
+    clear = (fits[one] | fits[other]).mean() >= 0.9
+    if alone[one].any() and alone[other].sum() >= enough and clear:
         return (one, alone[one]), (other, alone[other])
     with_area = ~np.isnan(boxes.areas)
     agree = {name: _agree_with_area(boxes, name) & fits[name] for name in (one, other)}

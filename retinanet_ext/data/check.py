@@ -329,12 +329,12 @@ def check_coco(
     annotations = _check_annotations(
         normalized, images, listed_ids, {c["id"] for c in categories}, box_format, found
     )
-    if policy["crowd"] == "keep":
-        names = {category["id"]: category["name"] for category in categories}
-        if what := find_crowd_objects(annotations, images, names):
-            found("crowd_object", what)
-    elif policy["crowd"] == "object":
+    if policy["crowd"] == "object":
         annotations = [{**a, "iscrowd": 0} if a.get("iscrowd") else a for a in annotations]
+    elif policy["crowd"] == "keep" and (
+        what := find_crowd_objects(annotations, images, categories)
+    ):
+        found("crowd_object", what)
     images = {image_id: image for image_id, image in images.items() if image_id not in lost}
     annotations = [a for a in annotations if a["image_id"] in images]
     annotations = check_duplicate_boxes(annotations, images, found)
@@ -346,15 +346,7 @@ def check_coco(
             if not found("empty_image", f"{name} has no box", image_id=image["id"]):
                 del images[image["id"]]
     annotations = [a for a in annotations if a["image_id"] in images]
-    used = {a["category_id"] for a in annotations if not is_region_to_ignore(a)}
-    unused = [category for category in categories if category["id"] not in used]
-    parents = explain_unused_classes(unused, categories)
-    for category in unused:
-        if category["id"] in parents:
-            found("parent_class", parents[category["id"]])
-        else:
-            name = f"{printable(category['name'])} (category {printable(category['id'])})"
-            found("unused_class", f"class {name} has no box")
+    _check_classes(categories, annotations, found)
     left = {"images": list(images.values()), "categories": categories, "annotations": annotations}
     return CheckedData(json_file, policy, findings, {**content, **left}, original)
 
@@ -383,6 +375,18 @@ def _check_categories(categories: list[Any], found: _Found) -> _Items:
                 what = f"category {field} {printable(value)} is used {count} times"
                 found("duplicate_category", what)
     return usable
+
+
+def _check_classes(categories: _Items, annotations: _Items, found: _Found) -> None:
+    used = {a["category_id"] for a in annotations if not is_region_to_ignore(a)}
+    unused = [category for category in categories if category["id"] not in used]
+    parents = explain_unused_classes(unused, categories)
+    for category in unused:
+        if category["id"] in parents:
+            found("parent_class", parents[category["id"]])
+        else:
+            name = f"{printable(category['name'])} (category {printable(category['id'])})"
+            found("unused_class", f"class {name} has no box")
 
 
 def _check_images(images: list[Any], found: _Found) -> tuple[_Images, set[int | str]]:

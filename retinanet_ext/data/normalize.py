@@ -260,7 +260,7 @@ def _rle(segmentation: Any, image: Mapping[str, Any] | None) -> dict[str, Any] |
 def find_crowd_objects(
     annotations: Sequence[Mapping[str, Any]],
     images: Mapping[Any, Mapping[str, Any]],
-    names: Mapping[Any, str],
+    categories: Sequence[Mapping[str, Any]],
 ) -> str | None:
     """Return in one sentence that crowd annotations look like single objects, if they do.
 
@@ -269,7 +269,7 @@ def find_crowd_objects(
     Args:
         annotations: usable ones
         images: by id
-        names: category id -> class name
+        categories: of the json
     """
     total: Counter[Id] = Counter(a["category_id"] for a in annotations)
     crowd: dict[Id, list[Mapping[str, Any]]] = defaultdict(list)
@@ -284,7 +284,8 @@ def find_crowd_objects(
     pieces = [_count_pieces(a.get("segmentation"), images[a["image_id"]]) for a in sample]
     if not sample or 2 * sum(count > 1 for count in pieces) > len(sample):
         return None
-    classes = join_some(f"{printable(names[k])} {len(v)} of {total[k]}" for k, v in many.items())
+    names = {category["id"]: printable(category["name"]) for category in categories}
+    classes = join_some(f"{names[k]} {len(v)} of {total[k]}" for k, v in many.items())
     return (
         f"{len(found)} of {total.total()} annotations have iscrowd 1 ({classes}), and are neither "
         "learned nor counted, but look like single objects (CVAT exports masks of objects so); "
