@@ -534,7 +534,9 @@ def _rule_fault(item: dict[str, Any], field: str, rule: _Rule) -> str | None:
 def _name(key: str, index: int, item: Any) -> str:
     """Return how an entry is called, e.g. ``annotations[4] (id 17, image_id 3)``."""
     fields = [field for field in ("id", "image_id") if isinstance(item, dict) and field in item]
-    ids = ", ".join(f"{field} {reprlib.repr(item[field])}" for field in fields)
+    values = [item[field] for field in fields]
+    texts = [f"{v}" if type(v) is int and abs(v) < 2**63 else reprlib.repr(v) for v in values]
+    ids = ", ".join(f"{field} {text}" for field, text in zip(fields, texts, strict=True))
     return f"{key}[{index}]" + (f" ({ids})" if ids else "")
 
 

@@ -6,6 +6,8 @@ What is missing and has one obvious meaning is filled in, and said; what is give
 from __future__ import annotations
 
 import json
+import math
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,17 +69,17 @@ def unify_ids(content: Content) -> tuple[Content, Callable[[Any], Any], list[str
     for key, field in (("images", "image_id"), ("categories", "category_id")):
         ids = [item.get("id") for item in content[key] if isinstance(item, dict)]
         named = [a.get(field) for a in content["annotations"] if isinstance(a, dict)]
-        texts = [value for value in ids if isinstance(value, str)]
-        all_texts = [value for value in [*texts, *named] if isinstance(value, str)]
-        if not all_texts:
+        if str not in {*map(type, ids), *map(type, named)}:
             continue
+        texts = [value for value in ids if isinstance(value, str)]
+        first = next(value for value in [*texts, *named] if isinstance(value, str))
         numbers = len(texts) < len(ids) and all(map(_is_digits, texts))
         convert = _to_number if numbers else _to_text
         mixed = any(type(convert(value)) is not type(value) for value in [*ids, *named])
         if texts or mixed:
             how = f"all are read as {'numbers' if numbers else 'text'}"
             notes.append(
-                f"ids of {key} are text{' in places' if mixed else ''}, such as {all_texts[0]!r}, "
+                f"ids of {key} are text{' in places' if mixed else ''}, such as {first!r}, "
                 f"and {how if mixed else 'are used as they are'}"
             )
         if not mixed:
@@ -130,7 +132,7 @@ def normalize_annotations(
     filled: Counter[tuple[str, str]] = Counter()
     derived: dict[int, str] = {}
     indices: list[int] = []
-    sizes, areas = [], []
+    numbers, sizes, areas = array("d"), array("d"), array("d")
     for index, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
             continue
@@ -151,14 +153,15 @@ def normalize_annotations(
                 annotation = result[index] = {**annotation, "bbox": box}
         if image and is_box(box):
             indices.append(index)
-            sizes.append((image["width"], image["height"]))
+            numbers.extend(box)
+            sizes.extend((image["width"], image["height"]))
             area = annotation.get("area")
-            areas.append(area if is_number(area) else np.nan)
+            areas.append(area if is_number(area) else math.nan)
     boxes = BoxTable(
         indices,
-        np.array([result[index]["bbox"] for index in indices], np.float64).reshape(-1, 4),
-        np.array(sizes, np.float64).reshape(-1, 2),
-        np.array(areas, np.float64),
+        np.array(numbers).reshape(-1, 4),
+        np.array(sizes).reshape(-1, 2),
+        np.array(areas),
     )
     notes = [
         f"{field} is {lack} in {_annotations(count)} ({_FILLED[field]})"
