@@ -248,11 +248,15 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # Names of the classes to detect, in the order of their numbers; objects of others are
     # background. Empty: all.
     cfg.DATASETS.CUSTOM.CLASSES = []
+    # What the four numbers of a bbox are in both files: COCO's "xywh", corners "xyxy", or center
+    # and size "cxcywh", in pixels; or "relative_xywh", "relative_xyxy" or "relative_cxcywh", as
+    # fractions of the image.
+    cfg.DATASETS.CUSTOM.BOX_FORMAT = "xywh"
 
     # What is done about each kind of fault in DATASETS.CUSTOM's data and the sample set: "refuse"
     # them, "drop" what is faulty, with a warning that counts it, "keep" it, or put it right where
-    # that can be known ("merge", "mend"). data/check.py says what the kinds are and what each
-    # allows.
+    # that can be known ("merge", "mend"); CROWD "object" takes crowd regions as objects.
+    # data/check.py says what the kinds are and what each allows.
     cfg.DATASETS.CHECK = CfgNode(check.config_defaults())
 
     # With DATALOADER.ASPECT_RATIO_GROUPING, how many streams the samples are dealt to. Each is

@@ -143,6 +143,14 @@ def box(**values: Any) -> Change:
     return lambda case: case.box.update(values)
 
 
+def each_box(convert: Callable[..., list[float]]) -> Change:
+    def change(case: Case) -> None:
+        for annotation in case.train["annotations"]:
+            annotation["bbox"] = convert(*annotation["bbox"])
+
+    return change
+
+
 def image_entry(**values: Any) -> Change:
     return lambda case: case.train["images"][0].update(values)
 
@@ -251,6 +259,31 @@ DATA = [
     ),
     ("a box of three numbers", "bbox is [1, 2, 3]", box(bbox=[1, 2, 3])),
     ("a box of text", "bbox is '1 2 3 4'", box(bbox="1 2 3 4")),
+    (
+        "boxes as corners",
+        "set DATASETS.CUSTOM.BOX_FORMAT xyxy",
+        each_box(lambda x, y, w, h: [x, y, x + w, y + h]),
+    ),
+    (
+        "boxes as fractions of the image",
+        "set DATASETS.CUSTOM.BOX_FORMAT relative_cxcywh",
+        each_box(lambda x, y, w, h: [(x + w / 2) / 640, (y + h / 2) / 480, w / 640, h / 480]),
+    ),
+    (
+        "a box as fractions among others in pixels",
+        "boxes are of two formats: annotation 1182",
+        box(bbox=[0.26, 0.37, 0.2, 0.29]),
+    ),
+    (
+        "an unknown format of boxes",
+        "BOX_FORMAT 'voc' is unknown; known: 'xywh', 'xyxy'",
+        opts("DATASETS.CUSTOM.BOX_FORMAT", "voc"),
+    ),
+    (
+        "objects all marked as crowd",
+        "DATASETS.CHECK.CROWD object",
+        lambda c: [a.update(iscrowd=1) for a in c.train["annotations"]],
+    ),
     ("a class id that is not listed", "category_id 9 is not a category", box(category_id=9)),
     ("an image id that is not listed", "image_id 77 is not among the images", box(image_id=77)),
     ("an id that is a fraction", "id is 1.5; it must be an integer", box(id=1.5)),

@@ -9,26 +9,31 @@ refused, used without it, or used with it.
 from __future__ import annotations
 
 import reprlib
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import PurePath
 from typing import Any
 
+from retinanet_ext.data.box_format import BOX_FORMATS, find_format_fault, is_box, is_number
 from retinanet_ext.data.coco_json import (
+    id_order,
     is_region_to_ignore,
     join_some,
     printable,
+)
+from retinanet_ext.data.duplicates import SAME_IOU, check_duplicate_boxes
+from retinanet_ext.data.normalize import (
+    Normalized,
+    explain_unused_classes,
+    find_crowd_objects,
+    normalize_annotations,
+    unify_ids,
 )
 from retinanet_ext.errors import InputError
 
 MIN_SIDE = 0.01
 """Pixels; what is narrower inside its image has no area once it is resized in float32."""
-
-SAME_IOU = 0.9
-"""Two boxes of a class that overlap more are one object, labelled twice."""
 
 _EXAMPLES = 3
 
@@ -41,8 +46,8 @@ class Kind:
         name: as in reports; in capitals the key in ``DATASETS.CHECK``.
         what: how several of them are called.
         policies: what may be done about them, the default first: "refuse" the data, "drop" what
-            the finding names, "keep" it, or mend it ("mend", "merge"). Where there is no choice
-            there is no key.
+            the finding names, "keep" it, mend it ("mend", "merge"), or take a crowd region as an
+            "object". Where there is no choice there is no key.
         is_fault: False for what is worth knowing and no fault.
         remedy: the policy that a refusal names, and what it does; empty: "drop", if there is.
     """
@@ -64,6 +69,11 @@ _ANY = ("keep", "drop", "refuse")
 KINDS = {
     kind.name: kind
     for kind in (
+        Kind("other_box_format", "boxes of another format", ("refuse", "keep")),
+        Kind("crowd_object", "crowd regions that look like objects", ("keep",)),
+        Kind("parent_class", "classes that are a parent or the background", ("keep", "refuse")),
+        Kind("text_id", "ids that are text", ("keep",), is_fault=False),
+        Kind("filled_field", "fields of annotations, filled in", ("keep",), is_fault=False),
         Kind("malformed_category", "categories that cannot be read", ("refuse",)),
         Kind("duplicate_category", "category ids or names used twice", ("refuse",)),
         Kind(
@@ -96,6 +106,7 @@ KINDS = {
         Kind("unknown_image", "annotations of images that are not listed", _FATAL),
         Kind("unknown_class", "annotations of classes that are not listed", _FATAL),
         Kind("malformed_box", "boxes that are not four finite numbers", _FATAL),
+        Kind("derived_box", "boxes missing, taken from the polygon or mask", _ANY, is_fault=False),
         Kind("inverted_box", "boxes of negative width or height", _FATAL),
         Kind("zero_area_box", "boxes without area", ("drop", "refuse")),
         Kind("outside_box", "boxes wholly outside their image", ("drop", "refuse")),
@@ -103,7 +114,12 @@ KINDS = {
         Kind("duplicate_box", f"boxes of one object (same class, IoU above {SAME_IOU})", _ANY),
         Kind("unused_class", "classes without a box", ("keep", "refuse")),
         Kind("empty_image", "images without boxes", _ANY, is_fault=False),
-        Kind("crowd", "crowd regions, which are ignored", _ANY, is_fault=False),
+        Kind(
+            "crowd",
+            "crowd regions, which are ignored",
+            ("keep", "object", "drop", "refuse"),
+            is_fault=False,
+        ),
         Kind("ignore", "boxes marked ignore, which are ignored", _ANY, is_fault=False),
     )
 }
@@ -112,6 +128,7 @@ DONE = {
     "drop": "left out",
     "merge": "merged",
     "mend": "mended",
+    "object": "taken as objects",
     "keep": "kept",
 }
 """Policy -> what became of findings."""
@@ -126,14 +143,14 @@ class Finding:
     Attributes:
         kind: a name in :data:`KINDS`.
         message: one sentence that names the place.
-        image_id, annotation_id: None where there is none, or none that is an integer.
+        image_id, annotation_id: None where there is none, or none that can be one.
         remedy: what mends it, where it is not what its kind says.
     """
 
     kind: str
     message: str
-    image_id: int | None = None
-    annotation_id: int | None = None
+    image_id: int | str | None = None
+    annotation_id: int | str | None = None
     remedy: str = ""
 
 
@@ -145,7 +162,7 @@ class CheckedData:
         json_file: where it is from.
         policy: kind -> what is done about it.
         findings: all of them.
-        content: the json without what the policy does not keep.
+        content: the json as it is used, boxes [x, y, width, height] in pixels.
         image_root: the folder that its file names are relative to.
         notes: a sentence for each thing that was done without being asked.
         is_labelled: False for test data without a list of annotations.
@@ -167,6 +184,11 @@ class CheckedData:
         for finding in self.findings:
             found[finding.kind].append(finding)
         return {name: findings for name, findings in found.items() if findings}
+
+    def describe(self, kind: str) -> str:
+        """Return how several findings of a kind are called."""
+        as_objects = self.policy[kind] == "object"
+        return "crowd regions, taken as objects" if as_objects else KINDS[kind].what
 
     def raise_refused(self) -> None:
         """Raise an :class:`InputError` if there is a finding that the policy refuses."""
@@ -219,16 +241,21 @@ def read_policy(node: Mapping[str, str]) -> dict[str, str]:
     return policy
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+def suggest_objects(policy: Mapping[str, str], num_crowd: int) -> str:
+    """Return how crowd regions become objects, for data without any; empty if none are kept."""
+    if not num_crowd or policy["crowd"] != "keep":
+        return ""
+    return f"; {num_crowd} have iscrowd 1, and {KINDS['crowd'].key} object takes them as objects"
 
 
 def _is_integer(value: Any) -> bool:
-    return _is_number(value) and value % 1 == 0
+    return is_number(value) and value % 1 == 0
 
 
-def _is_box(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 4 and all(map(_is_number, value))
+def _is_id(value: Any) -> bool:
+    if type(value) is int and abs(value) < 2**63:  # the fast way
+        return True
+    return _is_integer(value) or (isinstance(value, str) and value != "")
 
 
 def _is_class_name(value: Any) -> bool:
@@ -240,21 +267,20 @@ def _is_class_name(value: Any) -> bool:
 
 
 _Rule = tuple[str, Callable[[Any], bool]]
-_INTEGER: _Rule = ("an integer", _is_integer)
+_ID: _Rule = ("an integer or a text", _is_id)
 _TEXT: _Rule = ("a text that is not empty", lambda value: isinstance(value, str) and value != "")
 # File names need not be Unicode; TensorBoard would refuse such a class once training is over.
 _CLASS_NAME: _Rule = ("a text of valid Unicode that is not empty", _is_class_name)
 _SIZE: _Rule = ("an integer above 0", lambda value: _is_integer(value) and value > 0)
 _FLAG: _Rule = ("0 or 1", lambda value: value in (0, 1))
-_BOX: _Rule = ("4 finite numbers [x, y, width, height]", _is_box)
-_AREA: _Rule = ("a finite number >= 0", lambda value: _is_number(value) and value >= 0)
+_AREA: _Rule = ("a finite number >= 0", lambda value: is_number(value) and value >= 0)
 
 _REQUIRED: dict[str, dict[str, _Rule]] = {
-    "images": {"id": _INTEGER, "file_name": _TEXT, "width": _SIZE, "height": _SIZE},
-    "categories": {"id": _INTEGER, "name": _CLASS_NAME},
-    "annotations": {"id": _INTEGER, "image_id": _INTEGER, "category_id": _INTEGER},
+    "images": {"id": _ID, "file_name": _TEXT, "width": _SIZE, "height": _SIZE},
+    "categories": {"id": _ID, "name": _CLASS_NAME},
+    "annotations": {"image_id": _ID, "category_id": _ID},
 }
-_OPTIONAL = {"iscrowd": _FLAG, "area": _AREA, "ignore": _FLAG}
+_OPTIONAL = {"id": _ID, "iscrowd": _FLAG, "area": _AREA, "ignore": _FLAG}
 
 
 def check_coco(
@@ -262,6 +288,8 @@ def check_coco(
     content: dict[str, Any],
     policy: Mapping[str, str] = DEFAULT_POLICY,
     image_faults: Iterable[Finding] = (),
+    box_format: str = "xywh",
+    id_notes: Sequence[str] = (),
 ) -> CheckedData:
     """Check every entry of a COCO json; nothing is raised and ``content`` is left as it is.
 
@@ -270,52 +298,82 @@ def check_coco(
         content: as :func:`retinanet_ext.data.coco_json.read_coco_json` returns it.
         policy: kind -> what is done about it.
         image_faults: what :func:`retinanet_ext.data.image_files.check_images` has found.
+        box_format: of the json, a name in :data:`BOX_FORMATS`.
+        id_notes: of :func:`unify_ids`, where it has changed ``content`` before.
     """
     findings: list[Finding] = []
+    hidden: set[str] = set()
 
     def found(kind: str, message: str, **ids: Any) -> bool:
         """Note a finding, and tell whether what it names is still used."""
-        findings.append(Finding(kind, message, **ids))
-        return policy[kind] in ("keep", "merge", "mend")
+        if kind not in hidden:
+            findings.append(Finding(kind, message, **ids))
+        return policy[kind] in ("keep", "merge", "mend", "object")
 
+    original = content
+    content, notes = unify_ids(content)
+    for note in id_notes or notes:
+        found("text_id", printable(note))
     categories = _check_categories(content["categories"], found)
     lost = {fault.image_id for fault in image_faults if not found(**vars(fault))}
     images, listed_ids = _check_images(content["images"], lost, found)
+    normalized = normalize_annotations(content["annotations"], images, box_format)
+    for note in normalized.notes:
+        found("filled_field", note)
+    if not _check_box_format(normalized, images, box_format, found):
+        hidden.update(_OF_ITS_BOXES)
     annotations = _check_annotations(
-        content["annotations"],
-        images,
-        listed_ids,
-        {category["id"] for category in categories},
-        found,
+        normalized, images, listed_ids, {c["id"] for c in categories}, box_format, found
     )
+    if policy["crowd"] == "object":
+        annotations = [{**a, "iscrowd": 0} if a.get("iscrowd") else a for a in annotations]
+    elif policy["crowd"] == "keep" and (
+        what := find_crowd_objects(annotations, images, categories)
+    ):
+        found("crowd_object", what)
     images = {image_id: image for image_id, image in images.items() if image_id not in lost}
     annotations = [a for a in annotations if a["image_id"] in images]
-    annotations = _check_duplicate_boxes(annotations, images, found)
+    annotations = check_duplicate_boxes(annotations, images, found)
 
     counts = Counter(a["image_id"] for a in annotations if not is_region_to_ignore(a))
     for image in list(images.values()):
         if not counts[image["id"]]:
-            what = f"image {image['id']} ({printable(image['file_name'])}) has no box"
-            if not found("empty_image", what, image_id=image["id"]):
+            name = f"image {printable(image['id'])} ({printable(image['file_name'])})"
+            if not found("empty_image", f"{name} has no box", image_id=image["id"]):
                 del images[image["id"]]
     annotations = [a for a in annotations if a["image_id"] in images]
     left = {"images": list(images.values()), "categories": categories, "annotations": annotations}
-    findings += find_unused_classes(left)
-    return CheckedData(json_file, policy, findings, {**content, **left})
+    for finding in find_unused_classes(left):
+        found(**vars(finding))
+    return CheckedData(json_file, policy, findings, {**content, **left}, original=original)
 
 
 def find_unused_classes(content: dict[str, Any]) -> list[Finding]:
     """Return the classes of a checked json without a box."""
     used = {a["category_id"] for a in content["annotations"] if not is_region_to_ignore(a)}
+    unused = [category for category in content["categories"] if category["id"] not in used]
+    parents = explain_unused_classes(unused, content["categories"])
     return [
-        Finding("unused_class", f"class {printable(c['name'])} (category {c['id']}) has no box")
-        for c in content["categories"]
-        if c["id"] not in used
+        Finding("parent_class", parents[category["id"]])
+        if category["id"] in parents
+        else Finding(
+            "unused_class",
+            f"class {printable(category['name'])} (category {printable(category['id'])}) "
+            "has no box",
+        )
+        for category in unused
     ]
 
 
 _Found = Callable[..., bool]
 _Items = list[dict[str, Any]]
+_Images = dict[int | str, dict[str, Any]]
+
+# What nothing can be said of before the format of the boxes is known.
+_OF_ITS_BOXES = (
+    *("inverted_box", "zero_area_box", "outside_box", "clipped_box", "duplicate_box"),
+    *("empty_image", "unused_class"),
+)
 
 
 def _check_categories(categories: list[Any], found: _Found) -> _Items:
@@ -334,10 +392,10 @@ def _check_categories(categories: list[Any], found: _Found) -> _Items:
 
 
 def _check_images(
-    images: list[Any], lost: Collection[int | None], found: _Found
-) -> tuple[dict[int, dict[str, Any]], set[int]]:
+    images: list[Any], lost: Collection[int | str | None], found: _Found
+) -> tuple[_Images, set[int | str]]:
     """Return the usable images by id, and the ids of all; of those lost, the size is unknown."""
-    usable: dict[int, _Items] = defaultdict(list)
+    usable: dict[int | str, _Items] = defaultdict(list)
     listed_ids = set()
     for index, image in enumerate(images):
         name, image_id = _name("images", index, image), id_of(image)
@@ -356,120 +414,96 @@ def _check_images(
         if len(same) > 1:
             names = join_some((printable(image["file_name"]) for image in same), _EXAMPLES)
             # Which of them the boxes are of cannot be known.
-            found(
-                "duplicate_image_id", f"image id {image_id} is used by {names}", image_id=image_id
-            )
+            what = f"image id {printable(image_id)} is used by {names}"
+            found("duplicate_image_id", what, image_id=image_id)
             del usable[image_id]
     return {image_id: image for image_id, (image,) in usable.items()}, listed_ids
 
 
+def _check_box_format(
+    normalized: Normalized, images: _Images, box_format: str, found: _Found
+) -> bool:
+    """Tell whether boxes are used as of a format: they may show that they have another."""
+
+    def name(index: int) -> str:
+        return _annotation_name(index, normalized.annotations[index], images)
+
+    fault = find_format_fault(normalized.boxes, box_format, name)
+    return fault is None or found("other_box_format", fault)
+
+
 def _check_annotations(
-    annotations: list[Any],
-    images: Mapping[int, dict[str, Any]],
-    listed_ids: set[int],
-    category_ids: set[int],
+    normalized: Normalized,
+    images: _Images,
+    listed_ids: set[int | str],
+    category_ids: set[int | str],
+    box_format: str,
     found: _Found,
 ) -> _Items:
     """Return the annotations of usable images that the policy keeps."""
     kept: _Items = []
-    seen: set[int] = set()
-    known = join_some(sorted(category_ids))
-    for index, annotation in enumerate(annotations):
+    seen: set[int | str] = set()
+    known = join_some(map(printable, sorted(category_ids, key=id_order)))
+    box_rule: _Rule = (f"4 finite numbers {BOX_FORMATS[box_format]}", is_box)
+    valid = set(normalized.boxes.indices)
+    origin = "" if box_format == "xywh" else f", converted from {box_format},"
+    for index, annotation in enumerate(normalized.annotations):
         faults: list[tuple[str, str]] = []  # kind and what follows the name of the annotation
         if fault := field_fault("annotations", annotation):
             faults.append(("malformed_annotation", fault))
         else:
-            if annotation["id"] in seen:
+            own_id = annotation.get("id")
+            if own_id in seen:
                 faults.append(("duplicate_annotation_id", "the id is used before"))
-            seen.add(annotation["id"])
+            if own_id is not None:
+                seen.add(own_id)
             if annotation["image_id"] not in listed_ids:
-                fault = f"image_id {annotation['image_id']} is not among the images"
+                fault = f"image_id {printable(annotation['image_id'])} is not among the images"
                 faults.append(("unknown_image", fault))
             if annotation["category_id"] not in category_ids:
-                fault = f"category_id {annotation['category_id']} is not a category ({known})"
-                faults.append(("unknown_class", fault))
-            if fault := _rule_fault(annotation, "bbox", _BOX):
+                fault = f"category_id {printable(annotation['category_id'])} is not a category"
+                faults.append(("unknown_class", f"{fault} ({known})"))
+            if index not in valid and (fault := _rule_fault(annotation, "bbox", box_rule)):
+                if not annotation.get("bbox"):
+                    fault += ", or a polygon or mask must be there to take it from"
                 faults.append(("malformed_box", fault))
             else:
-                faults += _box_fault(annotation["bbox"], images.get(annotation["image_id"]))
+                if source := normalized.derived.get(index):
+                    faults.append(("derived_box", f"bbox is missing and taken from its {source}"))
+                image = images.get(annotation["image_id"])
+                faults += _box_fault(annotation["bbox"], image, origin)
             for flag, kind in (("iscrowd", "crowd"), ("ignore", "ignore")):
                 if annotation.get(flag):
                     faults.append((kind, f"{flag} is 1"))
         ok = True
         if faults:
-            name = _name("annotations", index, annotation)
-            own_id, image_id = id_of(annotation), id_of(annotation, "image_id")
-            if own_id is not None and image_id is not None and image_id in images:
-                file_name = printable(images[image_id]["file_name"])
-                name = f"annotation {own_id} of image {image_id} ({file_name})"
+            name = _annotation_name(index, annotation, images)
+            ids = {"image_id": id_of(annotation, "image_id"), "annotation_id": id_of(annotation)}
             for kind, fault in faults:
-                ok &= found(kind, f"{name}: {fault}", image_id=image_id, annotation_id=own_id)
+                ok &= found(kind, f"{name}: {fault}", **ids)
         if ok and annotation["image_id"] in images:
             kept.append(annotation)
     return kept
 
 
-def _box_fault(box: list[float], image: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def _box_fault(
+    box: list[float], image: Mapping[str, Any] | None, origin: str
+) -> list[tuple[str, str]]:
     """Return in a list what is wrong with four finite numbers as the box of an image, if so."""
     x, y, w, h = box
     if w < 0 or h < 0:
-        return [("inverted_box", f"bbox {box} must have width and height >= 0")]
+        return [("inverted_box", f"bbox {box}{origin} must have width and height >= 0")]
     if w < MIN_SIDE or h < MIN_SIDE:
-        return [("zero_area_box", f"bbox {box} has no area")]
+        return [("zero_area_box", f"bbox {box}{origin} has no area")]
     if image is None:
         return []
     width, height = image["width"], image["height"]
     size = f"of {width} x {height}"
     if min(x + w, width) - max(x, 0) < MIN_SIDE or min(y + h, height) - max(y, 0) < MIN_SIDE:
-        return [("outside_box", f"bbox {box} is outside its image {size}")]
+        return [("outside_box", f"bbox {box}{origin} is outside its image {size}")]
     if min(x, y) < -1 or x + w > width + 1 or y + h > height + 1:  # not for rounding
-        return [("clipped_box", f"bbox {box} reaches outside its image {size}")]
+        return [("clipped_box", f"bbox {box}{origin} reaches outside its image {size}")]
     return []
-
-
-def _check_duplicate_boxes(
-    annotations: _Items, images: Mapping[int, dict[str, Any]], found: _Found
-) -> _Items:
-    """Return the annotations without those that repeat an earlier one, where they are not kept.
-
-    Along x the boxes are in order, so only near ones are compared.
-    """
-    groups: dict[tuple[int, int], _Items] = defaultdict(list)
-    for annotation in annotations:
-        if not is_region_to_ignore(annotation):
-            groups[annotation["image_id"], annotation["category_id"]].append(annotation)
-    dropped = set()
-    for group in groups.values():
-        order = sorted(range(len(group)), key=lambda k: group[k]["bbox"][0])
-        again: set[int] = set()
-        for position, left in enumerate(order):
-            x, _, width, _ = group[left]["bbox"]
-            for right in islice(order, position + 1, None):
-                # Boxes that overlap so much begin this close.
-                if left in again or group[right]["bbox"][0] > x + (1 - SAME_IOU) * width:
-                    break
-                if right in again or _iou(group[left], group[right]) <= SAME_IOU:
-                    continue
-                again.add(max(left, right))
-                earlier, later = group[min(left, right)], group[max(left, right)]
-                image_id = later["image_id"]
-                what = (
-                    f"annotations {earlier['id']} and {later['id']} of image {image_id} "
-                    f"({printable(images[image_id]['file_name'])}): bbox {earlier['bbox']} and "
-                    f"{later['bbox']}, IoU {_iou(earlier, later):.2f}"
-                )
-                if not found("duplicate_box", what, image_id=image_id, annotation_id=later["id"]):
-                    dropped.add(id(later))
-    return [annotation for annotation in annotations if id(annotation) not in dropped]
-
-
-def _iou(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """Return the IoU of the boxes of two annotations."""
-    a, b = one["bbox"], other["bbox"]
-    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    common = max(width, 0) * max(height, 0)
-    return common / (a[2] * a[3] + b[2] * b[3] - common)
 
 
 def leaves_folder(file_name: str) -> bool:
@@ -482,12 +516,12 @@ def field_fault(key: str, item: Any) -> str | None:
     if not isinstance(item, dict):
         return "it is not an object"
     for field, rule in _REQUIRED[key].items():
-        if fault := _rule_fault(item, field, rule):
-            return fault
+        if field not in item or not rule[1](item[field]):
+            return _rule_fault(item, field, rule)
     if key == "annotations":
         for field, rule in _OPTIONAL.items():
-            if field in item and (fault := _rule_fault(item, field, rule)):
-                return fault
+            if field in item and not rule[1](item[field]):
+                return _rule_fault(item, field, rule)
     return None
 
 
@@ -503,11 +537,25 @@ def _rule_fault(item: dict[str, Any], field: str, rule: _Rule) -> str | None:
 def _name(key: str, index: int, item: Any) -> str:
     """Return how an entry is called, e.g. ``annotations[4] (id 17, image_id 3)``."""
     fields = [field for field in ("id", "image_id") if isinstance(item, dict) and field in item]
-    ids = ", ".join(f"{field} {reprlib.repr(item[field])}" for field in fields)
+    values = [item[field] for field in fields]
+    texts = [f"{v}" if type(v) is int and abs(v) < 2**63 else reprlib.repr(v) for v in values]
+    ids = ", ".join(f"{field} {text}" for field, text in zip(fields, texts, strict=True))
     return f"{key}[{index}]" + (f" ({ids})" if ids else "")
 
 
-def id_of(item: Any, field: str = "id") -> int | None:
-    """Return an id of an entry, None if there is none that is an integer."""
+def _annotation_name(index: int, annotation: Any, images: _Images) -> str:
+    """Return how an annotation is called, with its file where the image is known."""
+    own_id, image_id = id_of(annotation), id_of(annotation, "image_id")
+    if image_id is None or image_id not in images:
+        return _name("annotations", index, annotation)
+    name = f"annotations[{index}]" if own_id is None else f"annotation {printable(own_id)}"
+    file_name = printable(images[image_id]["file_name"])
+    return f"{name} of image {printable(image_id)} ({file_name})"
+
+
+def id_of(item: Any, field: str = "id") -> int | str | None:
+    """Return an id of an entry, None if there is none that can be one."""
     value: Any = item.get(field) if isinstance(item, dict) else None
-    return int(value) if _is_integer(value) else None
+    if not _is_id(value):
+        return None
+    return value if isinstance(value, str) else int(value)

@@ -58,15 +58,23 @@ def is_plain_utf8(json_file: str) -> bool:
         return json.detect_encoding(file.read(4)) == "utf-8"
 
 
-def contiguous_category_ids(content: dict[str, Any]) -> dict[int, int]:
+def id_order(value: int | str) -> tuple[bool, int, str]:
+    """Return what ids are sorted by: numbers, also those that are text, before other text."""
+    if not isinstance(value, str):
+        return False, value, ""
+    is_number = value.isdecimal() and len(value) < 20
+    return not is_number, int(value) if is_number else 0, value
+
+
+def contiguous_category_ids(content: dict[str, Any]) -> dict[int | str, int]:
     """Map category ids of the json to classes 0..K-1, in ascending order as Detectron2 does."""
-    ids = sorted(category["id"] for category in content["categories"])
+    ids = sorted((category["id"] for category in content["categories"]), key=id_order)
     return {category_id: label for label, category_id in enumerate(ids)}
 
 
 def class_names(content: dict[str, Any]) -> list[str]:
     """Return the names of classes 0..K-1."""
-    return [c["name"] for c in sorted(content["categories"], key=lambda c: c["id"])]
+    return [c["name"] for c in sorted(content["categories"], key=lambda c: id_order(c["id"]))]
 
 
 def is_region_to_ignore(annotation: dict[str, Any]) -> bool:
@@ -99,7 +107,7 @@ def to_dataset_dicts(content: dict[str, Any], image_root: str) -> list[dict[str,
             "image_id": image["id"],
             "annotations": annotations[image["id"]],
         }
-        for image in sorted(content["images"], key=lambda image: image["id"])
+        for image in sorted(content["images"], key=lambda image: id_order(image["id"]))
     ]
 
 
@@ -109,15 +117,15 @@ def complete_for_evaluation(content: dict[str, Any]) -> dict[str, Any]:
     A missing ``iscrowd`` becomes 0 and a missing ``area`` width times height, either of which
     would be a ``KeyError`` of pycocotools after training, as a missing ``info`` is before its
     version 2.0.11; what is to ignore gets ``iscrowd`` 1, the one mark that it reads. Where an
-    annotation id is below 1 or used twice, all are numbered anew: the evaluation takes a match with
-    id 0 for none, and of two of an id sees one.
+    annotation id is missing, text, below 1 or used twice, all are numbered anew: the evaluation
+    takes a match with id 0 for none, and of two of an id sees one.
     """
     annotations = [
         {"area": a["bbox"][2] * a["bbox"][3], **a, "iscrowd": int(is_region_to_ignore(a))}
         for a in content["annotations"]
     ]
-    ids = {annotation["id"] for annotation in annotations}
-    if len(ids) < len(annotations) or min(ids, default=1) < 1:
+    ids = {annotation.get("id", 0) for annotation in annotations}
+    if len(ids) < len(annotations) or any(isinstance(i, str) or i < 1 for i in ids):
         annotations = [{**a, "id": number} for number, a in enumerate(annotations, start=1)]
     if annotations == content["annotations"] and "info" in content:
         return content

@@ -20,7 +20,8 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from retinanet_ext.data import coco_json, images
-from retinanet_ext.data.check import DONE, KINDS, CheckedData
+from retinanet_ext.data.box_format import BOX_FORMATS
+from retinanet_ext.data.check import DONE, KINDS, CheckedData, suggest_objects
 from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.data.image_files import describe_shared_files
 from retinanet_ext.data.sample_set import SampleSet, make_sample_set
@@ -110,7 +111,8 @@ def find_sources(cfg: CfgNode, splits: Sequence[str]) -> list[Source]:
     """Return the data that a config names for "TRAIN", "TEST" or both, unchecked.
 
     Raises:
-        InputError: a name that is not registered, or half of a pair of ``DATASETS.CUSTOM``
+        InputError: a name that is not registered, half of a pair of ``DATASETS.CUSTOM``, or a
+            format of boxes that is not known
     """
     return [source for split in splits for source in _find_sources(cfg, split)]
 
@@ -134,8 +136,20 @@ def _find_sources(cfg: CfgNode, split: str) -> Iterator[Source]:
                 "a folder for each file, or one for all"
             )
         classes = read_texts(cfg, CLASSES_KEY)
+        box_format = cfg.DATASETS.CUSTOM.BOX_FORMAT
+        if box_format not in BOX_FORMATS:
+            known = ", ".join(map(repr, BOX_FORMATS))
+            raise InputError(
+                f"DATASETS.CUSTOM.BOX_FORMAT {box_format!r} is unknown; known: {known}"
+            )
         yield Source(
-            f"custom_{split.lower()}", split, json_files, image_roots, is_ours=True, classes=classes
+            f"custom_{split.lower()}",
+            split,
+            json_files,
+            image_roots,
+            is_ours=True,
+            classes=classes,
+            box_format=box_format,
         )
         return
     for name in cfg.DATASETS[split]:
@@ -200,10 +214,11 @@ def _log(cfg: CfgNode, source: Source, checked: CheckedData) -> None:
     objects = [a for a in content["annotations"] if not coco_json.is_region_to_ignore(a)]
     if not objects:
         what = f"{source.json_file}: has no box that is no crowd and has an area inside its image"
+        remedy = suggest_objects(checked.policy, len(checked.by_kind().get("crowd", [])))
         if source.split == "TRAIN":
-            raise InputError(f"{what}, so there is nothing to learn")
+            raise InputError(f"{what}, so there is nothing to learn{remedy}")
         if checked.is_labelled:
-            logger.warning("%s, so AP cannot be computed", what)
+            logger.warning("%s, so AP cannot be computed%s", what, remedy)
 
     names = coco_json.class_names(content)
     labels = coco_json.contiguous_category_ids(content)
@@ -230,8 +245,8 @@ def _log(cfg: CfgNode, source: Source, checked: CheckedData) -> None:
             logging.WARNING if done == "drop" or KINDS[kind].is_fault else logging.INFO,
             "%s: %s%s: %d: %s",
             source.json_file,
-            KINDS[kind].what,
-            _use_of(cfg, source, kind) if done == "keep" else f", {DONE[done]}",
+            checked.describe(kind),
+            _use_of(cfg, source, kind) if done in ("keep", "object") else f", {DONE[done]}",
             len(findings),
             join_some((finding.message for finding in findings), 3, separator="; "),
         )

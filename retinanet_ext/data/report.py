@@ -14,7 +14,7 @@ from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
 import retinanet_ext
-from retinanet_ext.data.check import DONE, KINDS, CheckedData, find_remedy
+from retinanet_ext.data.check import DONE, KINDS, CheckedData, find_remedy, suggest_objects
 from retinanet_ext.data.coco_json import (
     class_names,
     contiguous_category_ids,
@@ -162,7 +162,7 @@ def _describe(checked: CheckedData) -> dict[str, Any]:
     for annotation in objects:
         row = classes[names[labels[annotation["category_id"]]]]
         row["boxes"] += 1
-        area = annotation.get("area", annotation["bbox"][2] * annotation["bbox"][3])
+        area = annotation["bbox"][2] * annotation["bbox"][3]
         row[next(name for name, limit in SIZES.items() if area < limit)] += 1
     return {
         "facts": {
@@ -187,7 +187,7 @@ def _describe(checked: CheckedData) -> dict[str, Any]:
         "findings": [
             {
                 "kind": kind,
-                "what": KINDS[kind].what,
+                "what": checked.describe(kind),
                 "policy": checked.policy[kind],
                 "count": len(findings),
                 "remedy": find_remedy(findings) if checked.policy[kind] == "refuse" else "",
@@ -319,15 +319,14 @@ def _conclude(contents: list[dict[str, Any]], difference: str | None) -> tuple[s
         policy: sum(found["count"] for found in findings if found["policy"] == policy)
         for policy in DONE
     }
-    nothing = [
-        content["name"]
-        for content in contents
-        if content["split"] == "TRAIN"
-        and not content["facts"]["boxes"]
-        and not any(found["policy"] == "refuse" for found in content["findings"])
-    ]
     reasons = [f"faults that are refused: {counts['refuse']}"] if counts["refuse"] else []
-    reasons += [f"{name} has no box to learn from" for name in nothing]
+    for content in contents:
+        is_refused = any(found["policy"] == "refuse" for found in content["findings"])
+        if content["split"] == "TRAIN" and not content["facts"]["boxes"] and not is_refused:
+            found = {f["kind"]: f for f in content["findings"]}
+            crowd = found.get("crowd", {"policy": "", "count": 0})
+            remedy = suggest_objects({"crowd": crowd["policy"]}, crowd["count"])
+            reasons.append(f"{content['name']} has no box to learn from{remedy}")
     reasons += [difference] if difference else []
     if reasons:
         drop: dict[str, None] = {}  # in their order
@@ -340,7 +339,11 @@ def _conclude(contents: list[dict[str, Any]], difference: str | None) -> tuple[s
         reasons += [f"to leave them out: {' drop '.join(drop)} drop"] if drop else []
         return f"Training refuses these data: {'; '.join(reasons)}.", True
     done = [f"{DONE[policy]}: {counts[policy]}" for policy in ("drop", "keep")]
-    done += [f"{DONE[policy]}: {counts[policy]}" for policy in ("merge", "mend") if counts[policy]]
+    done += [
+        f"{DONE[policy]}: {counts[policy]}"
+        for policy in ("merge", "mend", "object")
+        if counts[policy]
+    ]
     return f"Training takes these data; {', '.join(done)}.", False
 
 

@@ -20,14 +20,25 @@ from retinanet_ext.data.check import (
     id_of,
     read_policy,
 )
-from retinanet_ext.data.coco_json import class_names, join_some, printable, read_coco_json
+from retinanet_ext.data.coco_json import (
+    class_names,
+    id_order,
+    join_some,
+    printable,
+    read_coco_json,
+)
 from retinanet_ext.data.image_files import check_images, find_same_files, merge_images
 from retinanet_ext.data.images import ImageReader
+from retinanet_ext.data.normalize import unify_ids
 from retinanet_ext.errors import InputError
 
 CLASSES_KEY = "DATASETS.CUSTOM.CLASSES"
 
-_OF_LABELLED = ("empty_image", "unused_class")  # no findings where there is no list of annotations
+_OF_LABELLED = (
+    "empty_image",
+    "unused_class",
+    "parent_class",
+)  # no findings where there is no list of annotations
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,7 @@ class Source:
             another format.
         is_ours: whether it is registered here, and not by other code.
         classes: names of those that are used, in their order; empty: all.
+        box_format: of the boxes, a name in :data:`~retinanet_ext.data.box_format.BOX_FORMATS`.
     """
 
     name: str
@@ -49,6 +61,7 @@ class Source:
     image_roots: tuple[str, ...]
     is_ours: bool
     classes: tuple[str, ...] = ()
+    box_format: str = "xywh"
 
     @property
     def json_file(self) -> str:
@@ -115,7 +128,8 @@ def _check_file(
     decode_all: bool,
 ) -> CheckedData:
     json_file, image_root = source.json_files[place], source.image_roots[place]
-    content, notes = choose_classes({"annotations": [], **original}, source.classes)
+    content, id_notes = unify_ids({"annotations": [], **original})
+    content, notes = choose_classes(content, source.classes)
     is_labelled = "annotations" in original
     if not is_labelled:
         policy = {**policy, **dict.fromkeys(_OF_LABELLED, "keep")}
@@ -129,7 +143,9 @@ def _check_file(
         folder_key=f"DATASETS.CUSTOM.{source.split}_IMAGES" if is_key else "",
         decode_all=decode_all,
     )
-    checked = check_coco(json_file, images.content, policy, images.findings)
+    checked = check_coco(
+        json_file, images.content, policy, images.findings, source.box_format, id_notes
+    )
     return replace(
         checked,
         findings=[f for f in checked.findings if is_labelled or f.kind not in _OF_LABELLED],
@@ -182,7 +198,7 @@ def choose_classes(
         and isinstance(category.get("name"), str)
         and category["name"] not in chosen
     }
-    counts: Counter[int | None] = Counter()
+    counts: Counter[int | str | None] = Counter()
     annotations = []
     for annotation in content["annotations"]:
         category_id = id_of(annotation, "category_id")
@@ -245,7 +261,7 @@ def merge(parts: Sequence[CheckedData], chosen: Sequence[str]) -> CheckedData:
             new = {**category, "id": labels[category["name"]]}
             categories.setdefault(category["name"], new)
         image_ids = {}
-        for image in sorted(part.content["images"], key=lambda image: image["id"]):
+        for image in sorted(part.content["images"], key=lambda image: id_order(image["id"])):
             image_ids[image["id"]] = new_id = len(images) + 1
             path = os.path.join(part.image_root, image["file_name"])
             images.append({**image, "id": new_id, "file_name": path})
@@ -299,7 +315,7 @@ def _check_merged(
         findings += [
             replace(finding, message=f"{part.json_file}: {finding.message}")
             for finding in part.findings
-            if finding.kind != "unused_class"
+            if finding.kind not in ("unused_class", "parent_class")
         ]
     if parts[0].is_labelled:
         findings += find_unused_classes(content)

@@ -80,7 +80,7 @@ FAULTS: dict[str, tuple[Spoil, str, list[str]]] = {
         ["images[1] (id 125): file_name is missing"],
     ),
     "width 0": (put("images", 0, width=0), "malformed_image", ["width is 0", "above 0"]),
-    "id text": (put("images", 0, id="80"), "malformed_image", ["images[0]", "id is '80'"]),
+    "id null": (put("images", 0, id=None), "malformed_image", ["images[0]", "id is None"]),
     "file_name null": (put("images", 0, file_name=None), "malformed_image", ["is None"]),
     "image id twice": (
         put("images", 1, id=80),
@@ -142,7 +142,7 @@ FAULTS: dict[str, tuple[Spoil, str, list[str]]] = {
         ["annotation 1181 of image 80 (BloodImage_00164.jpg): iscrowd is 2; it must be 0 or 1"],
     ),
     "ignore text": (put("annotations", 0, ignore="yes"), "malformed_annotation", ["ignore", "yes"]),
-    "area null": (put("annotations", 0, area=None), "malformed_annotation", ["1181", "area", "No"]),
+    "area text": (put("annotations", 0, area="9"), "malformed_annotation", ["1181", "area is '9'"]),
     "no image_id": (
         remove("annotations", 0, "image_id"),
         "malformed_annotation",
