@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import retinanet_ext
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments import record, runner
+from retinanet_ext.experiments.presets import list_tables
 from retinanet_ext.experiments.tables import TABLES
 
 ROOT = Path(__file__).parents[2]
@@ -29,12 +31,18 @@ OPTS = [
 
 # Behaves like train_net.py by the row: alpha .10 fails, .25 diverges, .99 waits for a file "go".
 STAND_IN = """
-import json, os, sys, time
+import json, signal, sys, time
 from pathlib import Path
 folder = Path(sys.argv[-1])
 folder.mkdir(exist_ok=True)
 alpha = float(sys.argv[sys.argv.index("MODEL.RETINANET.CLS_LOSS.CROSS_ENTROPY.ALPHA") + 1])
-print("arguments", sys.argv[1:4], "--resume" in sys.argv, os.environ.get("OMP_NUM_THREADS"))
+print("arguments", sys.argv[1:4], "--resume" in sys.argv, flush=True)
+
+def stop(*_):
+    time.sleep(0.3)
+    (folder / "saved").touch()
+    sys.exit(143)
+
 step = {"iteration": 19, "total_loss": 1.5}
 (folder / "metrics.json").write_text(json.dumps(step) + "\\n")
 if alpha == 0.1:
@@ -45,6 +53,7 @@ if alpha == 0.25:
     sys.exit(3)
 if alpha == 0.99:
     (folder / "last_checkpoint").write_text("model_0000001.pth")
+    signal.signal(signal.SIGTERM, stop)
     (folder / "model_0000001.pth").write_text("weights")
     while not (folder.parents[3] / "go").exists():
         time.sleep(0.05)
@@ -120,7 +129,7 @@ def test_failure_and_divergence_do_not_end_the_others(root, tmp_path):
     rows = ("alpha.10", "alpha.25", "alpha.50")
     campaign, runs = plan(root, tmp_path / "out", *rows, seeds=2)
     lines = []
-    records = runner.run(campaign, runs, root=root, jobs=3, log=lines.append)
+    records = runner.run(campaign, runs, root=root, log=lines.append)
     by_row = {(one.rows[0], one.seed): one for one in records}
     assert len(by_row) == 6
     for seed in (1, 2):
@@ -139,34 +148,37 @@ def test_failure_and_divergence_do_not_end_the_others(root, tmp_path):
     lines.clear()
     runner.run(campaign, runs, root=root, log=lines.append)
     assert lines[0].startswith("4 of 6 runs are done") and len(lines) == 5
+    assert lines[1].startswith("[5/6] 1a/alpha.10 seed 1; 2 left, about ")
     assert before == (
         hashes(by_row["1a/alpha.25", 1].folder),
         hashes(by_row["1a/alpha.50", 1].folder),
     )
 
 
-def test_interrupted_run_is_resumed_and_its_time_counted(root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_run_is_resumed_and_its_time_counted(number, root, tmp_path):
     campaign, runs = plan(root, tmp_path / "out", "alpha.99")
     folder = campaign.folder / "runs/1a_alpha.99_seed1"
-    monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
 
-    def stop_once_started(line):
-        if " started" in line:
-            while not (folder / "model_0000001.pth").exists():
-                time.sleep(0.02)
-            os.kill(os.getpid(), signal.SIGTERM)
+    def interrupt():
+        while not (folder / "model_0000001.pth").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
 
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
-        runner.run(campaign, runs, root=root, log=stop_once_started)
+        runner.run(campaign, runs, root=root, log=lambda line: None)
+    thread.join()
+    assert (folder / "saved").exists(), "the run was left the time to save"
     assert not (folder / "record.json").exists()
     (tmp_path / "go").touch()
-    content = json.loads((folder / "starts.json").read_text())
-    for name in ("output.txt", "metrics.json"):
-        last = content["started"] + 5  # its last sign of life, as of an hour ago
-        os.utime(folder / name, (last - 3600, last - 3600))
-    (folder / "starts.json").write_text(
-        json.dumps({**content, "started": content["started"] - 3600})
-    )
+    content = json.loads((folder / "run.json").read_text())
+    (start,) = content["starts"]
+    last = start["time"] + 5  # its last line of output, as of an hour ago
+    os.utime(folder / "output.txt", (last - 3600, last - 3600))
+    start["time"] -= 3600
+    (folder / "run.json").write_text(json.dumps(content))
     (one,) = runner.run(campaign, runs, root=root, log=lambda line: None)
     assert one.num_starts == 2 and one.status == "finished"
     # Both parts count, and the time in between does not.
@@ -175,28 +187,14 @@ def test_interrupted_run_is_resumed_and_its_time_counted(root, tmp_path, monkeyp
     assert not (folder / "model_0000001.pth").exists() and (folder / "model_final.pth").exists()
 
 
-def test_two_runners_share_the_work(root, tmp_path):
-    campaign, runs = plan(root, tmp_path / "out", "alpha.90", "alpha.99")
-    folder = campaign.folder / "runs/1a_alpha.99_seed1"
-    folder.mkdir(parents=True)
-    import fcntl
-
-    with open(folder / "lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lines = []
-        records = runner.run(campaign, runs, root=root, log=lines.append)
-    assert [one.rows for one in records] == [["1a/alpha.90"]]
-    assert "1a/alpha.99 seed 1 is being run by another process" in lines
-
-
-def test_what_another_runner_finished_meanwhile_is_left_alone(root, tmp_path, monkeypatch):
-    """The records are read once, and a row of it may be finished by another until its turn."""
-    campaign, runs = plan(root, tmp_path / "out", "alpha.50")
-    (first,) = runner.run(campaign, runs, root=root, log=lambda line: None)
-    before = hashes(campaign.folder)
-    monkeypatch.setattr(runner.Campaign, "records", lambda self: [])
-    (again,) = runner.run(campaign, runs, root=root, log=lambda line: None)
-    assert again == first and hashes(campaign.folder) == before
+def test_second_runner_is_refused_until_the_first_and_its_run_have_ended(root, tmp_path):
+    campaign, runs = plan(root, tmp_path / "out", "alpha.99")
+    with runner._open_campaign(campaign) as lock, open(os.dup(lock.fileno())):
+        with pytest.raises(InputError, match=r"another runner is at work in .*quick-"):
+            runner.run(campaign, runs, root=root, log=lambda line: None)
+    assert not list((campaign.folder / "runs").iterdir())
+    (tmp_path / "go").touch()
+    assert runner.run(campaign, runs, root=root, log=lambda line: None)
 
 
 def test_a_row_that_cannot_be_started_does_not_end_the_others(root, tmp_path):
@@ -216,16 +214,6 @@ def test_a_new_row_of_the_same_config_is_credited(root, tmp_path):
     runner.run(campaign, [less], root=root, log=lambda line: None)
     (found,) = runner.run(campaign, [one], root=root, log=lambda line: None)
     assert record.read_record(found.folder).rows == ["1a/alpha.50", "prior/pi.01"]
-
-
-@pytest.mark.parametrize("tag", ["", "model_0000077.pth"])
-def test_a_tag_that_was_cut_off_is_mended(tag, tmp_path):
-    (tmp_path / "starts.json").write_text('{"started": 0, "seconds": [], "commits": ["abc"]}')
-    (tmp_path / "last_checkpoint").write_text(tag)
-    for name in ("model_0000003.pth", "model_0000007.pth"):
-        (tmp_path / name).write_text("weights")
-    assert runner._earlier_parts(tmp_path).commits == ["abc"]
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000007.pth"
 
 
 def test_other_versions_configs_and_data_are_kept_apart(root, tmp_path, monkeypatch):
@@ -337,9 +325,9 @@ def test_broken_records_are_named(content, answer, tmp_path):
 
 
 def test_list_shows_every_table_and_every_row():
-    text = runner.describe()
+    text = list_tables()
     assert all(f"\n{name} " in text for name in TABLES)
-    rows = runner.describe(["1d"])
+    rows = list_tables(["1d"])
     assert all(row.name in rows for row in TABLES["1d"].rows) and "36.0" in rows
     with pytest.raises(InputError, match="there are 1a, 1b"):
-        runner.describe(["9"])
+        list_tables(["9"])

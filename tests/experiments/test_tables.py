@@ -284,7 +284,7 @@ def test_claims_agree_with_the_printed_numbers():
     for table in TABLES.values():
         for claim in table.claims:
             better = table[claim.better].paper.get("AP")
-            others = [table[name].paper.get("AP") for name in claim.others]
+            others = [table[name].paper.get("AP") for name in claim.worse]
             if better is not None and None not in others:
                 assert better > max(others), (table.name, claim.text)
                 compared += 1
