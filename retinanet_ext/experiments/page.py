@@ -24,17 +24,19 @@ HEAD = """<!DOCTYPE html>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: auto; padding: 1rem; }
 h1, h2, h3 { line-height: 1.25; text-wrap: balance; }
+h1 { font-size: 1.7rem; }
 h2 { margin-top: 3rem; border-bottom: 1px solid #8886; }
 p, li, blockquote { max-width: 46rem; overflow-wrap: anywhere; }
 blockquote { margin: 1rem 0; padding: 0 1rem; border-left: 4px solid #c98a00; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid #8886; text-align: left; }
-th { vertical-align: bottom; }
-td { vertical-align: top; max-width: 24rem; }
+table { width: max-content; }
+th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid #8886; text-align: left; }
+th { vertical-align: bottom; max-width: 9rem; }
+td { vertical-align: top; max-width: min(28rem, 50vw); overflow-wrap: break-word; }
 img { max-width: 100%; background: #fff; }
 pre { overflow-x: auto; font-size: 0.875rem; line-height: 1.3; }
-em { color: light-dark(#555, #aaa); }
+p > em { color: light-dark(#555, #aaa); }
 </style>
 """
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
@@ -22,6 +22,7 @@ from retinanet_ext.experiments.statistics import (
     RULE,
     RowResult,
     TableResult,
+    Verdict,
     duration,
     number,
     signed,
@@ -125,20 +126,11 @@ def _findings(results: Results) -> Iterator[str]:
     yield results.headline
     verdicts = [(table, verdict) for table in results.tables for verdict in table.verdicts]
     if verdicts:
-        head = ("table", "here", "the paper's claim", "difference in AP (95 % interval)")
+        numbers = ("difference in AP (95 % interval)", "in the paper")
         yield _markdown_table(
-            (*head, "the paper's", "remarks"),
-            [
-                (
-                    table.table.name,
-                    f"**{verdict.word}**",
-                    _escape(verdict.claim.text),
-                    verdict.measured,
-                    signed(verdict.paper_difference),
-                    _escape("; ".join(verdict.remarks)),
-                )
-                for table, verdict in verdicts
-            ],
+            ("table", "the paper's claim", "here", *numbers),
+            [(table.table.name, *_claim_cells(verdict)) for table, verdict in verdicts],
+            numbers=(3, 4),
         )
         yield RULE
     best = [(table, table.best) for table in results.tables if table.best]
@@ -146,7 +138,7 @@ def _findings(results: Results) -> Iterator[str]:
         yield "### Best row of each table"
         yield _markdown_table(
             ("table", "best row here", "AP", "not told apart from it", "best in the paper", "AP"),
-            [(_escape(table.heading), *_best_cells(table, row)) for table, row in best],
+            [(table.table.name, *_best_cells(table, row)) for table, row in best],
         )
         yield (
             "Not told apart: the interval of the difference includes 0; with one seed nothing is "
@@ -154,6 +146,16 @@ def _findings(results: Results) -> Iterator[str]:
         )
     elif not any(row.values("AP") for table in results.tables for row in table.rows):
         yield "No row has an AP yet."
+
+
+def _claim_cells(verdict: Verdict) -> tuple[str, ...]:
+    remarks = f" ({'; '.join(verdict.remarks)})" if verdict.remarks else ""
+    return (
+        _escape(verdict.claim.text + remarks),
+        verdict.word,
+        verdict.measured,
+        signed(verdict.paper_difference),
+    )
 
 
 def _best_cells(table: TableResult, best: RowResult) -> tuple[str, ...]:
@@ -188,7 +190,7 @@ def _table(result: TableResult) -> Iterator[str]:
         cells = [*names, *printed[: len(paper)], *row.cells(metrics), seeds, _escape(row.status)]
         rows.append(cells)
     head = [*settings, *paper, *metrics, "AP of each seed", "runs"]
-    yield _markdown_table(head, rows, num_text=len(settings))
+    yield _markdown_table(head, rows, numbers=range(len(settings), len(head) - 1))
 
 
 def _loss_cdfs(results: Results) -> Iterator[str]:
@@ -250,11 +252,10 @@ def _runs(results: Results) -> Iterator[str]:
 
 
 def _markdown_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, num_text: int | None = None
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Container[int] = ()
 ) -> str:
-    """Return a table whose first ``num_text`` columns are text, the others numbers."""
-    num_text = len(head) if num_text is None else num_text
-    rule = ["---"] * num_text + ["---:"] * (len(head) - num_text)
+    """Return a table; the columns in ``numbers`` are aligned right."""
+    rule = ["---:" if column in numbers else "---" for column in range(len(head))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (map(_escape, head), rule, *rows))
 
 

@@ -241,9 +241,12 @@ def run(
         done = len(runs) - len(waiting)
         log(f"{done} of {len(runs)} runs are done; results in {campaign.folder}")
         for number, one in enumerate(waiting, start=done + 1):
-            log(f"[{number}/{len(runs)}] {one.label}{_time_left(records, len(runs) - number + 1)}")
+            left = _time_left(records, len(runs) - number + 1)
             try:
-                ended = _run(campaign.folder, one, root, hardware, lock)
+                folder = _folder(campaign.folder, one)
+                how = "resumed" if (folder / RUN).exists() else "started"
+                log(f"[{number}/{len(runs)}] {one.label} {how}{left}")
+                ended = _run(folder, one, root, hardware, lock)
             except (InputError, OSError) as error:
                 log(f"{one.label} cannot be run: {error}")
             else:
@@ -316,9 +319,8 @@ def _credit(found: Record, one: Run) -> None:
         found.write()
 
 
-def _run(campaign: Path, one: Run, root: Path, hardware: dict[str, Any], lock: IO[bytes]) -> Record:
+def _run(folder: Path, one: Run, root: Path, hardware: dict[str, Any], lock: IO[bytes]) -> Record:
     """Run ``train_net.py``, resuming what is there, and write the record of how it ended."""
-    folder = _folder(campaign, one)
     folder.mkdir(exist_ok=True)
     (folder / record.RECORD).unlink(missing_ok=True)  # of a run that failed
     starts = _add_start(folder, one)

@@ -28,7 +28,7 @@ def page_file(tmp_path_factory):
                 add_run(campaign, name, row.name, 1, status="diverged", message="inf", **shared)
             elif index != 3:
                 add_run(campaign, name, row.name, 1, 30 + index, **shared)
-    return write_report(campaign)[1]
+    return write_report(campaign)[2]
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +44,16 @@ def browser():
 @pytest.mark.parametrize("dark", [False, True])
 def test_page_fits_the_window(browser, page_file, width, height, dark):
     browser.open(page_file, width, height, dark=dark)
-    for unfolded in (False, True):
-        if unfolded:
-            browser.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
-        scroll, client = browser.evaluate(
-            "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
-        )
-        assert client > width - 20  # but for a scroll bar
-        assert scroll <= client
+    scroll, client = browser.evaluate(
+        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+    )
+    assert client > width - 20  # but for a scroll bar
+    assert scroll <= client
     sizes = browser.evaluate(
-        "[...document.querySelectorAll('img, svg')].filter(e => e.checkVisibility())"
+        "[...document.querySelectorAll('img')].filter(e => e.checkVisibility())"
         ".map(e => e.getBoundingClientRect()).map(box => [box.width, box.height])"
     )
-    assert len(sizes) > 20
+    assert len(sizes) >= 8
     assert all(w > 0 and h > 0 for w, h in sizes)
     assert browser.evaluate("[...document.images].every(i => i.complete && i.naturalWidth > 0)")
 
@@ -74,27 +71,9 @@ def test_page_is_quiet_and_needs_nothing(browser, page_file, width, height):
     assert all(url.startswith("data:") for url in urls[1:])
 
 
-def test_contents_stand_beside_the_text_only_where_there_is_room(browser, page_file):
-    places = "[...document.querySelectorAll('nav, main')].map(e => e.getBoundingClientRect().left)"
-    browser.open(page_file, 1600, 1000)
-    nav, main = browser.evaluate(places)
-    assert nav + 200 < main
-    browser.evaluate("window.scrollTo(0, 3000)")
-    top, bottom = browser.evaluate(
-        "(box => [box.top, box.bottom])(document.querySelector('nav').getBoundingClientRect())"
-    )
-    assert 0 <= top < bottom <= 1000, "it stays in sight"
-    browser.open(page_file, 360, 800)
-    nav, main = browser.evaluate(places)
-    assert nav == main
-
-
 def test_every_entry_of_the_contents_leads_somewhere(browser, page_file):
     browser.open(page_file, 1600, 1000)
-    assert (
-        browser.evaluate(
-            "[...document.querySelectorAll('a')].filter(a => !document.querySelector("
-            "CSS.escape ? '#' + CSS.escape(a.hash.slice(1)) : a.hash)).map(a => a.hash)"
-        )
-        == []
+    found = browser.evaluate(
+        "[...document.links].map(a => !!document.getElementById(decodeURIComponent(a.hash.slice(1))))"
     )
+    assert len(found) > 5 and all(found)
