@@ -14,11 +14,7 @@ import yaml
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.record import Record, read_json, read_records
 from retinanet_ext.experiments.statistics import (
-    FAILS,
-    HOLDS,
-    NOISE,
-    ONE_SEED,
-    UNMEASURED,
+    WORDS,
     RowResult,
     TableResult,
     count,
@@ -49,27 +45,11 @@ class Results:
 
     @property
     def headline(self) -> str:
-        """Return how many claims came out how, in one sentence."""
-        counts = Counter(verdict.word for table in self.tables for verdict in table.verdicts)
-        if not counts:
-            return "The tables that were run make no claim."
-        phrases = {
-            HOLDS: ("holds", "hold"),
-            FAILS: ("does not hold", "do not hold"),
-            NOISE: ("is within the noise", "are within the noise"),
-            ONE_SEED: ("rests on one seed", "rest on one seed"),
-            UNMEASURED: ("is not measured", "are not measured"),
-        }
-        parts = [
-            f"{counts[word]} {phrase[counts[word] > 1]}"
-            for word, phrase in phrases.items()
-            if counts[word]
-        ]
-        last = " and ".join(parts[-2:])
-        return (
-            f"Of {count(sum(counts.values()), 'claim')} of the tables that were run, "
-            f"{', '.join([*parts[:-2], last])}."
-        )
+        """Return how many claims of the paper got which verdict."""
+        words = [verdict.word for table in self.tables for verdict in table.verdicts]
+        counts = {word: words.count(word) for word in WORDS if word in words}
+        parts = ", ".join(f"{word} {number}" for word, number in counts.items())
+        return f"The paper's claims ({len(words)}): {parts}." if words else "No claim was tested."
 
     @property
     def warnings(self) -> list[str]:
@@ -97,7 +77,7 @@ class Results:
         """Return what was run, with what and on what."""
         info, runs = self.info, self.runs
         data = (f"{side}: {data['name']}" for side, data in info.get("data", {}).items())
-        opts = info.get("opts", [])
+        opts = (" ".join(pair) for pair in zip(*[iter(info.get("opts", []))] * 2, strict=True))
         statuses = Counter(run.status for run in runs)
         dates = sorted(date[:10] for run in runs for date in (run.started, run.ended) if date)
         versions = {package: None for run in runs for package in run.versions}
@@ -105,11 +85,7 @@ class Results:
             "Preset": str(info.get("preset", "")),
             "Data": "; ".join(data),
             "Model and budget": "; ".join(_distinct(map(_budget, self.configs.values()))),
-            "Options": ", ".join(
-                f"{key} {value}"
-                for key, value in zip(opts[::2], opts[1::2], strict=True)
-                if not key.startswith("DATASETS.CUSTOM.")
-            ),
+            "Options": ", ".join(o for o in opts if not o.startswith("DATASETS.CUSTOM.")),
             "Runs": ", ".join(f"{num} {status}" for status, num in statuses.items()),
             "Seeds": ", ".join(_distinct(run.seed for run in runs)),
             "Wall time": duration(sum(run.wall_seconds or 0 for run in runs)) + " in all",

@@ -287,7 +287,7 @@ def _hardware(device: str, num_gpus: int) -> dict[str, Any]:
         "cpu": provenance.cpu_name(),
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
         "num_processes": num_gpus,
-        "threads": torch.get_num_threads(),
+        "threads": max(1, torch.get_num_threads() // num_gpus),
     }
 
 
@@ -428,11 +428,7 @@ def _outcome(code: int, output: Path) -> tuple[str, str]:
 @contextmanager
 def _interrupt_on_sigterm() -> Iterator[None]:
     """Treat SIGTERM as Ctrl-C."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    earlier = signal.signal(signal.SIGTERM, interrupt)
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:

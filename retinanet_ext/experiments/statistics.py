@@ -15,7 +15,7 @@ from retinanet_ext.experiments.tables import Claim, Row, Table
 
 HOLDS, FAILS, NOISE = "holds", "does not hold", "within the noise"
 ONE_SEED, UNMEASURED = "one seed", "not measured"
-CONFIDENCE = 0.95
+WORDS = (HOLDS, FAILS, NOISE, ONE_SEED, UNMEASURED)
 
 RULE = (
     "A claim says that one row of a table has a higher AP than another. The interval is Welch's "
@@ -128,7 +128,7 @@ def welch_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float
     difference = fmean(a) - fmean(b)
     if stdev(a) == stdev(b) == 0:
         return difference, difference
-    interval = ttest_ind(a, b, equal_var=False).confidence_interval(CONFIDENCE)
+    interval = ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
     return float(interval.low), float(interval.high)
 
 

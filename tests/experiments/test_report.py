@@ -151,9 +151,7 @@ def test_tables_with_one_shared_row_are_left_out_and_claim_nothing(campaign):
     results = read_results(campaign)
     assert [one.table.name for one in results.tables] == ["1a"]
     assert results.sparse == ("1b", "3", "prior")
-    assert results.headline == (
-        "Of 4 claims of the tables that were run, 1 rests on one seed and 3 are not measured."
-    )
+    assert results.headline == ("The paper's claims (4): one seed 1, not measured 3.")
     markdown = write_report(campaign)[1].read_text(encoding="utf-8")
     assert "only one row was run are left out: 1b, 3, prior." in markdown
 
