@@ -29,7 +29,6 @@ RULE = (
 SAID_BY_VALUE = ("loss", "method", "backbone", "background : foreground")
 """Settings whose values need no name."""
 
-
 OTHER_DATA = ("imbalance",)
 """Tables whose rows differ in their data, so that their APs are not those of one test set."""
 
