@@ -37,7 +37,7 @@ def main() -> int:
             root=ROOT,
             output=args.output,
         )
-        records = runner.run(campaign, runs, root=ROOT)
+        records = runner.run_campaign(campaign, runs, root=ROOT)
         print(*write_report(campaign.folder), sep="\n")
         return int(len(records) < len(runs) or any(one.status == FAILED for one in records))
     except InputError as error:

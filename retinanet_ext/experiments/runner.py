@@ -112,7 +112,9 @@ def plan(
     preset = find_preset(preset_name)
     chosen = find_rows(tables, rows, preset)
     if seeds is not None and seeds < 1:
-        raise InputError(f"the number of seeds must be at least 1, got {seeds}")
+        raise InputError(f"--seeds must be at least 1, got {seeds}")
+    if num_gpus < 1:
+        raise InputError(f"--num-gpus must be at least 1, got {num_gpus}")
     _check_opts(preset, chosen, opts)
     configs = root / "configs"
     file_digest = cache(_file_digest)
@@ -211,7 +213,7 @@ def _file_digest(path: str) -> str:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def run(
+def run_campaign(
     campaign: Campaign,
     runs: Sequence[Run],
     *,
@@ -231,28 +233,28 @@ def run(
     num_gpus = campaign.content["num_gpus"]
     hardware = _hardware(_check(runs, num_gpus), num_gpus)
     with _open_campaign(campaign) as lock, _interrupt_on_sigterm():
-        records = {(one.key, one.seed): one for one in record.read_records(campaign.folder)}
+        records = {(run.key, run.seed): run for run in record.read_records(campaign.folder)}
         waiting = []
-        for one in runs:
-            if (found := records.get((one.key, one.seed))) and found.status != record.FAILED:
-                _credit(found, one)
+        for run in runs:
+            if (found := records.get((run.key, run.seed))) and found.status != record.FAILED:
+                _credit(found, run)
             else:
-                waiting.append(one)
+                waiting.append(run)
         done = len(runs) - len(waiting)
         log(f"{done} of {len(runs)} runs are done; results in {campaign.folder}")
-        for number, one in enumerate(waiting, start=done + 1):
+        for number, run in enumerate(waiting, start=done + 1):
             left = _time_left(records, len(runs) - number + 1)
             try:
-                folder = _folder(campaign.folder, one)
+                folder = _folder(campaign.folder, run)
                 how = "resumed" if (folder / RUN).exists() else "started"
-                log(f"[{number}/{len(runs)}] {one.label} {how}{left}")
-                ended = _run(folder, one, root, hardware, lock)
+                log(f"[{number}/{len(runs)}] {run.label} {how}{left}")
+                ended = _run(folder, run, root, hardware, lock)
             except (InputError, OSError) as error:
-                log(f"{one.label} cannot be run: {error}")
+                log(f"{run.label} cannot be run: {error}")
             else:
-                records[one.key, one.seed] = ended
-                log(f"{one.label}: {_result(ended)} ({duration(ended.wall_seconds)})")
-    return [records[one.key, one.seed] for one in runs if (one.key, one.seed) in records]
+                records[run.key, run.seed] = ended
+                log(f"{run.label}: {_result(ended)} ({duration(ended.wall_seconds)})")
+    return [records[run.key, run.seed] for run in runs if (run.key, run.seed) in records]
 
 
 def _check(runs: Sequence[Run], num_gpus: int) -> str:
@@ -266,17 +268,17 @@ def _check(runs: Sequence[Run], num_gpus: int) -> str:
         )
     first, is_set = load_config(str(runs[0].config_file), runs[0].arguments)
     use_cpu_without_cuda(first, num_threads=torch.get_num_threads())
-    for one in {one.key: one for one in runs}.values():  # seeds aside
-        _check_row(one, first.MODEL.DEVICE, num_gpus)
+    for run in {run.key: run for run in runs}.values():  # seeds aside
+        _check_row(run, first.MODEL.DEVICE, num_gpus)
     weights, _ = find_weights(first, resume=False, eval_only=False)
     prepare_datasets(first, num_classes_is_set=is_set, eval_only=False)
     check_model(first, weights, resume=False, eval_only=False)
     return first.MODEL.DEVICE
 
 
-def _check_row(one: Run, device: str, num_gpus: int) -> None:
+def _check_row(run: Run, device: str, num_gpus: int) -> None:
     """Refuse a row's config before anything is run or written."""
-    cfg, _ = load_config(str(one.config_file), one.arguments)
+    cfg, _ = load_config(str(run.config_file), run.arguments)
     cfg.MODEL.DEVICE = device
     check_config(cfg, num_processes=num_gpus, eval_only=False)
 
@@ -305,32 +307,32 @@ def _open_campaign(campaign: Campaign) -> Iterator[IO[bytes]]:
         except OSError:
             raise InputError(
                 f"another runner is at work in {campaign.folder}; the same command goes on "
-                "from there once that one has ended"
+                "from there once it has ended"
             ) from None
         if not (campaign.folder / CAMPAIGN).exists():
             record.write_json(campaign.folder / CAMPAIGN, campaign.content)
         yield lock
 
 
-def _credit(found: Record, one: Run) -> None:
+def _credit(found: Record, run: Run) -> None:
     """Add to a finished run's record the rows that were given its config since."""
-    if missing := [row for row in one.rows if row not in found.rows]:
+    if missing := [row for row in run.rows if row not in found.rows]:
         found.rows += missing
         found.write()
 
 
-def _run(folder: Path, one: Run, root: Path, hardware: dict[str, Any], lock: IO[bytes]) -> Record:
+def _run(folder: Path, run: Run, root: Path, hardware: dict[str, Any], lock: IO[bytes]) -> Record:
     """Run ``train_net.py``, resuming what is there, and write the record of how it ended."""
     folder.mkdir(exist_ok=True)
     (folder / record.RECORD).unlink(missing_ok=True)  # of a run that failed
-    starts = _add_start(folder, one)
-    command = [sys.executable, str(root / "train_net.py"), "--config-file", str(one.config_file)]
+    starts = _add_start(folder, run)
+    command = [sys.executable, str(root / "train_net.py"), "--config-file", str(run.config_file)]
     command += ["--num-gpus", str(hardware["num_processes"])]
     command += ["--resume"] if len(starts) > 1 else []
     with (
         open(folder / "output.txt", "ab") as output,
         subprocess.Popen(
-            [*command, *one.arguments, "OUTPUT_DIR", str(folder)],
+            [*command, *run.arguments, "OUTPUT_DIR", str(folder)],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -346,19 +348,19 @@ def _run(folder: Path, one: Run, root: Path, hardware: dict[str, Any], lock: IO[
             process.terminate()  # it saves a checkpoint
             process.wait()
             raise
-    return _write_record(folder, one, starts, hardware, process.returncode)
+    return _write_record(folder, run, starts, hardware, process.returncode)
 
 
-def _folder(campaign: Path, one: Run) -> Path:
+def _folder(campaign: Path, run: Run) -> Path:
     """Return the run's folder: its own if it has one, else one that no other config has taken."""
-    folder, number = campaign / "runs" / one.name, 1
-    while (folder / RUN).exists() and record.read_json(folder / RUN).get("key") != one.key:
+    folder, number = campaign / "runs" / run.name, 1
+    while (folder / RUN).exists() and record.read_json(folder / RUN).get("key") != run.key:
         number += 1
-        folder = folder.with_name(f"{one.name}-{number}")
+        folder = folder.with_name(f"{run.name}-{number}")
     return folder
 
 
-def _add_start(folder: Path, one: Run) -> list[dict[str, Any]]:
+def _add_start(folder: Path, run: Run) -> list[dict[str, Any]]:
     """Add a start to ``run.json``, and return all starts of the run.
 
     The time of a start that was cut off ends with the last line of output.
@@ -370,14 +372,14 @@ def _add_start(folder: Path, one: Run) -> list[dict[str, Any]]:
         seconds = max(0.0, output.stat().st_mtime - starts[-1]["time"])
         starts[-1].setdefault("seconds", round(seconds, 1))
     starts.append({"time": time.time(), "commit": provenance.commit()})
-    content = {"key": one.key, "rows": one.rows, "starts": starts}
+    content = {"key": run.key, "rows": run.rows, "starts": starts}
     record.write_json(folder / RUN, content)
     return starts
 
 
 def _write_record(
     folder: Path,
-    one: Run,
+    run: Run,
     starts: list[dict[str, Any]],
     hardware: dict[str, Any],
     exit_code: int,
@@ -388,9 +390,9 @@ def _write_record(
     steps = [line for line in record.read_metrics(folder) if "total_loss" in line]
     seconds = sum(start.get("seconds", 0) for start in starts[:-1]) + now - starts[-1]["time"]
     ended = Record(
-        rows=list(one.rows),
-        seed=one.seed,
-        key=one.key,
+        rows=list(run.rows),
+        seed=run.seed,
+        key=run.key,
         status=status,
         message=message,
         metrics=metrics if status == record.FINISHED else {},
@@ -408,7 +410,7 @@ def _write_record(
     ended.write()
     if status != record.FAILED:
         for checkpoint in folder.glob("model_[0-9]*.pth"):
-            checkpoint.unlink()  # model_final.pth stays, where there is one
+            checkpoint.unlink()  # model_final.pth stays, if there is one
     return ended
 
 
@@ -441,7 +443,7 @@ def _local_time(seconds: float) -> str:
 
 def _time_left(records: dict[tuple[str, int], Record], num_left: int) -> str:
     """Return how many runs are left, and for how long, judging by those that finished."""
-    seconds = [one.wall_seconds for one in records.values() if one.status == record.FINISHED]
+    seconds = [run.wall_seconds for run in records.values() if run.status == record.FINISHED]
     about = f", about {duration(sum(seconds) / len(seconds) * num_left)}" if seconds else ""
     return f"; {num_left} left{about}"
 

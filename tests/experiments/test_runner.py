@@ -127,7 +127,7 @@ def test_failure_and_divergence_do_not_end_the_others(root, tmp_path):
     rows = ("alpha.10", "alpha.25", "alpha.50")
     campaign, runs = plan(root, tmp_path / "out", *rows, seeds=2)
     lines = []
-    records = runner.run(campaign, runs, root=root, log=lines.append)
+    records = runner.run_campaign(campaign, runs, root=root, log=lines.append)
     by_row = {(one.rows[0], one.seed): one for one in records}
     assert len(by_row) == 6
     for seed in (1, 2):
@@ -144,7 +144,7 @@ def test_failure_and_divergence_do_not_end_the_others(root, tmp_path):
     # What failed is tried again, the others stay.
     before = hashes(by_row["1a/alpha.25", 1].folder), hashes(by_row["1a/alpha.50", 1].folder)
     lines.clear()
-    runner.run(campaign, runs, root=root, log=lines.append)
+    runner.run_campaign(campaign, runs, root=root, log=lines.append)
     assert lines[0].startswith("4 of 6 runs are done") and len(lines) == 5
     assert lines[1].startswith("[5/6] 1a/alpha.10 seed 1 resumed; 2 left, about ")
     assert before == (
@@ -167,7 +167,7 @@ def test_interrupted_run_is_resumed_and_its_time_counted(number, root, tmp_path)
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        runner.run(campaign, runs, root=root, log=lambda line: None)
+        runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
     thread.join()
     signal.signal(signal.SIGINT, earlier)
     assert (folder / "saved").exists(), "the run was left the time to save"
@@ -179,7 +179,7 @@ def test_interrupted_run_is_resumed_and_its_time_counted(number, root, tmp_path)
     os.utime(folder / "output.txt", (last - 3600, last - 3600))
     start["time"] -= 3600
     (folder / "run.json").write_text(json.dumps(content))
-    (one,) = runner.run(campaign, runs, root=root, log=lambda line: None)
+    (one,) = runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
     assert one.num_starts == 2 and one.status == "finished"
     # Both parts count, and the time in between does not.
     assert 5 < one.wall_seconds < 20
@@ -193,11 +193,11 @@ def test_second_runner_is_refused_until_the_first_and_its_run_have_ended(root, t
     with runner._open_campaign(campaign) as lock:
         run_of_it = os.dup(lock.fileno())
     with refused:  # a run that has outlived its runner
-        runner.run(campaign, runs, root=root, log=lambda line: None)
+        runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
     os.close(run_of_it)
     assert not list((campaign.folder / "runs").iterdir())
     (tmp_path / "go").touch()
-    assert runner.run(campaign, runs, root=root, log=lambda line: None)
+    assert runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
 
 
 def test_a_row_that_cannot_be_started_does_not_end_the_others(root, tmp_path):
@@ -206,7 +206,7 @@ def test_a_row_that_cannot_be_started_does_not_end_the_others(root, tmp_path):
     folder.parent.mkdir(parents=True)
     folder.write_text("a file")
     lines = []
-    records = runner.run(campaign, runs, root=root, log=lines.append)
+    records = runner.run_campaign(campaign, runs, root=root, log=lines.append)
     assert [one.rows[0] for one in records] == ["1a/alpha.75"]
     assert any("1a/alpha.50" in line and "cannot be run" in line for line in lines)
 
@@ -214,15 +214,15 @@ def test_a_row_that_cannot_be_started_does_not_end_the_others(root, tmp_path):
 def test_a_new_row_of_the_same_config_is_credited(root, tmp_path):
     campaign, (one,) = plan(root, tmp_path / "out", "alpha.50")
     less = runner.Run(one.rows[:1], *(one.key, 1, one.config_file, one.arguments))
-    runner.run(campaign, [less], root=root, log=lambda line: None)
-    (found,) = runner.run(campaign, [one], root=root, log=lambda line: None)
+    runner.run_campaign(campaign, [less], root=root, log=lambda line: None)
+    (found,) = runner.run_campaign(campaign, [one], root=root, log=lambda line: None)
     assert record.read_record(found.folder).rows == ["1a/alpha.50", "prior/pi.01"]
 
 
 def test_other_versions_configs_and_data_are_kept_apart(root, tmp_path, monkeypatch):
     output = tmp_path / "out"
     campaign, runs = plan(root, output, "alpha.50")
-    runner.run(campaign, runs, root=root, log=lambda line: None)
+    runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
     before = hashes(campaign.folder)
 
     same_data = tmp_path / "copy.json"
@@ -242,15 +242,15 @@ def test_other_versions_configs_and_data_are_kept_apart(root, tmp_path, monkeypa
     folders = {other.folder for other in others}
     assert len(folders) == 4 and campaign.folder not in folders
     changed, runs = plan(root, output, "alpha.50")
-    runner.run(changed, runs, root=root, log=lambda line: None)
+    runner.run_campaign(changed, runs, root=root, log=lambda line: None)
     assert hashes(campaign.folder) == before
 
 
 def test_a_row_whose_definition_changed_gets_a_folder_of_its_own(root, tmp_path):
     campaign, (one,) = plan(root, tmp_path / "out", "alpha.50")
-    runner.run(campaign, [one], root=root, log=lambda line: None)
+    runner.run_campaign(campaign, [one], root=root, log=lambda line: None)
     changed = runner.Run(one.rows, "another", 1, one.config_file, one.arguments)
-    runner.run(campaign, [changed], root=root, log=lambda line: None)
+    runner.run_campaign(campaign, [changed], root=root, log=lambda line: None)
     folders = sorted(path.name for path in (campaign.folder / "runs").iterdir())
     assert folders == ["1a_alpha.50_seed1", "1a_alpha.50_seed1-2"]
 
@@ -284,15 +284,27 @@ def test_what_no_row_could_run_with_is_refused_before_anything_is_written(
 ):
     with pytest.raises(InputError, match=answer):
         campaign, runs = plan(root, tmp_path / "out", opts=[*OPTS, *change])
-        runner.run(campaign, runs, root=root, log=lambda line: None)
+        runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [
+        ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"num_gpus": 0}, "--num-gpus must be at least 1"),
+    ],
+)
+def test_numbers_of_nothing(number, answer, tmp_path):
+    with pytest.raises(InputError, match=answer):
+        plan(ROOT, tmp_path, **number)
 
 
 def test_unwritable_folder(root, tmp_path):
     (tmp_path / "out").write_text("a file")
     campaign, runs = plan(root, tmp_path / "out", "alpha.50")
     with pytest.raises(InputError, match="out"):
-        runner.run(campaign, runs, root=root, log=lambda line: None)
+        runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
 
 
 def test_full_disk_leaves_the_earlier_record(tmp_path, monkeypatch):
