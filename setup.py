@@ -15,7 +15,6 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["retinanet_ext", "retinanet_ext.*"]),
-    package_data={"retinanet_ext.experiments": ["page.css", "page.html"]},
     install_requires=[
         "torch>=2.6",
         "torchvision",
@@ -29,7 +28,8 @@ setup(
         "pyyaml",
         "tabulate",
         "matplotlib",
-        "jinja2",
+        "scipy",
+        "markdown-it-py",
     ],
     extras_require={
         # Its build imports torch: install torch first, then this with --no-build-isolation

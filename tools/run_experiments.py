@@ -9,17 +9,37 @@ from pathlib import Path
 
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments import runner
-from retinanet_ext.experiments.presets import PRESETS
+from retinanet_ext.experiments.presets import PRESETS, list_tables
 from retinanet_ext.experiments.record import FAILED
+from retinanet_ext.experiments.report import write_report, write_reports
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main() -> int:
-    """Run the command line."""
+    """Run the command line; 1 if a row failed or could not be run."""
     args = parse_arguments()
     try:
-        return {"list": list_tables, "run": run_rows, "report": write_reports}[args.command](args)
+        if args.command == "list":
+            print(list_tables(args.table))
+            return 0
+        if args.command == "report":
+            for path in write_reports(args.output):
+                print(path)
+            return 0
+        campaign, runs = runner.plan(
+            args.preset,
+            tables=args.table,
+            rows=args.row,
+            seeds=args.seeds,
+            num_gpus=args.num_gpus,
+            opts=args.opts,
+            root=ROOT,
+            output=args.output,
+        )
+        records = runner.run_campaign(campaign, runs, root=ROOT)
+        print(*write_report(campaign.folder), sep="\n")
+        return int(len(records) < len(runs) or any(one.status == FAILED for one in records))
     except InputError as error:
         print(f"run_experiments.py: error: {error}", file=sys.stderr)
         return 2
@@ -42,61 +62,14 @@ def parse_arguments() -> argparse.Namespace:
     run.add_argument("--preset", required=True, metavar="NAME", help=presets)
     run.add_argument("--seeds", type=int, metavar="N", help="default: the preset's")
     run.add_argument("--num-gpus", type=int, default=1, metavar="N", help="of each row")
-    run.add_argument("--jobs", type=int, default=1, metavar="N", help="rows at a time")
     run.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for all rows")
 
-    report = commands.add_parser("report", help="write the pages anew")
+    report = commands.add_parser("report", help="write the reports anew")
     for command in (run, report):
         command.add_argument(
             "--output", type=Path, default=Path("output/experiments"), metavar="FOLDER"
         )
     return parser.parse_args()
-
-
-def list_tables(args: argparse.Namespace) -> int:
-    """Show the tables, or the rows of some."""
-    print(runner.describe(args.table))
-    return 0
-
-
-def run_rows(args: argparse.Namespace) -> int:
-    """Run rows, then write the report; 1 if one failed."""
-    campaign, runs = runner.plan(
-        args.preset,
-        tables=args.table,
-        rows=args.row,
-        seeds=args.seeds,
-        num_gpus=args.num_gpus,
-        opts=args.opts,
-        root=ROOT,
-        output=args.output,
-    )
-    records = runner.run(campaign, runs, root=ROOT, jobs=args.jobs)
-    report(campaign.folder)
-    return int(any(one.status == FAILED for one in records))
-
-
-def write_reports(args: argparse.Namespace) -> int:
-    """Write the report of each campaign below --output."""
-    campaigns = sorted(path.parent for path in args.output.glob(f"*/{runner.CAMPAIGN}"))
-    if not campaigns:
-        raise InputError(f"{args.output} holds no experiments; --output names their folder")
-    code = 0
-    for campaign in campaigns:
-        try:
-            report(campaign)
-        except InputError as error:
-            code = 2
-            print(f"run_experiments.py: error: {error}", file=sys.stderr)
-    return code
-
-
-def report(campaign: Path) -> None:
-    """Write a campaign's report and say where."""
-    from retinanet_ext.experiments.report import write_report
-
-    for path in write_report(campaign):
-        print(path)
 
 
 if __name__ == "__main__":

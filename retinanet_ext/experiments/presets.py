@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
+from tabulate import tabulate
 
 from retinanet_ext.engine import load_config
 from retinanet_ext.engine.advice import ineffective_keys
@@ -20,11 +21,10 @@ class Preset:
     """How rows are run.
 
     Attributes:
-        name: as on the command line.
-        what: in a few words.
+        name, what: as on the command line, and in a few words.
         configs: the paper's model -> file in ``configs/``.
-        overrides: config key -> value, below those of the command line and of the row.
-        seeds: how many seeds each row is run with, unless said otherwise.
+        overrides: config key -> value; the command line and the row take precedence.
+        seeds: number of seeds of each row, unless the command line says otherwise.
     """
 
     name: str
@@ -35,9 +35,26 @@ class Preset:
 
 
 _SMALL = dict.fromkeys(("R50", "R101", "X101"), "small_R18_FPN.yaml")
-_SAMPLE_SET = {
+_SMALL_OVERRIDES = {
     "DATASETS.TRAIN": ("retinanet_ext_sample_train",),
     "DATASETS.TEST": ("retinanet_ext_sample_val",),
+    "INPUT.MIN_SIZE_TRAIN": (160,),
+    "INPUT.MIN_SIZE_TEST": 160,
+    "MODEL.ANCHOR_GENERATOR.BASE_SCALE": 2.0,  # small images hold small objects
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 4,
+    "SOLVER.BASE_LR": 0.02,
+    "SOLVER.MAX_ITER": 350,
+    "SOLVER.CHECKPOINT_PERIOD": 100,
+}
+_QUICK_OVERRIDES = {
+    **_SMALL_OVERRIDES,
+    "INPUT.MIN_SIZE_TRAIN": (128,),
+    "INPUT.MIN_SIZE_TEST": 128,
+    "SOLVER.WARMUP_ITERS": 10,
+    "SOLVER.MAX_ITER": 30,
+    "SOLVER.CHECKPOINT_PERIOD": 30,
+    "TEST.DETECTION_GRID.NUM_IMAGES": 4,
 }
 
 PRESETS: dict[str, Preset] = {
@@ -45,91 +62,70 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         Preset(
             "paper",
-            "COCO as published: 8 GPUs, 16 images an iteration, 90k iterations",
-            {
-                "R50": "retinanet_R50_FPN.yaml",
-                "R101": "retinanet_R101_FPN.yaml",
-                "X101": "retinanet_X101_FPN.yaml",
-            },
+            "COCO as published: 8 GPUs, 16 images per iteration, 90k iterations",
+            {name: f"retinanet_{name}_FPN.yaml" for name in ("R50", "R101", "X101")},
         ),
         Preset(
             "small",
-            "ResNet-18 from random weights on your data: minutes a row on one GPU or CPU core",
+            "ResNet-18 from random weights on your data: minutes per row on one GPU or CPU core",
             _SMALL,
-            {
-                **_SAMPLE_SET,
-                "INPUT.MIN_SIZE_TRAIN": (160,),
-                "INPUT.MIN_SIZE_TEST": 160,
-                "MODEL.ANCHOR_GENERATOR.BASE_SCALE": 2.0,  # small images hold small objects
-                "DATALOADER.NUM_WORKERS": 0,
-                "SOLVER.IMS_PER_BATCH": 4,
-                "SOLVER.BASE_LR": 0.02,
-                "SOLVER.MAX_ITER": 350,
-                "SOLVER.CHECKPOINT_PERIOD": 100,
-            },
+            _SMALL_OVERRIDES,
             seeds=2,
         ),
         Preset(
             "quick",
-            "a first look: the small preset cut to seconds a row, whose AP means little",
+            "a first look: the small preset cut to seconds per row; its AP means little",
             _SMALL,
-            {
-                **_SAMPLE_SET,
-                "INPUT.MIN_SIZE_TRAIN": (128,),
-                "INPUT.MIN_SIZE_TEST": 128,
-                "MODEL.ANCHOR_GENERATOR.BASE_SCALE": 2.0,
-                "DATALOADER.NUM_WORKERS": 0,
-                "SOLVER.IMS_PER_BATCH": 4,
-                "SOLVER.BASE_LR": 0.02,
-                "SOLVER.WARMUP_ITERS": 10,
-                "SOLVER.MAX_ITER": 30,
-                "SOLVER.CHECKPOINT_PERIOD": 30,
-                "TEST.DETECTION_GRID.NUM_IMAGES": 4,
-            },
+            _QUICK_OVERRIDES,
         ),
     )
 }
 
 
 def find_preset(name: str) -> Preset:
-    """Return a preset, or raise :class:`InputError` naming all."""
+    """Return a preset, or raise :class:`InputError` with the names of all presets."""
     if name not in PRESETS:
         raise InputError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
+def find_table(name: str) -> Table:
+    """Return a table, or raise :class:`InputError` with the names of all tables."""
+    if name not in TABLES:
+        raise InputError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
+    return TABLES[name]
+
+
 def find_rows(
     tables: Sequence[str], rows: Sequence[str], preset: Preset
 ) -> list[tuple[Table, Row]]:
-    """Return the rows asked for, in the tables' order; no table means all of the preset.
+    """Return rows with their tables, in the order of :data:`TABLES`.
 
     Args:
-        tables: names of tables
+        tables: names of tables; none means all tables of the preset
         rows: names of rows; none means all. Each must be in one of the tables.
-        preset: what they will be run with
+        preset: how they will be run
 
     Raises:
-        InputError: what does not exist, with what does
+        InputError: a name that does not exist, with those that do
     """
-    for name in tables:
-        if name not in TABLES:
-            raise InputError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
-        if preset.name not in TABLES[name].presets:
+    for table in map(find_table, tables):
+        if preset.name not in table.presets:
             raise InputError(
-                f"table {name} has no preset {preset.name!r}; "
-                f"it has {', '.join(TABLES[name].presets)}"
+                f"table {table.name} has no preset {preset.name!r}; "
+                f"it has {', '.join(table.presets)}"
             )
-    chosen = [
-        table
+    found = [
+        (table, row)
         for table in TABLES.values()
         if (table.name in tables if tables else preset.name in table.presets)
+        for row in table.rows
     ]
-    found = [(table, row) for table in chosen for row in table.rows]
+    known = list(dict.fromkeys(row.name for _, row in found))
     for name in rows:
-        if all(row.name != name for _, row in found):
+        if name not in known:
             where = f"table {', '.join(tables)}" if tables else "any table"
-            known = ", ".join(dict.fromkeys(row.name for _, row in found))
-            raise InputError(f"there is no row {name!r} in {where}; there are {known}")
+            raise InputError(f"there is no row {name!r} in {where}; there are {', '.join(known)}")
     return [(table, row) for table, row in found if not rows or row.name in rows]
 
 
@@ -143,7 +139,7 @@ def row_arguments(preset: Preset, row: Row, seed: int, opts: Sequence[str]) -> l
 
 
 def _pairs(overrides: Mapping[str, Any]) -> list[str]:
-    texts = {k: v if isinstance(v, str) else repr(v) for k, v in overrides.items()}
+    texts = {key: v if isinstance(v, str) else repr(v) for key, v in overrides.items()}
     return [text for pair in texts.items() for text in pair]
 
 
@@ -168,3 +164,23 @@ def row_config(
     if ineffective := ineffective_keys(cfg):
         raise InputError(f"row {row.name}: {ineffective[0]}")
     return cfg, num_classes_is_set
+
+
+def list_tables(names: Sequence[str] = ()) -> str:
+    """Return all tables as text, or the rows of the named tables; see :func:`find_table`."""
+    if not names:
+        rows = [
+            (t.name, len(t.rows), t.title, t.source, ", ".join(t.presets)) for t in TABLES.values()
+        ]
+        return tabulate(rows, ["table", "rows", "what", "where", "presets"], disable_numparse=True)
+    texts = []
+    for table in map(find_table, names):
+        rows = [
+            (row.name, *row.settings.values(), row.paper.get("AP", row.outcome))
+            for row in table.rows
+        ]
+        head = ["row", *table.rows[0].settings, "the paper's AP"]
+        lines = [f"{table.name}: {table.title} ({table.source})", table.note]
+        lines.append(tabulate(rows, head, disable_numparse=True))
+        texts.append("\n".join(filter(None, lines)))
+    return "\n\n".join(texts)

@@ -1,172 +1,238 @@
-"""What was measured beside what the paper says, as Markdown and as one HTML page."""
+"""The report of a campaign: ``report.md`` with figures, ``report.html`` and ``runs.csv``."""
 
 from __future__ import annotations
 
+import csv
+import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
 
+from detectron2.config import get_cfg
+
+from retinanet_ext.config import add_retinanet_ext_config
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.figures import Drawing, draw_figures
-from retinanet_ext.experiments.page import render_page
-from retinanet_ext.experiments.results import (
+from retinanet_ext.experiments.page import anchor, render_page
+from retinanet_ext.experiments.record import read_json
+from retinanet_ext.experiments.results import Results, flatten, read_results
+from retinanet_ext.experiments.statistics import (
     RULE,
-    Results,
     RowResult,
     TableResult,
+    Verdict,
     duration,
     number,
-    read_results,
     signed,
     with_spread,
 )
 from retinanet_ext.files import write_file
 
 
-def write_report(campaign: Path) -> tuple[Path, Path]:
-    """Write ``report.md``, ``report.html`` and ``figures/*.svg`` of a campaign.
+def write_reports(output: Path) -> Iterator[Path]:
+    """Write the report of every campaign in a folder, and yield the path of each file.
+
+    Raises:
+        InputError: no campaign, or, once all others are written, those that have no report
+    """
+    campaigns = sorted(path.parent for path in output.glob("*/campaign.json"))
+    if not campaigns:
+        raise InputError(f"{output} holds no experiments; --output names their folder")
+    errors = []
+    for campaign in campaigns:
+        try:
+            yield from write_report(campaign)
+        except InputError as error:
+            errors.append(str(error))
+    if errors:
+        raise InputError("; ".join(errors))
+
+
+def write_report(campaign: Path) -> tuple[Path, Path, Path]:
+    """Write ``runs.csv``, ``report.md``, ``report.html`` and ``figures/*.svg`` of a campaign.
 
     They follow from the records alone and replace earlier ones; the same records give the same
     bytes. The page needs no other file.
-
-    Args:
-        campaign: the folder that the runner wrote
-
-    Returns:
-        the paths of ``report.md`` and ``report.html``
 
     Raises:
         InputError: no run has ended, a record cannot be read, or the report cannot be written,
             in which case earlier files are intact
     """
     results = read_results(campaign)
-    figures = draw_figures(results)
-    page = render_page(results, figures)
+    figures = draw_figures(results.tables)
     markdown = render_markdown(results, figures)
-    folder = campaign / "figures"
     try:
-        folder.mkdir(exist_ok=True)
+        (campaign / "figures").mkdir(exist_ok=True)
     except OSError as error:
-        raise InputError(f"{folder} cannot be made: {error.strerror}") from error
+        raise InputError(f"{error.filename} cannot be made: {error.strerror}") from error
     for drawing in (drawing for drawings in figures.values() for drawing in drawings):
-        write_file(folder / f"{drawing.name}.svg", drawing.svg)
-    for cdf in results.loss_cdfs:
-        write_file(folder / f"{cdf.name}.svg", cdf.svg)
-    write_file(campaign / "report.md", markdown)
-    write_file(campaign / "report.html", page)
-    return campaign / "report.md", campaign / "report.html"
+        write_file(campaign / "figures" / f"{drawing.name}.svg", drawing.svg)
+    paths = tuple(campaign / name for name in ("runs.csv", "report.md", "report.html"))
+    contents = (render_csv(results), markdown, render_page(markdown, campaign))
+    for path, content in zip(paths, contents, strict=True):
+        write_file(path, content)
+    return paths
+
+
+def render_csv(results: Results) -> str:
+    """Return a line per run: record, metrics, and each config key that any run does not default."""
+    cfg = get_cfg()
+    add_retinanet_ext_config(cfg)
+    defaults = flatten(cfg)
+    settings = {
+        key: None
+        for config in results.configs.values()
+        for key, value in config.items()
+        if value != defaults.get(key)
+    }
+    lines = []
+    for run in results.runs:
+        line = {**asdict(run), "folder": run.folder.name, "rows": " ".join(run.rows)}
+        for name in ("metrics", "versions", "hardware"):
+            line |= line.pop(name)
+        config = results.configs[run.folder]
+        lines.append(line | {key: config.get(key) for key in settings})
+    file = io.StringIO()
+    columns = dict.fromkeys(key for line in lines for key in line)
+    writer = csv.DictWriter(file, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return file.getvalue()
 
 
 def render_markdown(results: Results, figures: Mapping[str, Sequence[Drawing]]) -> str:
     """Return the report in GitHub's Markdown; figures are named, not contained."""
-    blocks = [*_head(results), *_findings(results)]
-    for table in results.full_tables:
-        blocks += _table(table, figures[table.table.name], level=2)
-    if results.sparse_tables:
-        blocks.append("## Tables of which one row was run")
-        for table in results.sparse_tables:
-            blocks += _table(table, figures[table.table.name], level=3)
+    blocks = ["# The experiments of *Focal Loss for Dense Object Detection*, measured"]
+    blocks.append("\n".join(f"- **{k}**: {_escape(v)}" for k, v in results.facts.items()))
+    blocks += [f"> **Note.** {_escape(warning)}" for warning in results.warnings]
+    blocks += _findings(results)
+    for table in results.tables:
+        blocks += _table(table)
+        for drawing in figures[table.table.name]:
+            caption = _escape(drawing.caption)
+            blocks += [f"![{caption}](figures/{drawing.name}.svg)", f"*{caption}*"]
     blocks += _loss_cdfs(results)
     blocks += _pictures(results)
     blocks += _runs(results)
-    return "\n\n".join(blocks) + "\n"
-
-
-def _head(results: Results) -> Iterator[str]:
-    yield "# The experiments of *Focal Loss for Dense Object Detection*, measured"
-    yield _list(f"**{name}**: {_escape(value)}" for name, value in results.facts)
-    for warning in results.warnings:
-        yield f"> **Note.** {_escape(warning)}"
+    titles = [block.removeprefix("## ") for block in blocks if block.startswith("## ")]
+    contents = " · ".join(f"[{title}](#{anchor(title)})" for title in titles)
+    return "\n\n".join([blocks[0], contents, *blocks[1:]]) + "\n"
 
 
 def _findings(results: Results) -> Iterator[str]:
     yield "## Findings"
-    yield f"{results.headline} {_escape(results.best_sentence)}".strip()
-    if results.verdicts:
+    yield results.headline
+    verdicts = [(table, verdict) for table in results.tables for verdict in table.verdicts]
+    if verdicts:
+        numbers = ("difference in AP (95 % interval)", "in the paper")
         yield _markdown_table(
-            ("table", "here", "the paper's claim", "difference in AP", "paper's", "remarks"),
-            [
-                (
-                    table.table.name,
-                    f"**{verdict.word}**",
-                    _escape(verdict.claim.text),
-                    _escape(verdict.measured),
-                    signed(verdict.paper_difference),
-                    _escape("; ".join(verdict.remarks)),
-                )
-                for table, verdict in results.verdicts
-            ],
+            ("table", "the paper's claim", "here", *numbers),
+            [(table.table.name, *_claim_cells(verdict)) for table, verdict in verdicts],
+            numbers=(3, 4),
         )
         yield RULE
-    best = [(table, table.best, table.paper_best) for table in results.full_tables if table.best]
+    best = [(table, table.best) for table in results.tables if table.best]
     if best:
+        yield "### Best row of each table"
         yield _markdown_table(
-            ("table", "best row here", "AP", "best row in the paper", "AP"),
-            [
-                (
-                    _escape(f"{table.table.name}: {table.table.title}"),
-                    _escape(here.label),
-                    _escape(with_spread(here.values("AP"))),
-                    _escape(paper.label) if paper else "–",
-                    number(paper.row.paper["AP"]) if paper else "–",
-                )
-                for table, here, paper in best
-            ],
+            ("table", "best row here", "AP", "not told apart from it", "best in the paper", "AP"),
+            [(table.table.name, *_best_cells(table, row)) for table, row in best],
         )
+        yield (
+            "Not told apart: the interval of the difference includes 0; with one seed nothing is "
+            "told apart. The best is the highest of several means, so its own is likely too high."
+        )
+    elif not any(row.values("AP") for table in results.tables for row in table.rows):
+        yield "No row has an AP yet."
 
 
-def _table(table: TableResult, drawings: Sequence[Drawing], *, level: int) -> Iterator[str]:
-    yield f"{'#' * level} {_escape(table.heading)}"
-    yield _escape(table.introduction)
-    settings = table.settings
-    metrics = table.metrics
-    paper = [f"paper {column}" for column in table.paper_columns]
+def _claim_cells(verdict: Verdict) -> tuple[str, ...]:
+    remarks = f" ({'; '.join(verdict.remarks)})" if verdict.remarks else ""
+    return (
+        _escape(verdict.claim.text + remarks),
+        verdict.word,
+        verdict.measured,
+        signed(verdict.paper_difference),
+    )
+
+
+def _best_cells(table: TableResult, best: RowResult) -> tuple[str, ...]:
+    values = best.values("AP")
+    close = "; ".join(row.label for row in table.close_to_best)
+    printed = [row for row in table.rows if "AP" in row.row.paper]
+    paper = max(printed, key=lambda row: row.row.paper["AP"], default=None)
+    return (
+        _escape(best.label),
+        with_spread(values),
+        _escape(close or ("one seed" if len(values) < 2 else "–")),
+        _escape(paper.label) if paper else "–",
+        number(paper.row.paper["AP"]) if paper else "–",
+    )
+
+
+def _table(result: TableResult) -> Iterator[str]:
+    table, metrics = result.table, result.metrics
+    yield f"## {_escape(result.heading)}"
+    yield _escape(f"{table.source[0].upper()}{table.source[1:]}. {table.note}".strip())
+    settings = list(dict.fromkeys(name for row in table.rows for name in row.settings))
+    paper = [f"paper {metric}" for metric in metrics]
+    if not any(row.paper for row in table.rows):
+        paper = ["paper"] if any(row.outcome for row in table.rows) else []
+    rows = []
+    for row in result.rows:
+        printed = [number(row.row.paper.get(metric)) for metric in metrics]
+        if not row.row.paper:
+            printed = [_escape(row.row.outcome), *[""] * len(paper)]
+        seeds = ", ".join(map(number, row.values("AP")))
+        names = [_escape(row.row.settings.get(name, "")) for name in settings]
+        cells = [*names, *printed[: len(paper)], *row.cells(metrics), seeds, _escape(row.status)]
+        rows.append(cells)
     head = [*settings, *paper, *metrics, "AP of each seed", "runs"]
-    rows = [
-        [
-            *(_escape(row.row.settings.get(name, "")) for name in settings),
-            *_paper_cells(row, table.paper_columns),
-            *(_escape(cell) for cell in row.cells(metrics)),
-            ", ".join(number(value) for value in row.values("AP")),
-            _escape(row.status),
-        ]
-        for row in table.rows
-    ]
-    yield _markdown_table(head, rows, num_text=len(settings))
-    for drawing in drawings:
-        yield f"![{_escape(drawing.caption)}](figures/{drawing.name}.svg)"
-        yield f"*{_escape(drawing.caption)}*"
-
-
-def _paper_cells(row: RowResult, columns: Sequence[str]) -> list[str]:
-    if columns and not row.row.paper:
-        return [_escape(row.row.outcome), *[""] * (len(columns) - 1)]
-    return [number(row.row.paper.get(metric)) for metric in columns]
+    yield _markdown_table(head, rows, numbers=range(len(settings), len(head) - 1))
 
 
 def _loss_cdfs(results: Results) -> Iterator[str]:
-    if results.loss_cdfs:
+    files = [
+        path for run in results.runs for path in sorted(run.folder.glob("loss_cdf*/loss_cdf.json"))
+    ]
+    if files:
         yield "## Cumulative loss (figure 4)"
-    for cdf in results.loss_cdfs:
-        yield f"![Cumulative loss of {_escape(cdf.run.folder.name)}](figures/{quote(cdf.name)}.svg)"
-        if cdf.text:
-            yield "\n".join(f"    {line}" for line in cdf.text.splitlines())
-        if cdf.conclusion:
-            yield _escape(cdf.conclusion)
+    for path in files:
+        content = read_json(path)
+        if path.with_suffix(".svg").is_file():
+            name = f"{path.parent.parent.name}, {path.parent.name}"
+            yield _picture(f"Cumulative loss of {name}", path.with_suffix(".svg"), results.folder)
+        yield "\n".join(f"    {line}" for line in str(content.get("text", "")).splitlines())
+        yield _escape(str(content.get("conclusion", "")))
 
 
 def _pictures(results: Results) -> Iterator[str]:
-    pictures = results.pictures
+    pictures = {}
+    for table in results.tables:
+        for run in table.best.finished[:1] if table.best else ():
+            caption = f"{table.best.label}, seed {run.seed}, AP {number(run.metrics.get('AP'))}"
+            pictures.setdefault(run.folder / "detections.png", caption)
+    pictures = {path: caption for path, caption in pictures.items() if path.is_file()}
     if pictures:
         yield "## Sample detections"
-    for caption, path in pictures:
-        target = path.relative_to(results.folder).as_posix()
-        yield f"{_escape(caption)}\n\n![{_escape(caption)}]({quote(target)})"
+        yield "Of the best row of each table. Ground truth at the left, detections at the right."
+    for path, caption in pictures.items():
+        yield f"{_escape(caption)}:"
+        yield _picture(caption, path, results.folder)
+
+
+def _picture(caption: str, path: Path, folder: Path) -> str:
+    return f"![{_escape(caption)}]({quote(path.relative_to(folder).as_posix())})"
 
 
 def _runs(results: Results) -> Iterator[str]:
     yield "## Every run"
+    text = "All settings and metrics of each run are in `runs.csv`."
+    if results.sparse:
+        text += f" Tables of which only one row was run are left out: {', '.join(results.sparse)}."
+    yield text
     yield _markdown_table(
         ("folder", "rows", "seed", "status", "iterations", "starts", "wall time", "commit"),
         [
@@ -186,16 +252,11 @@ def _runs(results: Results) -> Iterator[str]:
 
 
 def _markdown_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, num_text: int | None = None
+    head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Container[int] = ()
 ) -> str:
-    """Return a table whose first ``num_text`` columns are text, the others numbers."""
-    num_text = len(head) if num_text is None else num_text
-    rule = ["---"] * num_text + ["---:"] * (len(head) - num_text)
+    """Return a table; the columns in ``numbers`` are aligned right."""
+    rule = ["---:" if column in numbers else "---" for column in range(len(head))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (map(_escape, head), rule, *rows))
-
-
-def _list(items: Iterable[str]) -> str:
-    return "\n".join(f"- {item}" for item in items)
 
 
 def _escape(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Run rows of the tables, each in a process of its own, and pick up what was cut off."""
+"""Run rows of the tables one after another, each in its own process; resume what was cut off."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import IO, Any
 
 import torch
 from detectron2.config import CfgNode
-from tabulate import tabulate
 
 import retinanet_ext
 from retinanet_ext import provenance
@@ -43,13 +41,11 @@ from retinanet_ext.experiments.presets import (
     row_config,
 )
 from retinanet_ext.experiments.record import Record
-from retinanet_ext.experiments.results import duration
-from retinanet_ext.experiments.tables import TABLES, Row, Table
-from retinanet_ext.files import write_file
+from retinanet_ext.experiments.statistics import duration
+from retinanet_ext.experiments.tables import Row, Table
 
 CAMPAIGN = "campaign.json"
-STARTS = "starts.json"  # seconds of the parts of a run that has not ended
-POLL_SECONDS = 0.5
+RUN = "run.json"  # the rows and the config of a run, and its starts
 
 
 @dataclass(frozen=True)
@@ -74,6 +70,12 @@ class Run:
         table, row = self.rows[0].split("/")
         return f"{table}_{row}_seed{self.seed}".replace(":", "-")
 
+    @property
+    def label(self) -> str:
+        """Return what the log calls the run."""
+        others = f" (= {', '.join(self.rows[1:])})" if len(self.rows) > 1 else ""
+        return f"{self.rows[0]}{others} seed {self.seed}"
+
 
 @dataclass(frozen=True)
 class Campaign:
@@ -81,10 +83,6 @@ class Campaign:
 
     folder: Path
     content: dict[str, Any]
-
-    def records(self) -> list[Record]:
-        """Return what has ended so far."""
-        return record.read_records(self.folder)
 
 
 def plan(
@@ -103,19 +101,21 @@ def plan(
     Args:
         preset_name: a key of :data:`~retinanet_ext.experiments.presets.PRESETS`
         tables, rows: names; none means all
-        seeds: of each row, 1 to ``seeds``; as many as the preset says by default
-        num_gpus: processes of each run
+        seeds: number of seeds per row, numbered from 1; by default the preset's
+        num_gpus: number of processes per run
         opts: alternating config keys and values for all rows
         root: folder of ``train_net.py`` and ``configs/``
         output: folder of all campaigns
 
     Raises:
-        InputError: a name that does not exist, a config that cannot be
+        InputError: an unknown name, key or value; a data file that cannot be read
     """
     preset = find_preset(preset_name)
     chosen = find_rows(tables, rows, preset)
     if seeds is not None and seeds < 1:
-        raise InputError(f"the number of seeds must be at least 1, got {seeds}")
+        raise InputError(f"--seeds must be at least 1, got {seeds}")
+    if num_gpus < 1:
+        raise InputError(f"--num-gpus must be at least 1, got {num_gpus}")
     _check_opts(preset, chosen, opts)
     configs = root / "configs"
     file_digest = cache(_file_digest)
@@ -216,74 +216,54 @@ def _file_digest(path: str) -> str:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def run(
+def run_campaign(
     campaign: Campaign,
     runs: Sequence[Run],
     *,
     root: Path,
-    jobs: int = 1,
     log: Callable[[str], None] = print,
 ) -> list[Record]:
-    """Run what is not finished, ``jobs`` at a time, and return the records of all ``runs``.
+    """Run what is not finished, one run after another, and return the records of ``runs``.
 
-    A finished or diverged run is left as it is; one that was cut off is resumed; one that failed
-    is tried again. Each leaves its record as soon as it ends.
+    A run that finished or diverged is skipped, one that was cut off is resumed, and one that
+    failed is tried again. A run that could not even be started has no record. SIGINT and SIGTERM
+    have the current run save a checkpoint, and raise KeyboardInterrupt.
 
     Raises:
-        InputError: a config or data that no row could be run with; a folder that cannot be
-            written. Nothing has been lost.
+        InputError: a config or data that no row could be run with, another runner in the same
+            folder, a folder that cannot be written
     """
-    if jobs < 1:
-        raise InputError(f"the number of jobs must be at least 1, got {jobs}")
     num_gpus = campaign.content["num_gpus"]
-    device = _check(runs, num_gpus)
-    _start_campaign(campaign)
-    machine = _Machine(device, num_gpus, jobs)
-    records = {(one.key, one.seed): one for one in campaign.records()}
-    waiting = []
-    for one in runs:
-        if (found := records.get((one.key, one.seed))) and found.status != record.FAILED:
-            _credit(found, one)
-        else:
-            waiting.append(one)
-    log(f"{len(runs) - len(waiting)} of {len(runs)} runs are done; results in {campaign.folder}")
-    progress = _Progress(len(runs), len(runs) - len(waiting), jobs, log)
-    progress.seconds += [
-        one.wall_seconds for one in records.values() if one.status == record.FINISHED
-    ]
-    active: dict[int, _Active] = {}  # by slot
-    with _interrupt_on_sigterm():
-        try:
-            while waiting or active:
-                for slot in range(jobs):
-                    while slot not in active and waiting:
-                        started = _start(campaign, waiting.pop(0), root, machine, slot)
-                        if isinstance(started, _Active):
-                            active[slot] = started
-                            progress.start(started)
-                        elif isinstance(started, Record):  # another runner was faster
-                            records[started.key, started.seed] = started
-                            progress.end(started)
-                        else:
-                            progress.skip(started)
-                for slot, process in list(active.items()):
-                    if process.popen.poll() is not None:
-                        del active[slot]
-                        one = process.end()
-                        records[one.key, one.seed] = one
-                        progress.end(one)
-                time.sleep(POLL_SECONDS if active else 0)
-        except BaseException:
-            for process in active.values():
-                process.stop()
-            raise
-    return [records[one.key, one.seed] for one in runs if (one.key, one.seed) in records]
+    hardware = _hardware(_check(runs, num_gpus), num_gpus)
+    with _open_campaign(campaign) as lock, _interrupt_on_sigterm():
+        records = {(run.key, run.seed): run for run in record.read_records(campaign.folder)}
+        waiting = []
+        for run in runs:
+            if (found := records.get((run.key, run.seed))) and found.status != record.FAILED:
+                _credit(found, run)
+            else:
+                waiting.append(run)
+        done = len(runs) - len(waiting)
+        log(f"{done} of {len(runs)} runs are done; results in {campaign.folder}")
+        for number, run in enumerate(waiting, start=done + 1):
+            left = _time_left(records, len(runs) - number + 1)
+            try:
+                folder = _folder(campaign.folder, run)
+                how = "resumed" if (folder / RUN).exists() else "started"
+                log(f"[{number}/{len(runs)}] {run.label} {how}{left}")
+                ended = _run(folder, run, root, hardware, lock)
+            except (InputError, OSError) as error:
+                log(f"{run.label} cannot be run: {error}")
+            else:
+                records[run.key, run.seed] = ended
+                log(f"{run.label}: {_result(ended)} ({duration(ended.wall_seconds)})")
+    return [records[run.key, run.seed] for run in runs if (run.key, run.seed) in records]
 
 
 def _check(runs: Sequence[Run], num_gpus: int) -> str:
     """Refuse what every process would refuse, and return the device they will use.
 
-    Values of all rows; data, weights and the model of the first.
+    The config of every row is checked; data, weights and the model only of the first.
     """
     if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
         raise InputError(
@@ -291,207 +271,150 @@ def _check(runs: Sequence[Run], num_gpus: int) -> str:
         )
     first, is_set = load_config(str(runs[0].config_file), runs[0].arguments)
     use_cpu_without_cuda(first, num_threads=torch.get_num_threads())
-    for one in {one.key: one for one in runs}.values():  # seeds aside
-        cfg, _ = load_config(str(one.config_file), one.arguments)
-        cfg.MODEL.DEVICE = first.MODEL.DEVICE
-        check_config(cfg, num_processes=num_gpus, eval_only=False)
+    for run in {run.key: run for run in runs}.values():  # seeds aside
+        _check_row(run, first.MODEL.DEVICE, num_gpus)
     weights, _ = find_weights(first, resume=False, eval_only=False)
     prepare_datasets(first, num_classes_is_set=is_set, eval_only=False)
     check_model(first, weights, resume=False, eval_only=False)
     return first.MODEL.DEVICE
 
 
-def _credit(found: Record, one: Run) -> None:
-    """Note the rows that a finished run stands for by now."""
-    if missing := [row for row in one.rows if row not in found.rows]:
+def _check_row(run: Run, device: str, num_gpus: int) -> None:
+    """Refuse a row's config before anything is run or written."""
+    cfg, _ = load_config(str(run.config_file), run.arguments)
+    cfg.MODEL.DEVICE = device
+    check_config(cfg, num_processes=num_gpus, eval_only=False)
+
+
+def _hardware(device: str, num_gpus: int) -> dict[str, Any]:
+    gpus = range(num_gpus) if device.startswith("cuda") else ()
+    return {
+        "cpu": provenance.cpu_name(),
+        "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
+        "num_processes": num_gpus,
+        "threads": max(1, torch.get_num_threads() // num_gpus),
+    }
+
+
+@contextmanager
+def _open_campaign(campaign: Campaign) -> Iterator[IO[bytes]]:
+    """Make the folder, and hold its lock; a second runner is refused."""
+    try:
+        (campaign.folder / "runs").mkdir(parents=True, exist_ok=True)
+        lock = open(campaign.folder / "lock", "ab")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be written: {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise InputError(
+                f"another runner is at work in {campaign.folder}; the same command goes on "
+                "from there once it has ended"
+            ) from None
+        if not (campaign.folder / CAMPAIGN).exists():
+            record.write_json(campaign.folder / CAMPAIGN, campaign.content)
+        yield lock
+
+
+def _credit(found: Record, run: Run) -> None:
+    """Add to a finished run's record the rows that were given its config since."""
+    if missing := [row for row in run.rows if row not in found.rows]:
         found.rows += missing
         found.write()
 
 
-def _start_campaign(campaign: Campaign) -> None:
-    try:
-        (campaign.folder / "runs").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be written: {error.strerror}") from None
-    if not (campaign.folder / CAMPAIGN).exists():
-        record.write_json(campaign.folder / CAMPAIGN, campaign.content)
-
-
-@dataclass
-class _Active:
-    """A run in progress."""
-
-    run: Run
-    folder: Path
-    popen: subprocess.Popen[bytes]
-    lock: IO[bytes]
-    hardware: dict[str, Any]
-    started: datetime
-    clock: float
-    earlier: Earlier
-
-    def end(self) -> Record:
-        """Write the record of a process that has ended, and return it."""
-        seconds = time.monotonic() - self.clock
-        status, message = _outcome(self.popen.returncode, self.folder / "output.txt")
-        metrics, milliseconds = record.final_metrics(self.folder)
-        steps = [line for line in record.read_metrics(self.folder) if "total_loss" in line]
-        one = Record(
-            rows=list(self.run.rows),
-            seed=self.run.seed,
-            key=self.run.key,
-            status=status,
-            message=message,
-            metrics=metrics if status == record.FINISHED else {},
-            inference_ms=milliseconds,
-            iterations=steps[-1]["iteration"] + 1 if steps else 0,
-            wall_seconds=round(sum(self.earlier.seconds) + seconds, 1),
-            num_starts=len(self.earlier.seconds) + 1,
-            started=self.started.isoformat(timespec="seconds"),
-            ended=datetime.now().astimezone().isoformat(timespec="seconds"),
-            commit=", ".join(dict.fromkeys(self.earlier.commits)),
-            versions=provenance.versions(),
-            hardware=self.hardware,
-            folder=self.folder,
-        )
-        one.write()
-        if status != record.FAILED:
-            for checkpoint in self.folder.glob("model_[0-9]*.pth"):
-                checkpoint.unlink()  # model_final.pth stays, where there is one
-        self.lock.close()
-        return one
-
-    def stop(self) -> None:
-        """End the process; what it has is resumed by the next call."""
-        self.popen.terminate()
+def _run(folder: Path, run: Run, root: Path, hardware: dict[str, Any], lock: IO[bytes]) -> Record:
+    """Run ``train_net.py``, resuming what is there, and write the record of how it ended."""
+    folder.mkdir(exist_ok=True)
+    (folder / record.RECORD).unlink(missing_ok=True)  # of a run that failed
+    starts = _add_start(folder, run)
+    command = [sys.executable, str(root / "train_net.py"), "--config-file", str(run.config_file)]
+    command += ["--num-gpus", str(hardware["num_processes"])]
+    command += ["--resume"] if len(starts) > 1 else []
+    with (
+        open(folder / "output.txt", "ab") as output,
+        subprocess.Popen(
+            [*command, *run.arguments, "OUTPUT_DIR", str(folder)],
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            start_new_session=True,  # Ctrl-C reaches the runner alone
+            pass_fds=(lock.fileno(),),  # the folder is locked until both have ended
+            preexec_fn=end_with_parent,
+        ) as process,
+    ):
         try:
-            self.popen.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            self.popen.kill()
-            self.popen.wait()
-        self.lock.close()
+            process.wait()
+        except KeyboardInterrupt:
+            process.terminate()  # it saves a checkpoint
+            process.wait()
+            raise
+    return _write_record(folder, run, starts, hardware, process.returncode)
 
 
-def _start(
-    campaign: Campaign, one: Run, root: Path, machine: _Machine, slot: int
-) -> _Active | Record | str:
-    """Start a run's process, or return what another runner made of it, or why it is left alone."""
-    try:
-        folder = _folder(campaign, one)
-        folder.mkdir(exist_ok=True)
-        lock = open(folder / "lock", "ab")  # noqa: SIM115  held as long as the process lives
-    except (InputError, OSError) as error:
-        return f"{_name(one)} cannot be run: {error}"
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        lock.close()
-        return f"{_name(one)} is being run by another process"
-    try:
-        if (folder / record.RECORD).exists():
-            found = record.read_record(folder)
-            if found.status != record.FAILED:
-                lock.close()
-                return found
-            (folder / record.RECORD).unlink()
-        earlier = _earlier_parts(folder)
-        started = datetime.now().astimezone()
-        earlier.commits.append(provenance.commit())
-        content = {"started": started.timestamp(), **asdict(earlier)}
-        record.write_json(folder / STARTS, content)
-        record.write_json(folder / "run.json", {"key": one.key, "rows": one.rows})
-        environment, hardware = machine.share(slot)
-        command = [sys.executable, str(root / "train_net.py")]
-        command += ["--config-file", str(one.config_file), "--num-gpus", str(machine.num_gpus)]
-        command += ["--resume"] if earlier.seconds else []
-        command += [*one.arguments, "OUTPUT_DIR", str(folder)]
-        with open(folder / "output.txt", "ab") as output:
-            popen = subprocess.Popen(
-                command,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
-                env=environment,
-                pass_fds=(lock.fileno(),),  # locked until both have ended
-                preexec_fn=end_with_parent,
-            )
-    except (InputError, OSError) as error:
-        lock.close()
-        return f"{_name(one)} cannot be run: {error}"
-    return _Active(one, folder, popen, lock, hardware, started, time.monotonic(), earlier)
-
-
-def _folder(campaign: Campaign, one: Run) -> Path:
+def _folder(campaign: Path, run: Run) -> Path:
     """Return the run's folder: its own if it has one, else one that no other config has taken."""
-    folder, number = campaign.folder / "runs" / one.name, 1
-    while (folder / "run.json").exists():
-        if record.read_json(folder / "run.json").get("key") == one.key:
-            break
+    folder, number = campaign / "runs" / run.name, 1
+    while (folder / RUN).exists() and record.read_json(folder / RUN).get("key") != run.key:
         number += 1
-        folder = folder.with_name(f"{one.name}-{number}")
+        folder = folder.with_name(f"{run.name}-{number}")
     return folder
 
 
-@dataclass
-class Earlier:
-    """The parts of a run that was cut off: the seconds of each, and the code of all so far."""
+def _add_start(folder: Path, run: Run) -> list[dict[str, Any]]:
+    """Add a start to ``run.json``, and return all starts of the run.
 
-    seconds: list[float] = field(default_factory=list)
-    commits: list[str] = field(default_factory=list)
-
-
-def _earlier_parts(folder: Path) -> Earlier:
-    """Return what is there to resume; clear away what a run left before its first checkpoint."""
-    if not (folder / STARTS).exists():
-        return Earlier()
-    tag = folder / "last_checkpoint"
-    if tag.exists() and not (folder / (tag.read_text().strip() or "-")).is_file():
-        tag.unlink()  # cut off while it was written, which is after its checkpoint was
-        if checkpoints := sorted(folder.glob("model_*.pth")):
-            write_file(tag, checkpoints[-1].name)
-    if not tag.exists():
-        for path in [*folder.glob("model_*.pth"), folder / "metrics.json"]:
-            path.unlink(missing_ok=True)
-        shutil.rmtree(folder / "inference", ignore_errors=True)
-        return Earlier()
-    content = record.read_json(folder / STARTS)
-    signs = [folder / name for name in ("log.txt", "output.txt", "metrics.json")]
-    last = max((path.stat().st_mtime for path in signs if path.exists()), default=0)
-    seconds = round(max(0.0, last - content["started"]), 1)
-    return Earlier([*content["seconds"], seconds], content["commits"])
+    The time of a start that was cut off ends with the last line of output.
+    """
+    starts: list[dict[str, Any]] = []
+    if (folder / RUN).exists():
+        starts = record.read_json(folder / RUN).get("starts", [])
+    if starts and (output := folder / "output.txt").exists():
+        seconds = max(0.0, output.stat().st_mtime - starts[-1]["time"])
+        starts[-1].setdefault("seconds", round(seconds, 1))
+    starts.append({"time": time.time(), "commit": provenance.commit()})
+    content = {"key": run.key, "rows": run.rows, "starts": starts}
+    record.write_json(folder / RUN, content)
+    return starts
 
 
-@dataclass(frozen=True)
-class _Machine:
-    """What the jobs share: GPUs in turn, or the CPU's cores."""
-
-    device: str
-    num_gpus: int
-    jobs: int
-
-    def share(self, slot: int) -> tuple[dict[str, str], dict[str, Any]]:
-        """Return a job's environment, and what it runs on."""
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        hardware: dict[str, Any] = {
-            "cpu": provenance.cpu_name(),
-            "gpus": [],
-            "num_processes": self.num_gpus,
-            "jobs": self.jobs,
-        }
-        if self.device.startswith("cuda"):
-            count = torch.cuda.device_count()
-            devices = [(slot * self.num_gpus + i) % count for i in range(self.num_gpus)]
-            hardware["gpus"] = [torch.cuda.get_device_name(device) for device in devices]
-            if self.jobs > 1:
-                visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-                names = visible.split(",")
-                environment["CUDA_VISIBLE_DEVICES"] = ",".join(names[i] for i in devices)
-        elif "OMP_NUM_THREADS" not in environment:
-            linux = sys.platform == "linux"
-            cores = len(os.sched_getaffinity(0)) if linux else os.cpu_count() or 1
-            environment["OMP_NUM_THREADS"] = str(max(1, cores // (self.jobs * self.num_gpus)))
-        hardware["threads"] = int(environment.get("OMP_NUM_THREADS", torch.get_num_threads()))
-        return environment, hardware
+def _write_record(
+    folder: Path,
+    run: Run,
+    starts: list[dict[str, Any]],
+    hardware: dict[str, Any],
+    exit_code: int,
+) -> Record:
+    now = time.time()
+    status, message = _outcome(exit_code, folder / "output.txt")
+    metrics, milliseconds = record.final_metrics(folder)
+    steps = [line for line in record.read_metrics(folder) if "total_loss" in line]
+    seconds = sum(start.get("seconds", 0) for start in starts[:-1]) + now - starts[-1]["time"]
+    ended = Record(
+        rows=list(run.rows),
+        seed=run.seed,
+        key=run.key,
+        status=status,
+        message=message,
+        metrics=metrics if status == record.FINISHED else {},
+        inference_ms=milliseconds,
+        iterations=steps[-1]["iteration"] + 1 if steps else 0,
+        wall_seconds=round(seconds, 1),
+        num_starts=len(starts),
+        started=_local_time(starts[0]["time"]),
+        ended=_local_time(now),
+        commit=", ".join(dict.fromkeys(start["commit"] for start in starts)),
+        versions=provenance.versions(),
+        hardware=hardware,
+        folder=folder,
+    )
+    ended.write()
+    if status != record.FAILED:
+        for checkpoint in folder.glob("model_[0-9]*.pth"):
+            checkpoint.unlink()  # model_final.pth stays, if there is one
+    return ended
 
 
 def _outcome(code: int, output: Path) -> tuple[str, str]:
@@ -509,89 +432,29 @@ def _outcome(code: int, output: Path) -> tuple[str, str]:
 
 @contextmanager
 def _interrupt_on_sigterm() -> Iterator[None]:
-    """Treat SIGTERM as Ctrl-C: runs in progress are ended, and resumed by the next call."""
-
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    earlier = signal.signal(signal.SIGTERM, interrupt)
+    """Treat SIGTERM as Ctrl-C."""
+    earlier = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, earlier)
 
 
-class _Progress:
-    """One line for each run that starts or ends, with what is left."""
-
-    def __init__(self, total: int, done: int, jobs: int, log: Any) -> None:
-        self.total, self.done, self.jobs, self.log = total, done, jobs, log
-        self.seconds: list[float] = []
-
-    def start(self, active: _Active) -> None:
-        how = "resumed" if active.earlier.seconds else "started"
-        self.log(f"{_name(active.run)} {how}{self.left()}")
-
-    def skip(self, why: str) -> None:
-        self.done += 1
-        self.log(why)
-
-    def end(self, one: Record) -> None:
-        self.done += 1
-        result = one.message
-        if one.status == record.FINISHED:
-            self.seconds.append(one.wall_seconds)
-            ap = one.metrics.get("AP")
-            result = "finished, no AP" if ap is None else f"AP {ap:.1f}"
-        elif one.status == record.FAILED:
-            result = f"failed: {one.message} (see {one.folder / 'output.txt'})"
-        text = f"[{self.done}/{self.total}] {_name(one)}: {result} ({duration(one.wall_seconds)})"
-        self.log(f"{text}{self.left()}")
-
-    def left(self) -> str:
-        """Return how many runs are left, and how long they take judging by those that finished."""
-        left = self.total - self.done
-        if not left or not self.seconds:
-            return f"; {left} left" if left else ""
-        seconds = sum(self.seconds) / len(self.seconds) * left / self.jobs
-        return f"; {left} left, about {duration(seconds)}"
+def _local_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
 
 
-def _name(one: Run | Record) -> str:
-    others = f" (= {', '.join(one.rows[1:])})" if len(one.rows) > 1 else ""
-    return f"{one.rows[0]}{others} seed {one.seed}"
+def _time_left(records: dict[tuple[str, int], Record], num_left: int) -> str:
+    """Return how many runs are left, and for how long, judging by those that finished."""
+    seconds = [run.wall_seconds for run in records.values() if run.status == record.FINISHED]
+    about = f", about {duration(sum(seconds) / len(seconds) * num_left)}" if seconds else ""
+    return f"; {num_left} left{about}"
 
 
-def describe(tables: Sequence[str] = ()) -> str:
-    """Return the tables, or the rows of those named, as text.
-
-    Raises:
-        InputError: a table that does not exist
-    """
-    if not tables:
-        return tabulate(
-            [
-                (t.name, len(t.rows), t.title, t.source, ", ".join(t.presets))
-                for t in TABLES.values()
-            ],
-            ["table", "rows", "what", "where", "presets"],
-            disable_numparse=True,
-        )
-    for name in tables:
-        if name not in TABLES:
-            raise InputError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
-    return "\n\n".join(_describe(TABLES[name]) for name in tables)
-
-
-def _describe(table: Table) -> str:
-    def paper(row: Row) -> str:
-        return f"{row.paper['AP']:.1f}" if "AP" in row.paper else row.outcome
-
-    text = tabulate(
-        [(row.name, *row.settings.values(), paper(row)) for row in table.rows],
-        ["row", *table.rows[0].settings, "the paper's AP"],
-        disable_numparse=True,
-    )
-    return "\n".join(
-        filter(None, [f"{table.name}: {table.title} ({table.source})", table.note, text])
-    )
+def _result(ended: Record) -> str:
+    if ended.status == record.FAILED:
+        return f"failed: {ended.message} (see {ended.folder / 'output.txt'})"
+    if ended.status == record.DIVERGED:
+        return ended.message
+    ap = ended.metrics.get("AP")
+    return "finished, no AP" if ap is None else f"AP {ap:.1f}"

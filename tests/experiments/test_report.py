@@ -1,27 +1,28 @@
 """The report says what the records say: means, verdicts, what is missing, and nothing else."""
 
+import csv
 import math
 import re
 import resource
 from contextlib import contextmanager
+from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
 
 from experiments.campaigns import add_run, make_campaign
 from retinanet_ext.errors import InputError
-from retinanet_ext.experiments.page import difference_limit, forest, strip, strip_range
-from retinanet_ext.experiments.report import write_report
-from retinanet_ext.experiments.results import (
+from retinanet_ext.experiments.report import write_report, write_reports
+from retinanet_ext.experiments.results import read_results
+from retinanet_ext.experiments.statistics import (
     FAILS,
     HOLDS,
     NOISE,
     ONE_SEED,
     UNMEASURED,
     duration,
-    read_results,
     signed,
-    standard_error,
+    welch_interval,
     with_spread,
 )
 
@@ -59,21 +60,37 @@ def test_mean_and_spread_are_over_seeds(campaign):
     assert with_spread([]) == "–"
 
 
-def test_standard_error_pools_the_variance():
-    # Variances 2 and 0.5: 1.25 (1/2 + 1/2)
-    assert standard_error([30, 32], [28, 29]) == pytest.approx(math.sqrt(1.25))
-    # Variances 1 (two degrees of freedom) and 0 (one): 2/3 (1/3 + 1/2)
-    assert standard_error([30, 31, 32], [28, 28]) == pytest.approx(math.sqrt(2 / 3 * 5 / 6))
+def test_welch_interval_by_hand():
+    """Textbook: d ± t(df) sqrt(va/na + vb/nb), df by Welch and Satterthwaite."""
+    a, b = [30.0, 31.0, 32.0], [28.0, 29.0]
+    # Variances 1 and .5; squared errors 1/3 and 1/4; df = (7/12)^2 / (1/9/2 + 1/16/1) = 2.882;
+    # t = 3.2564 by the CDF of Student's t, integrated numerically.
+    df = (7 / 12) ** 2 / ((1 / 3) ** 2 / 2 + (1 / 4) ** 2 / 1)
+    half = student_quantile(0.975, df) * math.sqrt(7 / 12)
+    assert welch_interval(a, b) == pytest.approx((2.5 - half, 2.5 + half), abs=1e-4)
+    assert welch_interval([31.5, 31.5], [31.0, 31.0]) == (0.5, 0.5)
+    assert welch_interval([31.0, 31.5], [31.0]) is None
+
+
+def student_quantile(probability, df):
+    """Return a quantile of Student's t from its density alone."""
+    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+    x, mass, step = 0.0, 0.5, 1e-4
+    while mass < probability:
+        mass += step * scale * (1 + (x + step / 2) ** 2 / df) ** (-(df + 1) / 2)
+        x += step
+    return x
 
 
 @pytest.mark.parametrize(
     ("better", "worse", "word", "measured"),
     [
-        ([30, 32], [28, 29], HOLDS, "+2.5 ± 2.2"),  # 2 sqrt(1.25) = 2.236
-        ([30, 32], [28.5, 29.5], NOISE, "+2.0 ± 2.2"),
-        ([28, 29], [30, 32], FAILS, "−2.5 ± 2.2"),
-        ([31, 31], [31, 31], NOISE, "+0.0 ± 0.0"),
-        ([31.5, 31.5], [31, 31], HOLDS, "+0.5 ± 0.0"),
+        # Equal variances of .5: t with 2 degrees of freedom, 4.30 sqrt(.5)
+        ([33, 34], [28, 29], HOLDS, "+5.0 (+2.0 to +8.0)"),
+        ([30, 31], [28, 29], NOISE, "+2.0 (−1.0 to +5.0)"),
+        ([28, 29], [33, 34], FAILS, "−5.0 (−8.0 to −2.0)"),
+        ([31, 31], [31, 31], NOISE, "+0.0 (+0.0 to +0.0)"),
+        ([31.5, 31.5], [31, 31], HOLDS, "+0.5 (+0.5 to +0.5)"),
         ([30, 32], [29], ONE_SEED, "+2.0"),
         ([30], [31], ONE_SEED, "−1.0"),
         ([30, 32], [], UNMEASURED, "–"),
@@ -128,25 +145,21 @@ def test_a_run_stands_in_every_table_that_it_belongs_to(campaign):
         assert row(campaign, name, of).values("AP") == [31.0]
 
 
-def test_tables_with_one_shared_row_come_last_and_claim_nothing(campaign):
+def test_tables_with_one_shared_row_are_left_out_and_claim_nothing(campaign):
     add_run(campaign, "1a", "alpha.75", 1, 31.0)
     add_run(campaign, "1a", "alpha.50", 1, 30.0)
     results = read_results(campaign)
-    assert [one.table.name for one in results.full_tables] == ["1a"]
-    assert [one.table.name for one in results.sparse_tables] == ["1b", "3", "prior"]
-    assert {one.table.name for one, _ in results.verdicts} == {"1a"}
-    assert results.headline == (
-        "Of 4 claims of the tables that were run, 1 rests on one seed and 3 are not measured."
-    )
-    markdown = write_report(campaign)[0].read_text(encoding="utf-8")
-    assert markdown.index("## Table 1a") < markdown.index("## Tables of which one row was run")
-    assert markdown.index("one row was run") < markdown.index("### Table 1b")
+    assert [one.table.name for one in results.tables] == ["1a"]
+    assert results.sparse == ("1b", "3", "prior")
+    assert results.headline == ("The paper's claims (4): one seed 1, not measured 3.")
+    markdown = write_report(campaign)[1].read_text(encoding="utf-8")
+    assert "only one row was run are left out: 1b, 3, prior." in markdown
 
 
 def test_a_single_row_is_a_report(campaign):
     add_run(campaign, "hinge", "margin.50", 1, 20.0)
     results = read_results(campaign)
-    assert [one.table.name for one in results.full_tables] == ["hinge"]
+    assert [one.table.name for one in results.tables] == ["hinge"]
     write_report(campaign)
 
 
@@ -154,24 +167,20 @@ def test_best_row_and_those_not_told_apart(campaign):
     for name, aps in {"gamma2.0": (34, 35), "gamma1.0": (33.5, 35), "gamma5.0": (20, 21)}.items():
         for seed, ap in enumerate(aps, start=1):
             add_run(campaign, "1b", name, seed, ap)
-    results = read_results(campaign)
-    assert [one.row.name for one in results.ranking] == ["gamma2.0", "gamma1.0", "gamma5.0"]
-    assert [one.row.name for one in results.close_to_best] == ["gamma1.0"]
-    assert "γ 2.0, α .25 (table 1b), AP\u00a034.5\u00a0±\u00a00.7 with 2 seeds" in (
-        results.best_sentence
-    )
+    add_run(campaign, "1b", "gamma.10", 1, 30)
+    found = table(campaign, "1b")
+    assert found.best.row.name == "gamma2.0"
+    assert [one.row.name for one in found.close_to_best] == ["gamma1.0"]
+    markdown = write_report(campaign)[1].read_text(encoding="utf-8")
+    cells = "| γ 2.0, α .25 | 34.5 ± 0.7 | γ 1.0, α .25 | γ 2.0, α .25 | 34.0 |"
+    assert cells in markdown
 
 
-def test_only_rows_of_one_model_and_budget_are_ranked(campaign):
-    add_run(campaign, "1b", "gamma2.0", 1, 34.0)
-    add_run(campaign, "1b", "gamma5.0", 1, 30.0)
-    deeper = add_run(campaign, "1e", "depth101-scale800", 1, 40.0)
-    config = deeper.folder / "config.yaml"
-    config.write_text(config.read_text().replace("DEPTH: 18", "DEPTH: 34"))
+def test_rows_of_different_data_have_no_best(campaign):
     add_run(campaign, "imbalance", "focal-1:30", 1, 90.0)
-    results = read_results(campaign)
-    assert [one.row.name for one in results.ranking] == ["gamma2.0", "gamma5.0"]
-    assert dict(results.facts)["Model"] == "ResNet-18-FPN; ResNet-34-FPN"
+    add_run(campaign, "imbalance", "focal-1:100", 1, 80.0)
+    assert table(campaign, "imbalance").best is None
+    assert "best row here" not in write_report(campaign)[1].read_text(encoding="utf-8")
 
 
 def test_facts_and_warnings(campaign):
@@ -182,14 +191,12 @@ def test_facts_and_warnings(campaign):
     mixed, budgets = results.warnings
     assert "0a1b2c3d4e, ffff000011" in mixed
     assert "table 1a" in budgets and "350, 700" in budgets
-    assert dict(results.facts) == {
+    budget = "160 px, 350 iterations of 4 images, learning rate 0.02"
+    assert results.facts == {
         "Preset": "small",
         "Data": "train: cells/train.json; test: cells/val.json",
+        "Model and budget": f"ResNet-18-FPN, {budget}",
         "Options": "SOLVER.CLIP 1.0",
-        "Model": "ResNet-18-FPN",
-        "Short side": "160 px",
-        "Budget": "350 iterations of 4 images, learning rate 0.02",
-        "Rows": "2 of 7 rows done in 1 table (1a)",
         "Runs": "2 finished",
         "Seeds": "1",
         "Wall time": "3 min in all",
@@ -198,6 +205,33 @@ def test_facts_and_warnings(campaign):
         "Versions": "retinanet_ext 0.3.0, torch 2.11.0",
         "Commit": "0a1b2c3d4e, ffff000011",
     }
+    # A model that is not a ResNet, or no config at all.
+    (results.runs[0].folder / "config.yaml").write_text("MODEL: {BACKBONE: {NAME: other}}")
+    (results.runs[1].folder / "config.yaml").unlink()
+    assert "Model and budget" not in read_results(campaign).facts
+    write_report(campaign)
+
+
+def test_csv_has_a_line_per_run_with_settings_and_metrics(campaign):
+    add_run(campaign, "1a", "alpha.50", 1, 30.0, picture=None)
+    add_run(campaign, "1a", "alpha.75", 2, status="failed", message='no "space", left\nhere')
+    (campaign / "runs/1a_alpha.75_seed2/config.yaml").unlink()
+    path = write_report(campaign)[0]
+    with open(path, newline="", encoding="utf-8") as file:
+        fine, failed = csv.DictReader(file)
+    assert (fine["rows"], fine["seed"], fine["status"]) == (
+        "1a/alpha.50 prior/pi.01",
+        "1",
+        "finished",
+    )
+    assert (fine["AP"], fine["AP50"], fine["AP-disc"]) == ("30.0", "60.0", "31.0")
+    assert (fine["inference_ms"], fine["torch"], fine["threads"]) == ("41.25", "2.11.0", "1")
+    # Keys that differ from the defaults, those alone.
+    assert (fine["SOLVER.MAX_ITER"], fine["SOLVER.IMS_PER_BATCH"]) == ("350", "4")
+    assert fine["INPUT.MIN_SIZE_TRAIN"] == "[160]"
+    assert "MODEL.RESNETS.NUM_GROUPS" not in fine  # 1, as by default
+    assert (failed["message"], failed["AP"]) == ('no "space", left\nhere', "")
+    assert failed["SOLVER.MAX_ITER"] == ""
 
 
 def test_duration():
@@ -212,7 +246,7 @@ def test_undefined_metrics_are_dashes(campaign):
     for name in ("alpha.50", "alpha.75"):
         assert row(campaign, name, "1a").cells(["AP", "AP50"]) == ["–", "40.0"]
     assert verdict(campaign, "α = .75 is ahead", "1a").word == UNMEASURED
-    markdown, page = write_report(campaign)
+    _, markdown, page = write_report(campaign)
     assert "No row has an AP yet." in markdown.read_text(encoding="utf-8")
     for path in (markdown, page):
         assert not re.search(r"\bnan\b", path.read_text(encoding="utf-8"), re.IGNORECASE)
@@ -222,13 +256,17 @@ def test_every_kind_of_row_is_said(campaign):
     add_run(campaign, "1a", "alpha.50", 1, 30.0)
     add_run(campaign, "1a", "alpha.75", 1, status="diverged", message="diverged at iteration 37")
     add_run(campaign, "1a", "alpha.90", 1, status="failed", message="no space left")
-    markdown, page = (path.read_text(encoding="utf-8") for path in write_report(campaign))
+    _, markdown, page = (path.read_text(encoding="utf-8") for path in write_report(campaign))
     lines = {line.split("|")[1].strip(): line for line in section(markdown, "Table 1a")}
     assert "| 30.2 | 46.7 | 32.8 | 30.0 | 60.0 | 15.0 | 30.0 | 1 seed |" in lines[".50"]
     assert "seed 1: diverged at iteration 37 |" in lines[".75"]
     assert "seed 1: failed: no space left |" in lines[".90"]
     assert lines[".99"].endswith("| not run |")
-    for text in ("seed 1: diverged at iteration 37", "seed 1: failed: no space left", ">not run<"):
+    for text in (
+        "seed 1: diverged at iteration 37",
+        "seed 1: failed: no space left",
+        "<td>not run</td>",
+    ):
         assert text in page
 
 
@@ -246,7 +284,7 @@ def test_texts_from_outside_are_escaped(campaign):
     info.write_text(info.read_text().replace("cells/train.json", "<script>x</script>"))
     folder = record.folder.rename(record.folder.with_name("<img src=x onerror=alert(1)>"))
     assert folder.is_dir()
-    markdown, page = (path.read_text(encoding="utf-8") for path in write_report(campaign))
+    _, markdown, page = (path.read_text(encoding="utf-8") for path in write_report(campaign))
     for text in (markdown, page):
         assert "<script" not in text
         assert "<img src=x" not in text
@@ -295,31 +333,26 @@ def everything(campaign):
 
 
 def test_figures_and_pictures(everything):
-    markdown, page = (path.read_text(encoding="utf-8") for path in write_report(everything))
+    _, markdown, page = (path.read_text(encoding="utf-8") for path in write_report(everything))
     names = {path.stem for path in (everything / "figures").iterdir()}
     assert names == {
-        *(
-            f"training_{name}"
-            for name in ("1a", "1b", "1e", "2", "3", "prior", "fig7", "imbalance")
-        ),
-        *("figure_2", "figure_7", "imbalance", "loss_cdf-test_1a_alpha.50_seed1"),
+        *(f"training_{name}" for name in ("1a", "1e", "2", "3", "fig7", "imbalance")),
+        *("figure_2", "figure_7", "imbalance"),
     }
     for path in (everything / "figures").iterdir():
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
     targets = re.findall(r"!\[[^]]*\]\(([^)]+)\)", markdown)
-    assert len(targets) == len(names) + 2
+    assert len(targets) == len(set(targets)) == len(names) + 1 + 4  # figure 4, best rows
     assert all((everything / target).is_file() for target in targets)
-    assert page.count("data:image/jpeg;base64,") == 2
+    assert page.count("data:image/svg+xml;base64,") == len(names) + 1
+    assert page.count("data:image/jpeg;base64,") == 4
     assert "Take &lt;γ&gt; = 2." in page
     assert "Take &lt;γ&gt; = 2." in markdown
     ids = re.findall(r' id="([^"]+)"', page)
-    assert len(ids) == len(set(ids))
-    assert (
-        set(re.findall(r'href="#([^"]+)|url\(#([^)]+)\)', page))
-        - {(i, "") for i in ids}
-        - {("", i) for i in ids}
-        == set()
-    )
+    assert len(ids) == len(set(ids)) > 6
+    links = re.findall(r'href="#([^"]+)"', page)
+    assert len(links) == 6 + 4  # the tables; findings, figure 4, detections, runs
+    assert set(map(unquote, links)) <= set(ids)
     assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)
     assert_tables_are_well_formed(markdown)
 
@@ -341,6 +374,25 @@ def test_nothing_to_report(campaign, tmp_path):
     assert not (campaign / "report.md").exists()
 
 
+def test_a_campaign_without_a_report_does_not_keep_the_others_from_theirs(campaign):
+    add_run(campaign, "1a", "alpha.50", 1, 30.0)
+    empty = make_campaign(campaign.with_name("quick-0123abcd"))
+    written = []
+    with pytest.raises(InputError, match="quick-0123abcd: no run has ended"):
+        written += write_reports(campaign.parent)
+    assert (campaign / "report.html").is_file() and not (empty / "report.md").exists()
+    with pytest.raises(InputError, match="holds no experiments"):
+        list(write_reports(empty))
+
+
+def test_a_picture_that_cannot_be_read_leaves_its_caption(campaign):
+    record = add_run(campaign, "1a", "alpha.50", 1, 30.0)
+    add_run(campaign, "1a", "alpha.75", 1, 20.0)
+    (record.folder / "detections.png").write_text("no picture")
+    page = write_report(campaign)[2].read_text(encoding="utf-8")
+    assert '<img src="data:," alt="α .50, seed 1, AP 30.0"' in page
+
+
 @contextmanager
 def files_of_at_most(num_bytes):
     """Let writing fail as on a full disk."""
@@ -357,7 +409,7 @@ def test_a_full_disk_leaves_the_earlier_report(campaign):
     paths = write_report(campaign)
     before = [path.read_bytes() for path in paths]
     add_run(campaign, "1a", "alpha.75", 1, 31.0)
-    with files_of_at_most(100), pytest.raises(InputError, match=r"report\.md cannot be written"):
+    with files_of_at_most(100), pytest.raises(InputError, match=r"runs\.csv cannot be written"):
         write_report(campaign)
     assert [path.read_bytes() for path in paths] == before
     assert not list(campaign.rglob(".*"))
@@ -368,37 +420,6 @@ def test_a_folder_that_cannot_be_made_is_named(campaign):
     (campaign / "figures").write_text("in the way")
     with pytest.raises(InputError, match=r"figures cannot be made"):
         write_report(campaign)
-
-
-def test_strips_put_seeds_where_they_belong(campaign):
-    add_run(campaign, "1b", "gamma2.0", 1, 31.0)
-    add_run(campaign, "1b", "gamma2.0", 2, 32.4)
-    add_run(campaign, "1b", "gamma5.0", 1, 35.7)
-    low, high = strip_range(table(campaign, "1b"))
-    assert (low, high) == (31, 36)
-    drawn = ElementTree.fromstring(str(strip([31.0, 33.5], low, high)))
-    assert [float(dot.get("cx")) for dot in drawn.iter("circle")] == [4, 75]
-    assert drawn.get("aria-label") == "AP of each seed: 31.0, 33.5"
-    assert not list(ElementTree.fromstring(str(strip([], low, high))).iter("circle"))
-
-
-def test_differences_are_drawn_to_scale(campaign):
-    for name, aps in {"gamma2.0": (34, 34.1), "gamma5.0": (31, 31.1), "gamma0": (4, 4.1)}.items():
-        for seed, ap in enumerate(aps, start=1):
-            add_run(campaign, "1b", name, seed, ap)
-    behind_gamma_2 = {
-        one.claim.worse: one
-        for one in table(campaign, "1b").verdicts
-        if one.claim.better == "gamma2.0"
-    }
-    limit = difference_limit(behind_gamma_2.values())
-    assert limit == 10
-    ahead = ElementTree.fromstring(str(forest(behind_gamma_2["gamma5.0"], limit)))
-    at = float(ahead.find("circle").get("cx"))
-    assert at == pytest.approx(75 * (1 + 0.94 * 3 / 10), abs=0.1)
-    beyond = ElementTree.fromstring(str(forest(behind_gamma_2["gamma0"], limit)))
-    assert beyond.find("circle") is None and beyond.find("path") is not None
-    assert str(forest(behind_gamma_2["gamma2.0-alpha.50"], limit)) == ""
 
 
 def test_a_claim_against_several_rows_is_held_against_the_highest(campaign):
@@ -412,10 +433,8 @@ def test_a_claim_against_several_rows_is_held_against_the_highest(campaign):
     assert found.paper_difference == pytest.approx(36.0 - 32.8)
 
 
-@pytest.mark.parametrize(
-    ("ap", "word"), [(29.0, HOLDS), (30.0, HOLDS), (33.0, FAILS)]
-)  # behind, alike, ahead
-def test_a_claim_that_nothing_is_gained_holds_within_the_noise(ap, word, campaign):
+@pytest.mark.parametrize(("ap", "word"), [(25.0, HOLDS), (30.0, NOISE), (35.0, FAILS)])
+def test_a_claim_that_nothing_is_gained_is_judged_like_the_others(ap, word, campaign):
     for seed in (1, 2):
         add_run(campaign, "1c", "scales3-aspects3", seed, 30 + seed / 10)
         add_run(campaign, "1c", "scales4-aspects3", seed, ap + seed / 10)
@@ -426,5 +445,5 @@ def test_runs_of_a_row_that_has_changed_are_left_out(campaign):
     add_run(campaign, "1a", "alpha.50", 1, 50.0, key="old")
     add_run(campaign, "1a", "alpha.50", 2, 30.0, key="new", ended="2026-11-22T00:00:00")
     assert row(campaign, "alpha.50", "1a").values("AP") == [30.0]
-    markdown, _ = write_report(campaign)
+    _, markdown, _ = write_report(campaign)
     assert "Left out, as their rows have changed since" in markdown.read_text(encoding="utf-8")

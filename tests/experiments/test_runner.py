@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import retinanet_ext
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments import record, runner
 from retinanet_ext.experiments.figures import _read_curve
+from retinanet_ext.experiments.presets import list_tables
 from retinanet_ext.experiments.tables import TABLES
 
 ROOT = Path(__file__).parents[2]
@@ -31,12 +33,18 @@ OPTS = [
 
 # Behaves like train_net.py by the row: alpha .10 fails, .25 diverges, .99 waits for a file "go".
 STAND_IN = """
-import json, os, sys, time
+import json, signal, sys, time
 from pathlib import Path
 folder = Path(sys.argv[-1])
 folder.mkdir(exist_ok=True)
 alpha = float(sys.argv[sys.argv.index("MODEL.RETINANET.CLS_LOSS.CROSS_ENTROPY.ALPHA") + 1])
-print("arguments", sys.argv[1:4], "--resume" in sys.argv, os.environ.get("OMP_NUM_THREADS"))
+print("arguments", sys.argv[1:4], "--resume" in sys.argv, flush=True)
+
+def stop(*_):
+    time.sleep(0.3)
+    (folder / "saved").touch()
+    sys.exit(143)
+
 step = {"iteration": 19, "total_loss": 1.5}
 (folder / "metrics.json").write_text(json.dumps(step) + "\\n")
 if alpha == 0.1:
@@ -47,6 +55,7 @@ if alpha == 0.25:
     sys.exit(3)
 if alpha == 0.99:
     (folder / "last_checkpoint").write_text("model_0000001.pth")
+    signal.signal(signal.SIGTERM, stop)
     (folder / "model_0000001.pth").write_text("weights")
     while not (folder.parents[3] / "go").exists():
         time.sleep(0.05)
@@ -79,10 +88,10 @@ def hashes(folder):
 
 
 def test_killed_and_started_again(tmp_path):
-    """SIGKILL in the second of two rows: the first is left alone, the second resumed."""
+    """SIGKILL of the runner ends its run as well; the same command resumes that run."""
     command = [
         *(sys.executable, "tools/run_experiments.py", "run", "--table", "3", "--preset", "quick"),
-        *("--row", "ce", "--row", "focal", "--output", str(tmp_path)),
+        *("--row", "focal", "--output", str(tmp_path)),
         *(*OPTS, "SOLVER.MAX_ITER", "8", "SOLVER.CHECKPOINT_PERIOD", "2"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -94,27 +103,25 @@ def test_killed_and_started_again(tmp_path):
     first.kill()
     first.wait()
     (campaign,) = tmp_path.iterdir()
-    done, half = campaign / "runs/1a_alpha.75_seed1", campaign / "runs/1b_gamma2.0_seed1"
-    assert (done / "record.json").exists() and not (half / "record.json").exists()
+    half = campaign / "runs/1b_gamma2.0_seed1"
+    assert not (half / "record.json").exists()
     time.sleep(1)
-    before, progress = hashes(done), hashes(half)
+    progress = hashes(half)
     time.sleep(2)
     assert hashes(half) == progress  # the row's process ended with the runner
 
     again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert "1 of 2 runs are done" in again.stdout and "resumed" in again.stdout
-    assert hashes(done) == before
-    ce, focal = record.read_records(campaign)
-    assert (ce.num_starts, focal.num_starts) == (1, 2)
-    assert focal.status == "finished" and focal.iterations == 8
+    assert "0 of 1 runs are done" in again.stdout and "resumed" in again.stdout
+    (focal,) = record.read_records(campaign)
+    assert focal.num_starts == 2 and focal.status == "finished" and focal.iterations == 8
     assert focal.rows[0] == "1b/gamma2.0" and "3/focal" in focal.rows
     assert set(focal.metrics) >= {"AP", "AP50", "AP75"} and focal.inference_ms > 0
     assert [line["iteration"] for line in record.read_metrics(half)] == sorted(
         {line["iteration"] for line in record.read_metrics(half)}
     )
     assert not list(half.glob("model_0*.pth")) and (half / "model_final.pth").exists()
-    assert {"3", "CE"} <= set((campaign / "report.md").read_text().replace("|", " ").split())
+    assert "| FL | 2.0 |" in (campaign / "report.md").read_text()
     assert (campaign / "report.html").stat().st_size > 10_000
 
 
@@ -122,7 +129,7 @@ def test_failure_and_divergence_do_not_end_the_others(root, tmp_path):
     rows = ("alpha.10", "alpha.25", "alpha.50")
     campaign, runs = plan(root, tmp_path / "out", *rows, seeds=2)
     lines = []
-    records = runner.run(campaign, runs, root=root, jobs=3, log=lines.append)
+    records = runner.run_campaign(campaign, runs, root=root, log=lines.append)
     by_row = {(one.rows[0], one.seed): one for one in records}
     assert len(by_row) == 6
     for seed in (1, 2):
@@ -139,37 +146,42 @@ def test_failure_and_divergence_do_not_end_the_others(root, tmp_path):
     # What failed is tried again, the others stay.
     before = hashes(by_row["1a/alpha.25", 1].folder), hashes(by_row["1a/alpha.50", 1].folder)
     lines.clear()
-    runner.run(campaign, runs, root=root, log=lines.append)
+    runner.run_campaign(campaign, runs, root=root, log=lines.append)
     assert lines[0].startswith("4 of 6 runs are done") and len(lines) == 5
+    assert lines[1].startswith("[5/6] 1a/alpha.10 seed 1 resumed; 2 left, about ")
     assert before == (
         hashes(by_row["1a/alpha.25", 1].folder),
         hashes(by_row["1a/alpha.50", 1].folder),
     )
 
 
-def test_interrupted_run_is_resumed_and_its_time_counted(root, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_interrupted_run_is_resumed_and_its_time_counted(number, root, tmp_path):
     campaign, runs = plan(root, tmp_path / "out", "alpha.99")
     folder = campaign.folder / "runs/1a_alpha.99_seed1"
-    monkeypatch.setattr(runner, "POLL_SECONDS", 0.05)
 
-    def stop_once_started(line):
-        if " started" in line:
-            while not (folder / "model_0000001.pth").exists():
-                time.sleep(0.02)
-            os.kill(os.getpid(), signal.SIGTERM)
+    def interrupt():
+        while not (folder / "model_0000001.pth").exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), number)
 
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+    thread = threading.Thread(target=interrupt)
+    thread.start()
     with pytest.raises(KeyboardInterrupt):
-        runner.run(campaign, runs, root=root, log=stop_once_started)
+        runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
+    thread.join()
+    signal.signal(signal.SIGINT, earlier)
+    assert (folder / "saved").exists(), "the run was left the time to save"
     assert not (folder / "record.json").exists()
     (tmp_path / "go").touch()
-    content = json.loads((folder / "starts.json").read_text())
-    for name in ("output.txt", "metrics.json"):
-        last = content["started"] + 5  # its last sign of life, as of an hour ago
-        os.utime(folder / name, (last - 3600, last - 3600))
-    (folder / "starts.json").write_text(
-        json.dumps({**content, "started": content["started"] - 3600})
-    )
-    (one,) = runner.run(campaign, runs, root=root, log=lambda line: None)
+    content = json.loads((folder / "run.json").read_text())
+    (start,) = content["starts"]
+    last = start["time"] + 5  # its last line of output, as of an hour ago
+    os.utime(folder / "output.txt", (last - 3600, last - 3600))
+    start["time"] -= 3600
+    (folder / "run.json").write_text(json.dumps(content))
+    (one,) = runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
     assert one.num_starts == 2 and one.status == "finished"
     # Both parts count, and the time in between does not.
     assert 5 < one.wall_seconds < 20
@@ -177,28 +189,17 @@ def test_interrupted_run_is_resumed_and_its_time_counted(root, tmp_path, monkeyp
     assert not (folder / "model_0000001.pth").exists() and (folder / "model_final.pth").exists()
 
 
-def test_two_runners_share_the_work(root, tmp_path):
-    campaign, runs = plan(root, tmp_path / "out", "alpha.90", "alpha.99")
-    folder = campaign.folder / "runs/1a_alpha.99_seed1"
-    folder.mkdir(parents=True)
-    import fcntl
-
-    with open(folder / "lock", "wb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        lines = []
-        records = runner.run(campaign, runs, root=root, log=lines.append)
-    assert [one.rows for one in records] == [["1a/alpha.90"]]
-    assert "1a/alpha.99 seed 1 is being run by another process" in lines
-
-
-def test_what_another_runner_finished_meanwhile_is_left_alone(root, tmp_path, monkeypatch):
-    """The records are read once, and a row of it may be finished by another until its turn."""
-    campaign, runs = plan(root, tmp_path / "out", "alpha.50")
-    (first,) = runner.run(campaign, runs, root=root, log=lambda line: None)
-    before = hashes(campaign.folder)
-    monkeypatch.setattr(runner.Campaign, "records", lambda self: [])
-    (again,) = runner.run(campaign, runs, root=root, log=lambda line: None)
-    assert again == first and hashes(campaign.folder) == before
+def test_second_runner_is_refused_until_the_first_and_its_run_have_ended(root, tmp_path):
+    campaign, runs = plan(root, tmp_path / "out", "alpha.99")
+    refused = pytest.raises(InputError, match=r"another runner is at work in .*quick-")
+    with runner._open_campaign(campaign) as lock:
+        run_of_it = os.dup(lock.fileno())
+    with refused:  # a run that has outlived its runner
+        runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
+    os.close(run_of_it)
+    assert not list((campaign.folder / "runs").iterdir())
+    (tmp_path / "go").touch()
+    assert runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
 
 
 def test_a_row_that_cannot_be_started_does_not_end_the_others(root, tmp_path):
@@ -207,7 +208,7 @@ def test_a_row_that_cannot_be_started_does_not_end_the_others(root, tmp_path):
     folder.parent.mkdir(parents=True)
     folder.write_text("a file")
     lines = []
-    records = runner.run(campaign, runs, root=root, log=lines.append)
+    records = runner.run_campaign(campaign, runs, root=root, log=lines.append)
     assert [one.rows[0] for one in records] == ["1a/alpha.75"]
     assert any("1a/alpha.50" in line and "cannot be run" in line for line in lines)
 
@@ -215,25 +216,15 @@ def test_a_row_that_cannot_be_started_does_not_end_the_others(root, tmp_path):
 def test_a_new_row_of_the_same_config_is_credited(root, tmp_path):
     campaign, (one,) = plan(root, tmp_path / "out", "alpha.50")
     less = runner.Run(one.rows[:1], *(one.key, 1, one.config_file, one.arguments))
-    runner.run(campaign, [less], root=root, log=lambda line: None)
-    (found,) = runner.run(campaign, [one], root=root, log=lambda line: None)
+    runner.run_campaign(campaign, [less], root=root, log=lambda line: None)
+    (found,) = runner.run_campaign(campaign, [one], root=root, log=lambda line: None)
     assert record.read_record(found.folder).rows == ["1a/alpha.50", "prior/pi.01"]
-
-
-@pytest.mark.parametrize("tag", ["", "model_0000077.pth"])
-def test_a_tag_that_was_cut_off_is_mended(tag, tmp_path):
-    (tmp_path / "starts.json").write_text('{"started": 0, "seconds": [], "commits": ["abc"]}')
-    (tmp_path / "last_checkpoint").write_text(tag)
-    for name in ("model_0000003.pth", "model_0000007.pth"):
-        (tmp_path / name).write_text("weights")
-    assert runner._earlier_parts(tmp_path).commits == ["abc"]
-    assert (tmp_path / "last_checkpoint").read_text() == "model_0000007.pth"
 
 
 def test_other_versions_configs_and_data_are_kept_apart(root, tmp_path, monkeypatch):
     output = tmp_path / "out"
     campaign, runs = plan(root, output, "alpha.50")
-    runner.run(campaign, runs, root=root, log=lambda line: None)
+    runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
     before = hashes(campaign.folder)
 
     same_data = tmp_path / "copy.json"
@@ -253,15 +244,15 @@ def test_other_versions_configs_and_data_are_kept_apart(root, tmp_path, monkeypa
     folders = {other.folder for other in others}
     assert len(folders) == 4 and campaign.folder not in folders
     changed, runs = plan(root, output, "alpha.50")
-    runner.run(changed, runs, root=root, log=lambda line: None)
+    runner.run_campaign(changed, runs, root=root, log=lambda line: None)
     assert hashes(campaign.folder) == before
 
 
 def test_a_row_whose_definition_changed_gets_a_folder_of_its_own(root, tmp_path):
     campaign, (one,) = plan(root, tmp_path / "out", "alpha.50")
-    runner.run(campaign, [one], root=root, log=lambda line: None)
+    runner.run_campaign(campaign, [one], root=root, log=lambda line: None)
     changed = runner.Run(one.rows, "another", 1, one.config_file, one.arguments)
-    runner.run(campaign, [changed], root=root, log=lambda line: None)
+    runner.run_campaign(campaign, [changed], root=root, log=lambda line: None)
     folders = sorted(path.name for path in (campaign.folder / "runs").iterdir())
     assert folders == ["1a_alpha.50_seed1", "1a_alpha.50_seed1-2"]
 
@@ -295,15 +286,27 @@ def test_what_no_row_could_run_with_is_refused_before_anything_is_written(
 ):
     with pytest.raises(InputError, match=answer):
         campaign, runs = plan(root, tmp_path / "out", opts=[*OPTS, *change])
-        runner.run(campaign, runs, root=root, log=lambda line: None)
+        runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("number", "answer"),
+    [
+        ({"seeds": 0}, "--seeds must be at least 1"),
+        ({"num_gpus": 0}, "--num-gpus must be at least 1"),
+    ],
+)
+def test_numbers_of_nothing(number, answer, tmp_path):
+    with pytest.raises(InputError, match=answer):
+        plan(ROOT, tmp_path, **number)
 
 
 def test_unwritable_folder(root, tmp_path):
     (tmp_path / "out").write_text("a file")
     campaign, runs = plan(root, tmp_path / "out", "alpha.50")
     with pytest.raises(InputError, match="out"):
-        runner.run(campaign, runs, root=root, log=lambda line: None)
+        runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
 
 
 def test_full_disk_leaves_the_earlier_record(tmp_path, monkeypatch):
@@ -339,12 +342,12 @@ def test_broken_records_are_named(content, answer, tmp_path):
 
 
 def test_list_shows_every_table_and_every_row():
-    text = runner.describe()
+    text = list_tables()
     assert all(f"\n{name} " in text for name in TABLES)
-    rows = runner.describe(["1d"])
+    rows = list_tables(["1d"])
     assert all(row.name in rows for row in TABLES["1d"].rows) and "36.0" in rows
     with pytest.raises(InputError, match="there are 1a, 1b"):
-        runner.describe(["9"])
+        list_tables(["9"])
 
 
 @pytest.mark.parametrize("value", ["null", "NaN"])
@@ -357,4 +360,4 @@ def test_ap_that_is_not_defined_is_none(value, tmp_path):
     (tmp_path / "metrics.json").write_text("\n".join(lines))
     assert record.final_metrics(tmp_path) == ({"AP": 1.5, "APs": None}, 4.0)
     curve = _read_curve(tmp_path)
-    assert np.isnan(curve["total_loss"]).all() and curve["loss_cls"] == [1.0]
+    assert curve.T[0].tolist()[::2] == [9.0, 1.0] and np.isnan(curve.T[0][1])

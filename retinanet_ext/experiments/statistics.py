@@ -1,0 +1,241 @@
+"""Means and spreads over seeds, Welch's interval for a difference, and the paper's claims."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import fmean, stdev
+
+from scipy.stats import ttest_ind
+
+from retinanet_ext.experiments.record import DIVERGED, FAILED, FINISHED, Record
+from retinanet_ext.experiments.tables import Claim, Row, Table
+
+HOLDS, FAILS, NOISE = "holds", "does not hold", "within the noise"
+ONE_SEED, UNMEASURED = "one seed", "not measured"
+WORDS = (HOLDS, FAILS, NOISE, ONE_SEED, UNMEASURED)
+
+RULE = (
+    "A claim says that one row of a table has a higher AP than another. The interval is Welch's "
+    "95 % t interval for the difference of the two means over seeds. The claim holds where the "
+    "whole interval lies above 0, does not hold where it lies below 0, and is within the noise "
+    "otherwise. One seed in either row gives no interval, and nothing is concluded from it. A row "
+    "that diverged with every seed loses to one that finished. Means are over the runs that "
+    "finished; ± is the standard deviation over seeds."
+)
+
+SAID_BY_VALUE = ("loss", "method", "backbone", "background : foreground")
+"""Settings whose values need no name."""
+
+OTHER_DATA = ("imbalance",)
+"""Tables whose rows differ in their data, so that their APs are not those of one test set."""
+
+SHOWN = ("AP", "AP50", "AP75")
+SHOWN_WHERE_PRINTED = ("APs", "APm", "APl", "ms")
+
+
+@dataclass(frozen=True, eq=False)
+class RowResult:
+    """A row of a table with its runs, by seed."""
+
+    table: Table
+    row: Row
+    runs: tuple[Record, ...]
+
+    @property
+    def label(self) -> str:
+        """Return the columns left of the paper's numbers in one line."""
+        return ", ".join(
+            value if name in SAID_BY_VALUE else f"{name} {value}"
+            for name, value in self.row.settings.items()
+            if value not in ("–", "n/a")
+        )
+
+    @property
+    def finished(self) -> list[Record]:
+        return [run for run in self.runs if run.status == FINISHED]
+
+    @property
+    def has_diverged(self) -> bool:
+        """Return whether it diverged with every seed that did not fail."""
+        return {run.status for run in self.runs} - {FAILED} == {DIVERGED}
+
+    def values(self, metric: str) -> list[float]:
+        """Return a metric of the finished runs where it is defined; "ms" is per image."""
+        values = [
+            run.inference_ms if metric == "ms" else run.metrics.get(metric) for run in self.finished
+        ]
+        return [value for value in values if value is not None and math.isfinite(value)]
+
+    def cells(self, metrics: Sequence[str]) -> list[str]:
+        """Return the mean of each metric, with the spread of the three shown for every table."""
+        cells = []
+        for metric, values in zip(metrics, map(self.values, metrics), strict=True):
+            mean = number(fmean(values) if values else None)
+            cells.append(with_spread(values) if metric in SHOWN else mean)
+        return cells
+
+    @property
+    def notes(self) -> list[str]:
+        """Return what became of the runs that did not finish, one line per kind."""
+        seeds: dict[str, list[str]] = {}
+        for run in self.runs:
+            if run.status != FINISHED:
+                message = run.message or run.status
+                if not message.startswith(run.status):
+                    message = f"{run.status}: {message}"
+                seeds.setdefault(message, []).append(str(run.seed))
+        return [
+            f"seed{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}: {message}"
+            for message, numbers in seeds.items()
+        ]
+
+    @property
+    def status(self) -> str:
+        """Return the number of runs, and what became of those that did not finish."""
+        if not self.runs or not self.notes:
+            return count(len(self.runs), "seed") if self.runs else "not run"
+        return f"{len(self.finished)} of {len(self.runs)} finished; {'; '.join(self.notes)}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A claim of the paper beside what was measured; differences in points of AP."""
+
+    claim: Claim
+    word: str
+    difference: float | None
+    interval: tuple[float, float] | None
+    paper_difference: float | None
+    remarks: tuple[str, ...]
+
+    @property
+    def measured(self) -> str:
+        """Return the difference with its interval."""
+        if self.interval is None:
+            return signed(self.difference)
+        low, high = map(signed, self.interval)
+        return f"{signed(self.difference)} ({low} to {high})"
+
+
+def welch_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
+    """Return Welch's t interval for mean(a) - mean(b), or None below two values on either side."""
+    if min(len(a), len(b)) < 2:
+        return None
+    difference = fmean(a) - fmean(b)
+    if stdev(a) == stdev(b) == 0:
+        return difference, difference
+    interval = ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    return float(interval.low), float(interval.high)
+
+
+def highest(rows: Sequence[RowResult]) -> RowResult | None:
+    """Return the row of the highest mean AP, the first of equals; None where no row has one."""
+    rows = [row for row in rows if row.values("AP")]
+    return max(rows, key=lambda row: fmean(row.values("AP")), default=None)
+
+
+def judge(claim: Claim, better: RowResult, others: Sequence[RowResult]) -> Verdict:
+    """Hold a claim against the runs of its rows, by :data:`RULE`; of ``others`` the best counts."""
+    worse = highest(others) or others[0]
+    a, b = better.values("AP"), worse.values("AP")
+    difference = fmean(a) - fmean(b) if a and b else None
+    interval = welch_interval(a, b)
+    remarks = [
+        f"{row.label}: {note}"
+        for row in (better, worse)
+        for note in (row.notes if row.runs else ["not run"])
+    ]
+    if len(others) > 1 and b:
+        remarks.append(f"the highest of them: {worse.label}")
+    papers = [row.row.paper.get("AP") for row in (better, *others)]
+    if (a and worse.has_diverged) or (b and better.has_diverged):
+        seeds = min(sum(run.status != FAILED for run in row.runs) for row in (better, worse))
+        word = ONE_SEED if seeds < 2 else HOLDS if a else FAILS
+    elif difference is None:
+        word = UNMEASURED
+    elif interval is None:
+        word = ONE_SEED
+    else:
+        word = HOLDS if interval[0] > 0 else FAILS if interval[1] < 0 else NOISE
+    paper = None if None in papers else papers[0] - max(papers[1:])
+    return Verdict(claim, word, difference, interval, paper, tuple(remarks))
+
+
+@dataclass(frozen=True, eq=False)
+class TableResult:
+    """A table of the paper with the runs of its rows."""
+
+    table: Table
+    rows: tuple[RowResult, ...]
+
+    @property
+    def measured(self) -> list[RowResult]:
+        """Return the rows that were run, whatever became of them."""
+        return [row for row in self.rows if row.runs]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Return the paper's three metrics, and others that it prints for this table."""
+        printed = {metric for row in self.rows for metric in row.row.paper}
+        return [*SHOWN, *(metric for metric in SHOWN_WHERE_PRINTED if metric in printed)]
+
+    @property
+    def heading(self) -> str:
+        name, title = self.table.name, self.table.title
+        return f"Table {name}: {title}" if name[0].isdigit() else title
+
+    @property
+    def best(self) -> RowResult | None:
+        """Return the row of the highest mean AP; None if the rows' data differ."""
+        return None if self.table.name in OTHER_DATA else highest(self.rows)
+
+    @property
+    def close_to_best(self) -> list[RowResult]:
+        """Return the rows whose difference from the best has an interval that includes 0."""
+        intervals = {
+            row: welch_interval(self.best.values("AP"), row.values("AP"))
+            for row in self.rows
+            if self.best and row is not self.best
+        }
+        return [row for row, interval in intervals.items() if interval and interval[0] <= 0]
+
+    @cached_property
+    def verdicts(self) -> list[Verdict]:
+        rows = {row.row.name: row for row in self.rows}
+        return [
+            judge(claim, rows[claim.better], [rows[name] for name in claim.worse])
+            for claim in self.table.claims
+        ]
+
+
+def number(value: float | None) -> str:
+    """Return a number as the paper prints it; a dash where there is none."""
+    return "–" if value is None else f"{value:.1f}"
+
+
+def signed(value: float | None) -> str:
+    """Return a difference with its sign, a typographic minus; a dash where there is none."""
+    return "–" if value is None else f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
+
+
+def with_spread(values: Sequence[float]) -> str:
+    """Return mean ± standard deviation (n - 1); without the latter below two values."""
+    if len(values) < 2:
+        return number(values[0] if values else None)
+    return f"{fmean(values):.1f} ± {stdev(values):.1f}"
+
+
+def duration(seconds: float) -> str:
+    """Return "3 h 05 min", "12 min" or "41 s"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
+
+
+def count(number: int, noun: str) -> str:
+    """Return "1 seed", "2 seeds"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -1,0 +1,73 @@
+"""The recorded runs of docs/results, reported again: every table of replication.md is theirs."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from experiments.campaigns import make_campaign
+from retinanet_ext.experiments.record import Record
+from retinanet_ext.experiments.report import write_report
+
+RESULTS = Path(__file__).parents[2] / "docs/results"
+RUNS = json.loads((RESULTS / "replication_runs.json").read_text())
+TEXT = (RESULTS / "replication.md").read_text(encoding="utf-8")
+
+
+def tables(text):
+    """Return the rows of cells of each table, head first and without the rule."""
+    blocks = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)
+    tables = [[line.strip("| ").split(" | ") for line in block.splitlines()] for block in blocks]
+    return [[head, *rows] for head, _, *rows in tables]
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """The tables of the report on the recorded runs of each campaign."""
+    reports = {}
+    for name in {run["campaign"] for run in RUNS}:
+        campaign = make_campaign(tmp_path_factory.mktemp("report") / "small-0")
+        for number, run in enumerate(RUNS):
+            if run["campaign"] == name:
+                fields = {key: value for key, value in run.items() if key != "campaign"}
+                metrics = {metric: fields.pop(metric) for metric in ("AP", "AP50", "AP75")}
+                folder = campaign / "runs" / f"{number:02}"
+                folder.mkdir()
+                Record(**fields, key=run["rows"][0], metrics=metrics, folder=folder).write()
+        reports[name] = tables(write_report(campaign)[1].read_text(encoding="utf-8"))
+    return reports
+
+
+def test_claims(reported):
+    (printed,) = (table for table in tables(TEXT) if "the paper's claim" in table[0])
+    assert len(printed) == 1 + 24
+    assert printed == reported["bccd"][0]
+
+
+def test_tables_of_the_paper(reported):
+    own = [table for table in tables(TEXT) if table[0][-1] == "seeds"]
+    assert len(own) == 7
+    for head, *rows in own:
+        columns = [*head[:-1], "runs"]
+        wanted = [[*row[:-1], "1 seed" if row[-1] == "1" else f"{row[-1]} seeds"] for row in rows]
+        candidates = [table for table in reported["bccd"] if set(columns) <= set(table[0])]
+        assert wanted in [
+            [[row[table[0].index(column)] for column in columns] for row in table[1:]]
+            for table in candidates
+        ], head
+
+
+def test_dial(reported):
+    """``mean ± spread (seeds)`` by imbalance and loss."""
+    own = [table for table in tables(TEXT) if "foreground : background" in table[0]]
+    assert len(own) == 2
+    for (head, *rows), name in zip(own, ("dial", "dial, 1050 iterations"), strict=True):
+        (found,) = (table for table in reported[name] if "background : foreground" in table[0])
+        cells = {}
+        for ratio, loss, ap, *_, runs in found[1:]:
+            seeds = runs.partition(" ")[0]
+            cells[ratio.partition(" ")[0], loss] = "not run" if ap == "–" else f"{ap} ({seeds})"
+        for ratio, *printed in rows:
+            ratio = ratio.rpartition(" ")[2]
+            assert printed == [cells[ratio, loss] for loss in head[1:]]
