@@ -86,7 +86,16 @@ COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
         ("MODEL.ANCHOR_GENERATOR.NAME", ("OctaveAnchorGenerator",)),
     ),
     "MODEL.ANCHOR_GENERATOR.ANGLES": ("MODEL.ANCHOR_GENERATOR.NAME", ("RotatedAnchorGenerator",)),
+    "DATALOADER.ASPECT_RATIO_STREAMS": ("DATALOADER.ASPECT_RATIO_GROUPING", (True,)),
+    "DATALOADER.RANDOM_SUBSET_RATIO": (
+        "DATALOADER.SAMPLER_TRAIN",
+        ("RandomSubsetTrainingSampler",),
+    ),
     "DATALOADER.REPEAT_THRESHOLD": ("DATALOADER.SAMPLER_TRAIN", ("RepeatFactorTrainingSampler",)),
+    "DATASETS.TRAIN_REPEAT_FACTOR": (
+        "DATALOADER.SAMPLER_TRAIN",
+        ("WeightedTrainingSampler", "WeightedCategoryTrainingSampler"),
+    ),
     "INPUT.CROP.TYPE": ("INPUT.CROP.ENABLED", (True,)),
     "INPUT.CROP.SIZE": ("INPUT.CROP.ENABLED", (True,)),
     "SOLVER.AMP.PRECISION": ("SOLVER.AMP.ENABLED", (True,)),
