@@ -60,7 +60,13 @@ def make_parts(args: argparse.Namespace) -> dict[str, Part]:
     step = f"--images {images} --ways ours"
     several = "" if args.dry_run else "16"
     parts = {
-        "tests": Part({"tests": ["-m", "pytest", "-q", "-m", "cuda", "tests/test_cuda.py"]}, 150),
+        "tests": Part(
+            {
+                "tests": ["-m", "pytest", "-q", "tests/test_cuda.py"],
+                "kernels": ["-m", "pytest", "-q", "tests/kernel_cases.py"],
+            },
+            150,
+        ),
         "loss": bench("loss", f"--images {images} --dtype bfloat16 --compiled", 60, args.dry_run),
         "matching": bench("matching", f"--images {images}", 45, args.dry_run),
         "inference": bench("inference", f"--images 1 {several}", 45, args.dry_run),
@@ -71,7 +77,7 @@ def make_parts(args: argparse.Namespace) -> dict[str, Part]:
         parts[f"step {precision}"] = bench("train_step", options, 60, args.dry_run)
     if not args.dry_run:
         part = bench("train_step", f"{step} --precision bfloat16", 180, False)
-        part.commands["train_step"] += ["--ways", "ours, channels last", "ours, all"]
+        part.commands["train_step"] += ["--ways", "ours, channels last", "ours, all", "--no-memory"]
         parts["step compiled"] = part
     for precision in ("float32", "bfloat16"):
         options = f"--images 1 {several} --network --precision {precision}"
