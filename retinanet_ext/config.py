@@ -169,7 +169,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # [["Platelets", 0.75], ...], the other classes keeping the loss's own alpha; prepare_datasets
     # makes numbers of names. Empty: off.
     retinanet.CLS_LOSS.CLASS_ALPHA = []
-    # Generate code for the loss and its gradient at the first iteration (about half a minute).
+    # Generate code for the loss and its gradient at the first iteration (about half a minute). On a
+    # GPU with Triton the paper's losses have kernels, which are faster and used all the same.
     retinanet.CLS_LOSS.COMPILE = False
     for name, loss in LOSSES.items():
         for parameter, key in loss_parameter_keys(loss).items():

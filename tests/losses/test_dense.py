@@ -247,13 +247,15 @@ def test_closed_form_equals_autograd_of_the_formula(name, dtype):
     assert_close(derivative, slope, **tolerance)
 
 
-@pytest.mark.parametrize(
-    ("device", "first"), [("cpu", "_level_as_background_first"), ("cuda", "_level_by_kernel")]
-)
-def test_way_of_a_device(device, first):
-    eager = dense._way(torch.device(device), compiled=False)
-    assert eager is getattr(dense, first)
-    assert dense._way(torch.device(device), compiled=True).keywords == {"eager": eager}
+def test_way_of_a_device():
+    host, gpu = torch.device("cpu"), torch.device("cuda")
+    assert dense._way(host, compiled=False) is dense._level_as_background_first
+    assert dense._way(host, compiled=True).keywords == {"eager": dense._level_as_background_first}
+    assert dense._way(gpu, compiled=False).func is dense._level_by_kernel
+    assert dense._way(gpu, compiled=False).keywords == {"without": dense._level_by_entry}
+    without = dense._way(gpu, compiled=True).keywords["without"]
+    assert without.func is dense._level_compiled
+    assert without.keywords == {"eager": dense._level_by_entry}
 
 
 def test_compiled_equals_autograd():
