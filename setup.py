@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["retinanet_ext", "retinanet_ext.*"]),
+    entry_points={"console_scripts": ["retinanet-ext = retinanet_ext.cli:main"]},
     install_requires=[
         "torch>=2.6",
         "torchvision",

@@ -36,11 +36,11 @@ def command(start):
 
 def run(arguments, cwd, *more):
     program, *rest = arguments
-    assert program == "python"
+    start = {"python": [], "retinanet-ext": ["-m", "retinanet_ext"]}[program]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
            "PYTHONPATH": str(ROOT), "DETECTRON2_DATASETS": str(cwd / "datasets")}  # fmt: skip
     return subprocess.run(
-        [sys.executable, *rest, *more], cwd=cwd, env=env, capture_output=True, text=True
+        [sys.executable, *start, *rest, *more], cwd=cwd, env=env, capture_output=True, text=True
     )
 
 
@@ -48,7 +48,7 @@ def run(arguments, cwd, *more):
 def folder(tmp_path_factory):
     """A folder as the README's reader has it: the checkout, and data of their own in mine/."""
     folder = tmp_path_factory.mktemp("readme")
-    for name in ("configs", "tools", "train_net.py"):
+    for name in ("configs", "train_net.py"):
         (folder / name).symlink_to(ROOT / name)
     data = ROOT / "tests/fixtures/bccd_mini"
     (folder / "mine").mkdir()
@@ -59,10 +59,10 @@ def folder(tmp_path_factory):
 
 
 def test_every_command_is_known_here():
-    known = [*BY_CI, "source .venv/bin/activate", "python train_net.py", "python tools/"]
+    known = [*BY_CI, "source .venv/bin/activate", "python train_net.py", "retinanet-ext "]
     for text in COMMANDS:
         assert any(text.startswith(start) for start in known), text
-    assert len([c for c in COMMANDS if c.startswith("python")]) == 12
+    assert len(COMMANDS) == 15
     ci = (ROOT / ".ci/run").read_text()
     assert all(re.search(rf"^{text}\b", ci, re.M) for text in BY_CI)
 
@@ -78,32 +78,32 @@ def test_own_data_then_evaluation_then_export_and_analysis(folder):
     assert evaluated.returncode == 0, evaluated.stderr
     assert "AP50" in evaluated.stdout
 
-    exported = run(command("python tools/export_weights.py"), folder)
+    exported = run(command("retinanet-ext export-weights"), folder)
     assert exported.returncode == 0, exported.stderr
     weights = torch.load(folder / "output/mine/detectron2.pth")["model"]
     assert "head.cls_score.weight" in weights
     assert not any(name.startswith("criterion") for name in weights)
 
-    analyzed = run(command("python tools/analyze_loss.py"), folder)
+    analyzed = run(command("retinanet-ext analyze-loss"), folder)
     assert analyzed.returncode == 0, analyzed.stderr
     assert "hardest 20 %" in analyzed.stdout
     assert (folder / "output/mine/loss_cdf-test/loss_cdf.svg").is_file()
 
 
 def test_own_data_are_checked(folder):
-    checked = run(command("python tools/check_data.py"), folder)
+    checked = run(command("retinanet-ext check-data"), folder)
     assert checked.returncode == 0, checked.stderr
     assert "Training takes these data" in checked.stdout
 
 
 def test_curves(folder):
-    drawn = run(command("python tools/plot_losses.py"), folder)
+    drawn = run(command("retinanet-ext plot-losses"), folder)
     assert drawn.returncode == 0, drawn.stderr
     assert (folder / "output/figures/losses.svg").is_file()
 
 
 def test_list_of_experiments(folder):
-    listed = run(command("python tools/run_experiments.py list"), folder)
+    listed = run(command("retinanet-ext experiments list"), folder)
     assert listed.returncode == 0 and "table 1d, section 5.3" in listed.stdout
 
 
@@ -113,8 +113,8 @@ def test_list_of_experiments(folder):
 )
 def test_experiments_end_with_a_report(start, row, folder):
     """One row and one seed of the command, on small images for one iteration."""
-    program, tool, what, *rest = command(f"python tools/run_experiments.py run {start}")
-    done = run([program, tool, what, "--row", row, "--seeds", "1", *rest], folder, *SMALL)
+    program, name, what, *rest = command(f"retinanet-ext experiments run {start}")
+    done = run([program, name, what, "--row", row, "--seeds", "1", *rest], folder, *SMALL)
     assert done.returncode == 0, done.stderr
     *_, markdown, page = done.stdout.split()
     assert (folder / page).name == "report.html" and (folder / page).stat().st_size > 10_000
@@ -122,7 +122,7 @@ def test_experiments_end_with_a_report(start, row, folder):
 
 
 def test_experiments_on_coco_say_what_is_missing(folder):
-    start = "python tools/run_experiments.py run --table 1b --preset paper"
+    start = "retinanet-ext experiments run --table 1b --preset paper"
     coco = run(command(start), folder)
     assert coco.returncode == 2 and "Traceback" not in coco.stderr
     assert "instances_train2017.json" in coco.stderr

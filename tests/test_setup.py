@@ -26,6 +26,7 @@ print(json.dumps({
     "packages": dist.packages,
     "ext_modules": dist.ext_modules,
     "extras": dist.extras_require,
+    "scripts": dist.entry_points["console_scripts"],
 }))
 """
 
@@ -42,6 +43,12 @@ def test_packaging_is_pure_python_and_leaves_no_package_out(packaging):
         ".".join(init.parent.relative_to(ROOT).parts) for init in inits
     )
     assert not packaging["ext_modules"]
+
+
+def test_console_script_is_the_command_line(packaging):
+    from retinanet_ext import cli
+
+    assert packaging["scripts"] == [f"{cli.PROGRAM} = {cli.__name__}:{cli.main.__name__}"]
 
 
 def test_version_is_the_package_s(packaging):

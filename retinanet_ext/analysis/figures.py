@@ -46,11 +46,12 @@ def draw_losses(what: Sequence[str]) -> tuple[str, Figure]:
         InputError: an unknown loss or parameter, or a value out of range
     """
     known = {"1": figure_1, "5": figure_5, "6": figure_6}
-    elsewhere = {"2": "run_experiments.py report", "4": "analyze_loss.py"}
+    elsewhere = {"2": "experiments report", "4": "analyze-loss"}
     elsewhere["7"] = elsewhere["2"]
     for item in what:
         if item in elsewhere:
-            raise InputError(f"figure {item} is drawn from measurements by tools/{elsewhere[item]}")
+            command = f"retinanet-ext {elsewhere[item]}"
+            raise InputError(f"figure {item} is drawn from measurements by {command}")
     if len(what) == 1 and what[0] in known:
         return f"figure_{what[0]}", known[what[0]]()
     figures = [item for item in what if item in known]

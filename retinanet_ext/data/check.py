@@ -203,7 +203,7 @@ class CheckedData:
         remedy = f" ({remedy})" if remedy else ""
         more = "".join(f"; {KINDS[name].what}: {len(refused[name])}" for name in others)
         if head or more:
-            more += "; tools/check_data.py lists all"
+            more += "; retinanet-ext check-data lists all"
         raise InputError(f"{self.json_file}: {head}{examples}{remedy}{more}")
 
 

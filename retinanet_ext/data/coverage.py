@@ -250,7 +250,7 @@ def warn_of_unreached_boxes(cfg: CfgNode) -> list[str]:
         if missed > MAX_UNREACHED:
             warnings.append(
                 f"{source.name}: no anchor reaches {100 * missed:.0f} % of the boxes at IoU "
-                f"{threshold}; python tools/check_data.py --search-anchors, with the --config-file "
+                f"{threshold}; retinanet-ext check-data --search-anchors, with the --config-file "
                 "and KEY VALUE pairs of this training, says which and searches better anchors"
             )
     return warnings

@@ -55,7 +55,7 @@ def save_step(step: Step, report: Report, states: dict[str, Any] | None) -> Path
         file = stem.with_suffix(".pth")
         with replacing(file) as stream:
             torch.save(_encode(content), stream)
-        report = {**report, "replay": f"python tools/replay_batch.py {shlex.quote(str(file))}"}
+        report = {**report, "replay": f"retinanet-ext replay {shlex.quote(str(file))}"}
     file = stem.with_suffix(".json")
     write_file(file, json.dumps(report, indent=2, allow_nan=False))
     return file

@@ -1,8 +1,5 @@
 """Figures: what is in them, and how they are written."""
 
-import runpy
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +8,7 @@ from PIL import Image
 
 from retinanet_ext.analysis.figures import draw_losses, figure_4, save_figure
 from retinanet_ext.analysis.loss_cdf import GAMMAS, PAPER, WindowSample
+from retinanet_ext.cli import main
 from retinanet_ext.errors import InputError
 
 
@@ -95,14 +93,13 @@ def test_files_that_cannot_be_written(tmp_path):
         save_figure(Figure(), tmp_path / "figure.pdf")
 
 
-def plot_losses(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["plot_losses.py", *map(str, argv)])
-    runpy.run_path("tools/plot_losses.py", run_name="__main__")
+def plot_losses(*argv):
+    return main(["plot-losses", *map(str, argv)])
 
 
-def test_command_line(tmp_path, monkeypatch, capsys):
-    plot_losses(monkeypatch, "6", "--output", tmp_path)
-    plot_losses(monkeypatch, "focal:gamma=3", "hinge", "--output", tmp_path / "own.svg")
+def test_command_line(tmp_path, capsys):
+    assert plot_losses("6", "--output", tmp_path) == 0
+    assert plot_losses("focal:gamma=3", "hinge", "--output", tmp_path / "own.svg") == 0
     names = {"figure_6.svg", "figure_6.png", "own.svg"}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert len(capsys.readouterr().out.splitlines()) == 3
@@ -111,15 +108,13 @@ def test_command_line(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [
-        (["4"], "figure 4 is drawn from measurements by tools/analyze_loss.py"),
+        (["4"], "figure 4 is drawn from measurements by retinanet-ext analyze-loss"),
         (["softmax"], "unknown loss 'softmax'; known losses: cross_entropy"),
         (["focal:gamma=-1"], "gamma must be a number in [0, inf), got '-1'"),
         (["1", "--output", "figure.jpg"], "figure.jpg: figures are written as .svg or .png"),
     ],
 )
-def test_command_line_refuses(argv, expected, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as ended:
-        plot_losses(monkeypatch, *argv)
-    assert ended.value.code == 2
+def test_command_line_refuses(argv, expected, capsys):
+    assert plot_losses(*argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("plot_losses.py: error: ") and expected in line
+    assert line.startswith("retinanet-ext plot-losses: error: ") and expected in line

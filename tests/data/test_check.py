@@ -314,9 +314,9 @@ def test_refusal_counts_what_it_does_not_show(bccd: Bccd) -> None:
     message = str(error.value)
     assert message.startswith("train.json: annotation 1187 of image 80")
     assert "(DATASETS.CHECK.UNKNOWN_CLASS drop leaves it out)" in message
-    assert "; boxes that are not four finite numbers: 5; tools/check_data.py" in message
+    assert "; boxes that are not four finite numbers: 5; retinanet-ext check-data" in message
     put("annotations", 6, category_id=1)(bccd)
-    with pytest.raises(InputError, match=r"json: 5 boxes that .* leaves them out\); tools/check"):
+    with pytest.raises(InputError, match=r"5 boxes that .* leaves them out\); retinanet-ext check"):
         check_train(bccd).raise_refused()
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, get_detection_dataset_dicts
 from detectron2.modeling import build_model
 
+from retinanet_ext.cli import main
 from retinanet_ext.data import CheckedDatasetMapper, prepare_datasets
 from retinanet_ext.data.check import config_defaults
 from retinanet_ext.data.coverage import (
@@ -44,16 +43,9 @@ def small(*opts: Any) -> CfgNode:
 def run(*arguments: str) -> tuple[int, str, str]:
     """Run the command in this process and return its exit code, output and errors."""
     out, err = io.StringIO(), io.StringIO()
-    tool = ROOT / "tools/check_data.py"
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as end,
-    ):
-        patch.setattr(sys, "argv", [str(tool), "--config-file", str(SMALL), *arguments])
-        runpy.run_path(str(tool), run_name="__main__")
-    return int(end.value.code or 0), out.getvalue(), err.getvalue()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main(["check-data", "--config-file", str(SMALL), *arguments])
+    return code, out.getvalue(), err.getvalue()
 
 
 def test_command_ends_with_what_training_would_do(bccd: Bccd, tmp_path: Path) -> None:
@@ -73,7 +65,7 @@ def test_command_ends_with_what_training_would_do(bccd: Bccd, tmp_path: Path) ->
     bccd.train["annotations"][0]["bbox"][2] *= -1
     bccd.write()
     code, _, errors = run("--output", str(output), *keys)
-    assert code == 2 and errors.startswith(f"check_data.py: error: {output} exists")
+    assert code == 2 and errors.startswith(f"retinanet-ext check-data: error: {output} exists")
     assert output.read_bytes() == before
     code, text, errors = run(*keys)
     assert code == 1 and not errors
@@ -212,7 +204,7 @@ def test_training_warns_of_boxes_that_no_anchor_reaches(bccd: Bccd) -> None:
         warnings = warn_of_unreached_boxes(cfg)
         assert len(warnings) == is_warned
         assert all("custom_train: no anchor reaches" in line for line in warnings)
-        assert all("tools/check_data.py --search-anchors" in line for line in warnings)
+        assert all("retinanet-ext check-data --search-anchors" in line for line in warnings)
 
 
 def test_other_detectors_are_not_warned_of(bccd: Bccd, cfg: CfgNode) -> None:

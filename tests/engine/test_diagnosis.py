@@ -2,7 +2,6 @@
 
 import json
 import math
-import runpy
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ from detectron2.modeling import build_model
 from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 
 from detectors import make_batch, make_cfg
+from retinanet_ext.cli import main
 from retinanet_ext.engine.diagnosis import Step, diagnose
 from retinanet_ext.engine.replay import replay_step, save_step
 from retinanet_ext.errors import InputError
@@ -232,7 +232,7 @@ def test_a_step_of_a_gpu_in_float16_is_repeated_on_a_cpu(tmp_path, monkeypatch, 
 
 
 @pytest.mark.usefixtures("no_check")
-def test_a_saved_step_is_repeated_by_the_tool(tmp_path):
+def test_a_saved_step_is_repeated_by_the_command(tmp_path):
     model, step = make_step("OUTPUT_DIR", str(tmp_path))
     step.cfg.DATASETS.CUSTOM.TRAIN_JSON = ["a.json", "b.json"]
     image = step.batches[0][1]["image"].float()
@@ -243,20 +243,17 @@ def test_a_saved_step_is_repeated_by_the_tool(tmp_path):
     assert json.loads(file.read_text())["cause"] == report["cause"]
     assert replay_step(file.with_suffix(".pth")) == report
 
-    command = [sys.executable, "tools/replay_batch.py", str(file.with_suffix(".pth"))]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    replay = [sys.executable, "-m", "retinanet_ext", "replay", str(file.with_suffix(".pth"))]
+    run = subprocess.run(replay, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.splitlines()[-1] == f"reproduced: {report['cause']}"
 
 
 @pytest.mark.usefixtures("restore_logging")
-def test_a_step_that_is_finite_this_time(tmp_path, monkeypatch, capsys):
+def test_a_step_that_is_finite_this_time(tmp_path, capsys):
     model, step = make_step("OUTPUT_DIR", str(tmp_path))
     file = save_step(step, diagnose(model, step), {"model": model.state_dict()})
-    monkeypatch.setattr("sys.argv", ["replay_batch.py", str(file.with_suffix(".pth"))])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path("tools/replay_batch.py", run_name="__main__")
-    assert ended.value.code == 1
+    assert main(["replay", str(file.with_suffix(".pth"))]) == 1
     assert capsys.readouterr().err.startswith("not reproduced: ")
 
 

@@ -1,8 +1,6 @@
 """The loss analysis of a checkpoint, against the training loss of all anchors."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ from detectron2.structures import Boxes, Instances
 
 from detectors import make_batch, make_model
 from retinanet_ext.analysis.loss_cdf import GAMMAS, WindowSample
+from retinanet_ext.cli import main
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine import Trainer, load_config
 from retinanet_ext.engine.failures import explain
@@ -266,19 +265,16 @@ def test_command_line(weights, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("detectron2.utils.logger.setup_logger", lambda name: None)
 
     def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["analyze_loss.py", *map(str, argv)])
-        runpy.run_path("tools/analyze_loss.py", run_name="__main__")
+        return main(["analyze-loss", *map(str, argv)])
 
     common = ["--config-file", CONFIG, "--weights", weights, "--output", tmp_path / "result"]
-    run(*common, "--num-images", "1", "--negatives", "100", *CPU)
+    assert run(*common, "--num-images", "1", "--negatives", "100", *CPU) == 0
     *_, conclusion = capsys.readouterr().out.splitlines()
     assert conclusion.startswith("At gamma 0 the easiest 80 % of the negative anchors carry")
     content = read_json(tmp_path / "result")
     assert content["num_images"] == 1 and content["conclusion"] == conclusion
     assert curve_of(content, "pair", "negative", 1)["sampled"] == 100
 
-    with pytest.raises(SystemExit) as ended:
-        run(*common, *CPU)
-    assert ended.value.code == 2
+    assert run(*common, *CPU) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("analyze_loss.py: error: ") and "earlier result" in error
+    assert error.startswith("retinanet-ext analyze-loss: error: ") and "earlier result" in error

@@ -90,8 +90,8 @@ def hashes(folder):
 def test_killed_and_started_again(tmp_path):
     """SIGKILL of the runner ends its run as well; the same command resumes that run."""
     command = [
-        *(sys.executable, "tools/run_experiments.py", "run", "--table", "3", "--preset", "quick"),
-        *("--row", "focal", "--output", str(tmp_path)),
+        *(sys.executable, "-m", "retinanet_ext", "experiments", "run", "--preset", "quick"),
+        *("--table", "3", "--row", "focal", "--output", str(tmp_path)),
         *(*OPTS, "SOLVER.MAX_ITER", "8", "SOLVER.CHECKPOINT_PERIOD", "2"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

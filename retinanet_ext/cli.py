@@ -1,0 +1,232 @@
+"""The command line ``retinanet-ext COMMAND``: each command is a parser and a call.
+
+A command imports what it needs when it runs, because ``retinanet-ext --help`` is then fast. Its
+docstring is its help.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from retinanet_ext.errors import InputError
+
+PROGRAM = "retinanet-ext"
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout: the folder of ``train_net.py`` and ``configs/``."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; 2 if an argument or a file cannot be used."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="What is done before and after a training; train_net.py trains and evaluates.",
+        epilog=f"{PROGRAM} COMMAND --help lists the options of a command.",
+    )
+    commands = parser.add_subparsers(
+        title="commands", dest="name", metavar="COMMAND", required=True
+    )
+    for name, command in COMMANDS.items():
+        commands.add_parser(name, help=command.__doc__, add_help=False)
+    name = parser.parse_args(argv[:1]).name
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=command.__doc__)
+    try:
+        return command(parser, argv[1:])
+    except InputError as error:
+        from retinanet_ext.engine.failures import explain
+
+        code, line = explain(error)
+        print(f"{parser.prog}: error: {line}", file=sys.stderr)
+        return code
+
+
+def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Check the data of a config before training: what is wrong, what the anchors cover."""
+    from retinanet_ext.data import report
+    from retinanet_ext.engine import load_config
+
+    parser.epilog = "exit code 1: training would refuse the data"
+    parser.add_argument("--config-file", required=True, help="as for training")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write all of it as JSON")
+    parser.add_argument(
+        "--search-anchors", action="store_true", help="look for anchors that cover more boxes"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values")
+    args = parser.parse_args(argv)
+    if args.output:
+        report.refuse_existing(args.output)
+    cfg, _ = load_config(args.config_file, args.opts)
+    result = report.check_data(cfg, search_anchors=args.search_anchors)
+    print(result.text)
+    if args.output:
+        result.write(args.output)
+        print(f"\nWrote {args.output}")
+    return result.exit_code
+
+
+def analyze_loss(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Measure on which anchors a checkpoint's loss lies, at several gamma (figure 4)."""
+    from detectron2.utils.logger import setup_logger
+
+    from retinanet_ext.analysis.loss_cdf import NUM_NEGATIVES, NUM_POSITIVES
+    from retinanet_ext.experiments import loss_analysis
+
+    parser.add_argument("--config-file", required=True, help="as for training")
+    parser.add_argument("--weights", required=True, help="such as OUTPUT_DIR/model_final.pth")
+    parser.add_argument(
+        "--dataset", choices=("train", "test"), default="test", help="of the config; default: test"
+    )
+    parser.add_argument("--num-images", type=int, metavar="N", help="at most, chosen at random")
+    for name, number in (("--negatives", NUM_NEGATIVES), ("--positives", NUM_POSITIVES)):
+        parser.add_argument(name, type=int, default=number, metavar="N", help="sampled at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the images and the sample")
+    parser.add_argument(
+        "--output", metavar="FOLDER", help="default: loss_cdf-DATASET beside the weights"
+    )
+    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values")
+    args = parser.parse_args(argv)
+    setup_logger(name="retinanet_ext")
+    text = loss_analysis.analyze_loss(
+        args.config_file,
+        args.weights,
+        args.opts,
+        dataset=args.dataset,
+        num_images=args.num_images,
+        num_positives=args.positives,
+        num_negatives=args.negatives,
+        seed=args.seed,
+        output=args.output,
+    )
+    print(text)
+    return 0
+
+
+def plot_losses(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Draw losses: figure 1, 5 or 6 of the paper, or registered losses of your choice."""
+    from retinanet_ext.analysis.figures import draw_losses, save_figure
+
+    parser.add_argument(
+        "what",
+        nargs="+",
+        metavar="1 | 5 | 6 | LOSS",
+        help="a figure, or losses such as cross_entropy focal:gamma=3 focal_star:gamma=4,beta=0",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("output/figures"),
+        metavar="FILE | FOLDER",
+        help="a .svg or .png file, or a folder for both; default: output/figures",
+    )
+    args = parser.parse_args(argv)
+    name, figure = draw_losses(args.what)
+    files = [args.output]
+    if not args.output.suffix:
+        files = [args.output / f"{name}{suffix}" for suffix in (".svg", ".png")]
+    for path in files:
+        save_figure(figure, path)
+        print(f"Wrote {path}")
+    return 0
+
+
+def experiments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Run the paper's experiments: list the tables, run rows, report the results."""
+    from retinanet_ext.experiments.presets import PRESETS, list_tables
+    from retinanet_ext.experiments.report import write_reports
+
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="show the tables, or the rows of one")
+    listing.add_argument("--table", action="append", default=[], metavar="NAME")
+    run = commands.add_parser("run", help="run rows that are not finished yet", allow_abbrev=False)
+    run.add_argument("--table", action="append", default=[], metavar="NAME", help="default: all")
+    run.add_argument("--row", action="append", default=[], metavar="NAME", help="default: all")
+    presets = "; ".join(f"{preset.name}: {preset.what}" for preset in PRESETS.values())
+    run.add_argument("--preset", required=True, metavar="NAME", help=presets)
+    run.add_argument("--seeds", type=int, metavar="N", help="default: the preset's")
+    run.add_argument("--num-gpus", type=int, default=1, metavar="N", help="of each row")
+    run.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for all rows")
+    report = commands.add_parser("report", help="write the reports anew")
+    for command in (run, report):
+        command.add_argument(
+            "--output", type=Path, default=Path("output/experiments"), metavar="FOLDER"
+        )
+    args = parser.parse_args(argv)
+    try:
+        if args.command == "run":
+            return _run_rows(args)
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: cut off; the same command goes on from here", file=sys.stderr)
+        return 130
+    if args.command == "list":
+        print(list_tables(args.table))
+    else:
+        for path in write_reports(args.output):
+            print(path)
+    return 0
+
+
+def _run_rows(args: argparse.Namespace) -> int:
+    """Run the rows and write their report; 1 if a row failed or could not be run."""
+    from retinanet_ext.experiments import runner
+    from retinanet_ext.experiments.record import FAILED
+    from retinanet_ext.experiments.report import write_report
+
+    campaign, runs = runner.plan(
+        args.preset,
+        tables=args.table,
+        rows=args.row,
+        seeds=args.seeds,
+        num_gpus=args.num_gpus,
+        opts=args.opts,
+        root=ROOT,
+        output=args.output,
+    )
+    records = runner.run_campaign(campaign, runs, root=ROOT)
+    print(*write_report(campaign.folder), sep="\n")
+    return int(len(records) < len(runs) or any(run.status == FAILED for run in records))
+
+
+def replay(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Repeat a training step that was not finite, from the file that training saved of it."""
+    from detectron2.utils.logger import setup_logger
+
+    from retinanet_ext.engine.replay import replay_step
+
+    parser.epilog = "exit code 0: not finite again, 1: finite this time, 2: no such step"
+    parser.add_argument("file", help="such as OUTPUT_DIR/non_finite/iter_0000041_rank0.pth")
+    args = parser.parse_args(argv)
+    setup_logger(name="retinanet_ext")
+    report = replay_step(args.file)
+    print(json.dumps(report, indent=2, allow_nan=False))
+    if report["reproduced"]:
+        print(f"reproduced: {report['cause']}")
+        return 0
+    print("not reproduced: loss and gradient are finite this time", file=sys.stderr)
+    return 1
+
+
+def export_weights(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Make a weights file that Detectron2's own RetinaNet loads, from a checkpoint of training."""
+    from retinanet_ext.engine import checkpoint
+
+    parser.add_argument("checkpoint", help="such as OUTPUT_DIR/model_final.pth")
+    parser.add_argument("output", help="the .pth file to write; must not exist")
+    args = parser.parse_args(argv)
+    checkpoint.export_weights(args.checkpoint, args.output)
+    print(f"Wrote {args.output}")
+    return 0
+
+
+COMMANDS: dict[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]] = {
+    "check-data": check_data,
+    "analyze-loss": analyze_loss,
+    "plot-losses": plot_losses,
+    "experiments": experiments,
+    "replay": replay,
+    "export-weights": export_weights,
+}
