@@ -15,6 +15,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["retinanet_ext", "retinanet_ext.*"]),
+    package_data={"retinanet_ext": ["py.typed"]},
     install_requires=[
         "torch>=2.6",
         "torchvision",

@@ -24,6 +24,7 @@ dist = run_setup("setup.py", stop_after="init")
 print(json.dumps({
     "version": dist.get_version(),
     "packages": dist.packages,
+    "package_data": dist.package_data,
     "ext_modules": dist.ext_modules,
     "extras": dist.extras_require,
 }))
@@ -42,6 +43,11 @@ def test_packaging_is_pure_python_and_leaves_no_package_out(packaging):
         ".".join(init.parent.relative_to(ROOT).parts) for init in inits
     )
     assert not packaging["ext_modules"]
+
+
+def test_type_checkers_read_the_installed_package(packaging):
+    (marker,) = packaging["package_data"]["retinanet_ext"]
+    assert marker == "py.typed" and (ROOT / "retinanet_ext" / marker).is_file()
 
 
 def test_version_is_the_package_s(packaging):
