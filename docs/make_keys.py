@@ -17,6 +17,7 @@ from retinanet_ext.config import (
     COUNTS_ONLY_IF,
     add_retinanet_ext_config,
     all_keys,
+    find_conditions,
     loss_parameter_keys,
     read_key,
 )
@@ -66,7 +67,7 @@ def make_page() -> str:
     """Return the text of docs/keys.md.
 
     Raises:
-        ValueError: names the keys that have no description
+        ValueError: names keys without a description, or nodes whose comment is on no key
     """
     cfg, stock = get_cfg(), set(all_keys(get_cfg()))
     add_retinanet_ext_config(cfg)
@@ -75,6 +76,8 @@ def make_page() -> str:
     described = comments | describe_losses() | describe_kinds() | describe_sample_set()
     if missing := [key for key in keys if key not in described]:
         raise ValueError(f"no comment above {', '.join(missing)} in retinanet_ext/config.py")
+    if unused := comments.keys() - {*keys, *SECTIONS}:
+        raise ValueError(f"the comment above {', '.join(unused)} belongs above one of its keys")
 
     parts = [INTRODUCTION]
     for section, heading in SECTIONS.items():
@@ -123,7 +126,7 @@ def describe_losses() -> dict[str, str]:
     """Return a description of each parameter of the registered losses."""
     described = {}
     for loss in LOSSES.values():
-        formula = inspect.getdoc(loss.formula).splitlines()[0]
+        formula = (inspect.getdoc(loss.formula) or loss.name).splitlines()[0]
         for name, key in loss_parameter_keys(loss).items():
             what = f'{name.capitalize()} of "{loss.name}" ({loss.reference}), in '
             if name == "alpha":
@@ -159,11 +162,10 @@ def find_section(key: str) -> str:
 
 
 def conditions(key: str) -> list[str]:
-    """Return the keys and values beside which a key counts."""
+    """Return the keys and values beside which a key counts, as Markdown."""
     return [
         " or ".join(f"`{other} {value}`" for value in values)
-        for start, (other, values) in COUNTS_ONLY_IF.items()
-        if key != other and (key == start or (start.endswith(".") and key.startswith(start)))
+        for other, values in find_conditions(key)
     ]
 
 

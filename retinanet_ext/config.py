@@ -116,6 +116,15 @@ COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
 """A key, or how a group of keys begins -> the key and its values beside which it has an effect."""
 
 
+def find_conditions(key: str) -> list[tuple[str, tuple[Any, ...]]]:
+    """Return the other keys, each with its values, beside which a key has an effect."""
+    return [
+        (other, values)
+        for start, (other, values) in COUNTS_ONLY_IF.items()
+        if key != other and (key == start or (start.endswith(".") and key.startswith(start)))
+    ]
+
+
 def resolve_class_alpha(cfg: CfgNode, class_names: Sequence[str]) -> None:
     """Replace the pairs of class name and alpha in ``CLS_LOSS.CLASS_ALPHA`` by K numbers.
 
@@ -324,11 +333,10 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # MODEL.RETINANET.SELECTION.OHEM.SCOPE "process".
     cfg.SOLVER.ACCUMULATE = 1
 
-    # A non-finite step is one whose loss or gradient is infinite or NaN on any process. Its likely
-    # cause is explained in either case.
     cfg.SOLVER.NON_FINITE = CfgNode()
-    # What is done about a non-finite step: "raise" an error, or "skip" it and leave weights,
-    # optimizer and normaliser unchanged.
+    # What is done about a step whose loss or gradient is infinite or NaN on any process: "raise" an
+    # error, or "skip" the step and leave weights, optimizer and normaliser unchanged. Its likely
+    # cause is explained in either case.
     cfg.SOLVER.NON_FINITE.POLICY = "raise"
     # Largest number of steps that are skipped; the next one ends the run. 0: no limit.
     cfg.SOLVER.NON_FINITE.MAX_SKIPPED = 0
@@ -345,9 +353,9 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # "float16" (CUDA only). Decoding, scoring and NMS stay in float32.
     cfg.TEST.PRECISION = "float32"
 
-    # The picture of ground truth and detections that is drawn after an evaluation.
     cfg.TEST.DETECTION_GRID = CfgNode()
-    # Number of test images in the picture, 0 to 10000. 0: no picture.
+    # Number of test images in the picture of ground truth and detections that is drawn after an
+    # evaluation, 0 to 10000. 0: no picture.
     cfg.TEST.DETECTION_GRID.NUM_IMAGES = 8
-    # Lowest score of the detections that are drawn, at least 0.
+    # Lowest score of the detections that are drawn in that picture, at least 0.
     cfg.TEST.DETECTION_GRID.SCORE_THRESH = 0.3
