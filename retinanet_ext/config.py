@@ -116,6 +116,15 @@ COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
 """A key, or how a group of keys begins -> the key and its values beside which it has an effect."""
 
 
+def find_conditions(key: str) -> list[tuple[str, tuple[Any, ...]]]:
+    """Return the other keys, each with its values, beside which a key has an effect."""
+    return [
+        (other, values)
+        for start, (other, values) in COUNTS_ONLY_IF.items()
+        if key != other and (key == start or (start.endswith(".") and key.startswith(start)))
+    ]
+
+
 def resolve_class_alpha(cfg: CfgNode, class_names: Sequence[str]) -> None:
     """Replace the pairs of class name and alpha in ``CLS_LOSS.CLASS_ALPHA`` by K numbers.
 
@@ -156,165 +165,198 @@ def resolve_class_alpha(cfg: CfgNode, class_names: Sequence[str]) -> None:
 def add_retinanet_ext_config(cfg: CfgNode) -> None:
     """Add the plugin's keys to a Detectron2 config and register the plugin's classes.
 
+    ``docs/keys.md`` is made from this function by ``python docs/make_keys.py``: the comment above
+    a key is the key's description there.
+
     Args:
         cfg: as ``detectron2.config.get_cfg()`` gives it; changed in place
     """
     import retinanet_ext.modeling  # noqa: F401  registers the plugin's classes; it reads this file
 
-    retinanet = cfg.MODEL.RETINANET
-
-    # The classification loss by name; its parameters in the node of the same name.
-    retinanet.CLS_LOSS = CfgNode({"NAME": "focal"})
-    # Alpha of each class in place of one number: K values in the order of the classes, or pairs
-    # [["Platelets", 0.75], ...], the other classes keeping the loss's own alpha; prepare_datasets
-    # makes numbers of names. Empty: off.
-    retinanet.CLS_LOSS.CLASS_ALPHA = []
-    # Generate code for the loss and its gradient at the first iteration (about half a minute). On a
-    # GPU with Triton the paper's losses have kernels, which are faster and used all the same.
-    retinanet.CLS_LOSS.COMPILE = False
+    cfg.MODEL.RETINANET.CLS_LOSS = CfgNode()
+    # Classification loss: "focal", "focal_star", "cross_entropy", "hinge", or another one that is
+    # registered in retinanet_ext/losses. Its parameters are in the node of the same name; focal
+    # reads MODEL.RETINANET.FOCAL_LOSS_ALPHA and MODEL.RETINANET.FOCAL_LOSS_GAMMA.
+    cfg.MODEL.RETINANET.CLS_LOSS.NAME = "focal"
+    # Alpha per class, in place of the loss's one alpha: K numbers in [0, 1], in the order of the
+    # classes; or pairs `[["Platelets", 0.75], ...]`, in YAML also `{Platelets: 0.75}`, where
+    # classes that are not named keep the loss's alpha. A run saves names as numbers. `[]`: off.
+    cfg.MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA = []
+    # Compile the loss and its gradient with torch.compile at the first iteration (about half a
+    # minute). The loss must be registered with its derivative. On a GPU with Triton the paper's
+    # losses have kernels, which are faster and used all the same.
+    cfg.MODEL.RETINANET.CLS_LOSS.COMPILE = False
     for name, loss in LOSSES.items():
         for parameter, key in loss_parameter_keys(loss).items():
             if (name, parameter) in _DETECTRON2_KEYS:
                 continue
-            node = retinanet.CLS_LOSS.setdefault(name.upper(), CfgNode())
+            node = cfg.MODEL.RETINANET.CLS_LOSS.setdefault(name.upper(), CfgNode())
             default = loss.alpha if parameter == "alpha" else loss.parameters[parameter].default
             node[key.rsplit(".", 1)[1]] = default
 
-    # Which anchors count in the loss: "all", or "ohem" (section 5.3).
-    retinanet.SELECTION = CfgNode({"NAME": "all"})
-    retinanet.SELECTION.OHEM = CfgNode()
-    # Anchors in a mini-batch ("batch size" in table 1d).
-    retinanet.SELECTION.OHEM.BATCH_SIZE = 128
-    # IoU above which the anchor of lower loss is suppressed ("nms thr" in table 1d).
-    retinanet.SELECTION.OHEM.NMS_THRESH = 0.5
-    # Negatives to each positive in the mini-batch; 0.0: no constraint; 3.0: "OHEM 1:3".
-    retinanet.SELECTION.OHEM.NEG_POS_RATIO = 0.0
-    # Boxes the NMS compares: "anchors", or the boxes predicted for them ("predictions").
-    retinanet.SELECTION.OHEM.NMS_BOXES = "anchors"
-    # One mini-batch an "image", or one for all images of a "process".
-    retinanet.SELECTION.OHEM.SCOPE = "image"
+    cfg.MODEL.RETINANET.SELECTION = CfgNode()
+    # Which anchors count in the loss:
+    # - "all": all that are not ignored
+    # - "ohem": a mini-batch of the anchors with the highest loss (section 5.3)
+    cfg.MODEL.RETINANET.SELECTION.NAME = "all"
+    cfg.MODEL.RETINANET.SELECTION.OHEM = CfgNode()
+    # Number of anchors in the mini-batch, at least 1 ("batch size" in table 1d).
+    cfg.MODEL.RETINANET.SELECTION.OHEM.BATCH_SIZE = 128
+    # IoU in (0, 1]. Of two anchors that overlap by more, NMS suppresses the one with the lower
+    # loss ("nms thr" in table 1d).
+    cfg.MODEL.RETINANET.SELECTION.OHEM.NMS_THRESH = 0.5
+    # Negatives per positive in the mini-batch, at least 0. 3.0 is the 1:3 variant of table 1d;
+    # 0.0: no constraint.
+    cfg.MODEL.RETINANET.SELECTION.OHEM.NEG_POS_RATIO = 0.0
+    # Boxes that NMS compares: the "anchors", or the boxes predicted for them ("predictions").
+    cfg.MODEL.RETINANET.SELECTION.OHEM.NMS_BOXES = "anchors"
+    # One mini-batch per "image", or one per "process" for all its images.
+    cfg.MODEL.RETINANET.SELECTION.OHEM.SCOPE = "image"
 
-    # What the summed losses are divided by:
-    #   "foreground_ema"    Detectron2's: moving average of the foreground anchors of a batch
-    #   "foreground"        the paper's: each image by its own foreground anchors (section 4.1),
-    #                       then the mean over images
-    #   "foreground_batch"  foreground anchors of the batch
-    #   "selected"          anchors that count (section 5.3's mini-batch)
-    # A batch is that of all processes and micro-batches. Counts are never below 1.
-    retinanet.LOSS_NORMALIZER = "foreground_ema"
+    # Number that the summed losses are divided by. A batch is that of all processes and
+    # micro-batches; counts are never below 1.
+    # - "foreground_ema": moving average of the number of foreground anchors per batch, as in
+    #   Detectron2
+    # - "foreground": per image, its number of foreground anchors; then the mean over images, as in
+    #   the paper (section 4.1)
+    # - "foreground_batch": number of foreground anchors in the batch
+    # - "selected": number of anchors that count (the mini-batch of section 5.3)
+    cfg.MODEL.RETINANET.LOSS_NORMALIZER = "foreground_ema"
 
-    # Whether a box that no anchor reaches at IoU .5 gets its best anchor all the same:
-    #   "all"           yes (Detectron2's)
-    #   "ignored_band"  only if that anchor's IoU is in [.4, .5) (the authors' code)
-    #   "none"          no
-    retinanet.LOW_QUALITY_MATCHES = "all"
+    # Whether a ground-truth box with no anchor at IoU >= 0.5 is matched to its best anchor anyway:
+    # - "all": yes, as in Detectron2
+    # - "ignored_band": only if the IoU of that anchor is in [0.4, 0.5), as in the authors' code
+    # - "none": no
+    cfg.MODEL.RETINANET.LOW_QUALITY_MATCHES = "all"
 
-    # Regions to ignore (crowd, or `ignore: 1` in the annotations): a background anchor with this
-    # share of its area in one is not trained on. 0.0: the region is background, as in Detectron2
-    # and in the paper.
-    retinanet.IGNORE_OVERLAP = 0.5
+    # Share of a background anchor's area, in [0, 1], that an ignore region (a crowd region, or
+    # `ignore: 1` in the annotations) must cover for the anchor to be ignored. 0.0: off; ignore
+    # regions are background, as in Detectron2 and in the paper.
+    cfg.MODEL.RETINANET.IGNORE_OVERLAP = 0.5
 
-    # Start the classifier at PRIOR_PROB (pi in section 3.3); False: at probability one half.
-    retinanet.PRIOR_INIT = True
+    # Start the classifier at probability MODEL.RETINANET.PRIOR_PROB (pi in section 3.3). False:
+    # start it at probability 0.5.
+    cfg.MODEL.RETINANET.PRIOR_INIT = True
 
-    # To fine-tune to other classes: layers whose shape differs from MODEL.WEIGHTS's start anew, and
-    # so do the classifier's outputs of classes that the weights do not name. Outputs of classes of
-    # the same name are kept. False: such weights are refused.
-    retinanet.REINIT_MISMATCHED = False
+    # Fine-tune to other classes. Layers whose shape differs from that in MODEL.WEIGHTS start anew,
+    # and so do the classifier's outputs for classes that the weights do not name. Outputs for
+    # classes of the same name are kept. False: such weights are refused.
+    # See docs/training.md#classes-of-weights.
+    cfg.MODEL.RETINANET.REINIT_MISMATCHED = False
 
-    # Generate code for backbone and head, by torch.compile, at the first iteration (minutes).
+    # Compile backbone and head with torch.compile at the first iteration (minutes).
     cfg.MODEL.COMPILE = False
-    # Images, features and weights with the channel as the last dimension in memory.
+    # Store images, features and weights in torch's channels_last memory format.
     cfg.MODEL.CHANNELS_LAST = False
-    # In training, pad the images of a batch to sides that this many pixels divide, so that few
-    # sizes occur, as generated code and cuDNN's search for algorithms like it. 0: no more than
-    # the backbone needs, 32.
+    # Pad training images to sides that are a multiple of this many pixels, so that batches have few
+    # sizes: compiled code and cuDNN's search for algorithms are slow at each new size. It must be a
+    # multiple of the backbone's own, 32. 0: pad to that only.
     cfg.INPUT.PAD_MULTIPLE = 0
 
-    # Which grey levels of images of more than 8 bits become 0 and 255; images of 8 bits stay as
-    # they are. One word or two numbers:
-    #   auto         by the bit depth of each file: 65535, or less where a TIFF has fewer bits
-    #   percentiles  the 0.1st and 99.9th of a sample of the training images; the run's config.yaml
-    #                has the two numbers, which evaluation and Predictor then use
-    #   [0, 4095]    these; what is beyond them is clipped
-    # Floats, 32-bit and signed integers have no depth that says what is white: not with auto.
+    # Grey levels that become 0 and 255 in images of more than 8 bits; 8-bit images stay as they
+    # are. One word or two numbers, see docs/check_data.md#images:
+    # - "auto": by the bit depth of each file: 0 and 65535, or less where a TIFF has fewer bits.
+    #   Floats, 32-bit and signed integers have no such depth and are refused
+    # - "percentiles": the 0.1st and 99.9th percentile of a sample of the training images. The
+    #   run's config.yaml holds the two numbers, which evaluation and Predictor then use
+    # - `[0, 4095]`: these two numbers; levels beyond them are clipped
     cfg.INPUT.PIXEL_RANGE = [AUTO]
-    # Pixels of an image; larger ones are refused. In colour each takes 15 bytes while the image is
-    # read and resized, in every process that reads images. The default is where Pillow stops.
+    # Largest number of pixels per image; larger images are refused. Each pixel of a colour image
+    # takes 15 bytes while it is read and resized, in every process that reads images. The default
+    # is Pillow's own limit.
     cfg.INPUT.MAX_PIXELS = MAX_PIXELS
 
-    # For NAME: OctaveAnchorGenerator. Anchor sides are BASE_SCALE x stride x 2^(k/n) pixels,
-    # k = 0..n-1, n = SCALES_PER_OCTAVE ("#sc" in table 1c). Aspect ratios are Detectron2's key.
+    # Number n of anchor scales per octave, 1 to 64 ("#sc" in table 1c). Anchor sides are
+    # BASE_SCALE x stride x 2^(k/n) pixels, k = 0..n-1; MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS is
+    # Detectron2's.
     cfg.MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE = 3
+    # Side of the smallest anchor on each level, in strides of the level; above 0.
     cfg.MODEL.ANCHOR_GENERATOR.BASE_SCALE = 4.0
 
-    # Any COCO-format data: annotation files and the folders of their images. Class names and
-    # NUM_CLASSES are taken from them; DATASETS.TRAIN and DATASETS.TEST are set to them. Each is a
-    # path or a list of paths: several files become one data set, their classes united by name,
-    # with a folder for each or one for all.
-    cfg.DATASETS.CUSTOM = CfgNode(
-        {"TRAIN_JSON": "", "TRAIN_IMAGES": "", "TEST_JSON": "", "TEST_IMAGES": ""}
-    )
-    # Names of the classes to detect, in the order of their numbers; objects of others are
-    # background. Empty: all.
+    # Your own data in COCO's format. Class names and NUM_CLASSES are taken from them;
+    # DATASETS.TRAIN and DATASETS.TEST are set to them.
+    cfg.DATASETS.CUSTOM = CfgNode()
+    # Annotation file of the training data, or a list of files. Several files become one data set,
+    # with their classes united by name.
+    # See docs/check_data.md#several-files-and-some-of-the-classes.
+    cfg.DATASETS.CUSTOM.TRAIN_JSON = ""
+    # Folder of the training images; of several files one folder for all, or a list with a folder
+    # per file.
+    cfg.DATASETS.CUSTOM.TRAIN_IMAGES = ""
+    # Annotation file of the test data, or a list of files.
+    cfg.DATASETS.CUSTOM.TEST_JSON = ""
+    # Folder of the test images, or a list with a folder per file.
+    cfg.DATASETS.CUSTOM.TEST_IMAGES = ""
+    # Names of the classes to detect, in the order of their numbers. Objects of other classes are
+    # background. `[]`: all classes.
     cfg.DATASETS.CUSTOM.CLASSES = []
-    # What the four numbers of a bbox are in both files: COCO's "xywh", corners "xyxy", or center
-    # and size "cxcywh", in pixels; or "relative_xywh", "relative_xyxy" or "relative_cxcywh", as
-    # fractions of the image.
+    # Meaning of the four numbers of every `bbox`, in training and test data. In pixels: "xywh"
+    # (left, top, width, height; COCO's), "xyxy" (two corners) or "cxcywh" (center and size). As
+    # fractions of the image: "relative_xywh", "relative_xyxy" or "relative_cxcywh".
+    # See docs/check_data.md#annotations-as-tools-export-them.
     cfg.DATASETS.CUSTOM.BOX_FORMAT = "xywh"
 
-    # What is done about each kind of fault in DATASETS.CUSTOM's data and the sample set: "refuse"
-    # them, "drop" what is faulty, with a warning that counts it, "keep" it, or put it right where
-    # that can be known ("merge", "mend"); CROWD "object" takes crowd regions as objects.
-    # data/check.py says what the kinds are and what each allows.
+    # What is done about each kind of finding in the data of DATASETS.CUSTOM and in the sample set.
+    # Each kind is explained in docs/check_data.md#what-is-found-and-what-happens-then.
+    # - "refuse": stop before training
+    # - "drop": leave out what is faulty, and warn with a count
+    # - "keep": use it
+    # - "merge", "mend": correct it
+    # - "object": take crowd regions as objects
     cfg.DATASETS.CHECK = CfgNode(check.config_defaults())
 
-    # With DATALOADER.ASPECT_RATIO_GROUPING, how many streams the samples are dealt to. Each is
-    # grouped by itself, and gives IMS_PER_BATCH / streams images of one orientation to a batch.
-    # 0: one stream for each micro-batch of each process, which is Detectron2's grouping by process.
-    # Another number gives the same batches on any number of processes. A run keeps its own.
+    # Number of streams that DATALOADER.ASPECT_RATIO_GROUPING deals the samples to, 0 to 65536. Each
+    # stream is grouped separately and gives IMS_PER_BATCH / streams images of one orientation to a
+    # batch. With a number above 0 the batches are the same on any number of processes. 0: one
+    # stream per micro-batch and process, as in Detectron2. A resumed run keeps its number.
     cfg.DATALOADER.ASPECT_RATIO_STREAMS = 0
 
-    # What Detectron2's samplers read and its config lacks. RandomSubsetTrainingSampler: share of
-    # the training images that is drawn, once, and trained on; (0, 1].
+    # Share of the training images, in (0, 1], that is drawn once and trained on.
     cfg.DATALOADER.RANDOM_SUBSET_RATIO = 1.0
-    # WeightedTrainingSampler, WeightedCategoryTrainingSampler: how often an epoch holds the images
-    # of a data set, on average, as pairs [["mine_train", 2.5], ...]; data sets not named: once.
+    # How many times per epoch, on average, the images of a data set are drawn, as pairs
+    # `[["mine_train", 2.5], ...]`. Data sets that are not named: once.
     cfg.DATASETS.TRAIN_REPEAT_FACTOR = []
 
-    # Equal runs on equal hardware give equal bits: algorithms of torch that are not deterministic
-    # are replaced or refused, at some cost in time. For a SEED below 0 one is drawn.
+    # Make runs bitwise reproducible on the same hardware, at some cost in time: non-deterministic
+    # algorithms of torch are replaced or refused. If `SEED` < 0, a seed is drawn and logged.
     cfg.DETERMINISTIC = False
 
-    # One kernel for all weights in a step of the optimizer.
+    # Update all weights in one fused kernel per optimizer step.
     cfg.SOLVER.FUSED = False
 
-    # With SOLVER.AMP.ENABLED: "float16" (Detectron2's, CUDA alone) or "bfloat16", which needs no
-    # scaling of the loss and runs on the CPU too. Training alone; of detection: TEST.PRECISION.
+    # Precision of autocast in training: "float16" (Detectron2's; CUDA only), or "bfloat16", which
+    # needs no loss scaling and also runs on a CPU. TEST.PRECISION is the precision of detection.
     cfg.SOLVER.AMP.PRECISION = "float16"
 
-    # Batches whose gradients make one step. IMS_PER_BATCH is the images of all of them, and a step
-    # is that of one batch of as many images, the normaliser of the loss included; not so what a
-    # batch has of its own: padding to its largest image, BatchNorm, OHEM.SCOPE process.
+    # Number of micro-batches per optimizer step, 1 to 65536. IMS_PER_BATCH counts the images of all
+    # of them. A step equals that of one batch of as many images, including the loss normaliser,
+    # except for what depends on a single micro-batch: padding to its largest image, BatchNorm, and
+    # MODEL.RETINANET.SELECTION.OHEM.SCOPE "process".
     cfg.SOLVER.ACCUMULATE = 1
 
-    # A step whose loss or gradient is not finite on any process: "raise" an error, or "skip" it,
-    # which leaves weights, optimizer and normaliser as they were, at most MAX_SKIPPED times (0: no
-    # limit). Either way its likely cause is told.
-    cfg.SOLVER.NON_FINITE = CfgNode({"POLICY": "raise", "MAX_SKIPPED": 0})
+    cfg.SOLVER.NON_FINITE = CfgNode()
+    # What is done about a step whose loss or gradient is infinite or NaN on any process: "raise" an
+    # error, or "skip" the step and leave weights, optimizer and normaliser unchanged. Its likely
+    # cause is explained in either case.
+    cfg.SOLVER.NON_FINITE.POLICY = "raise"
+    # Largest number of steps that are skipped; the next one ends the run. 0: no limit.
+    cfg.SOLVER.NON_FINITE.MAX_SKIPPED = 0
 
-    # Images in the batch that the learning rate and all lengths in iterations were written for;
-    # for another IMS_PER_BATCH they are scaled linearly. 0: off.
+    # Images per batch that the learning rate and the lengths in iterations are written for. For
+    # another IMS_PER_BATCH they are scaled linearly. 0: off.
     cfg.SOLVER.REFERENCE_BATCH = 0
 
-    # What the built-in sample set holds where DATASETS.TRAIN or DATASETS.TEST names it: the fields
-    # of data.sample_set.SampleSet. Lengths in pixels, ranges as [least, most].
+    # The built-in sample set, drawn where DATASETS.TRAIN or DATASETS.TEST names it. Lengths are in
+    # pixels, ranges are `[least, most]`.
     cfg.DATASETS.SAMPLE = CfgNode(SampleSet.config_defaults())
 
-    # Backbone and head in evaluation and in Predictor: "float32", "bfloat16", or "float16" (CUDA
-    # alone). Boxes are decoded, scored and suppressed in float32 all the same.
+    # Precision of backbone and head in evaluation and in Predictor: "float32", "bfloat16", or
+    # "float16" (CUDA only). Decoding, scoring and NMS stay in float32.
     cfg.TEST.PRECISION = "float32"
 
-    # The picture of test images with ground truth and detections, drawn after an evaluation:
-    # how many images (0: no picture) and from which score on detections are drawn.
-    cfg.TEST.DETECTION_GRID = CfgNode({"NUM_IMAGES": 8, "SCORE_THRESH": 0.3})
+    cfg.TEST.DETECTION_GRID = CfgNode()
+    # Number of test images in the picture of ground truth and detections that is drawn after an
+    # evaluation, 0 to 10000. 0: no picture.
+    cfg.TEST.DETECTION_GRID.NUM_IMAGES = 8
+    # Lowest score of the detections that are drawn in that picture, at least 0.
+    cfg.TEST.DETECTION_GRID.SCORE_THRESH = 0.3

@@ -1,14 +1,81 @@
 """What the documents promise is tried."""
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
+from detectron2.config import get_cfg
+
+from retinanet_ext import add_retinanet_ext_config
+from retinanet_ext.config import COUNTS_ONLY_IF, all_keys, read_key
 
 ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+KEYS_PAGE = ROOT / "docs/keys.md"
+
+
+def plugin_config():
+    cfg = get_cfg()
+    add_retinanet_ext_config(cfg)
+    return cfg
+
+
+def test_page_of_keys_is_made_from_the_code():
+    page = runpy.run_path(str(ROOT / "docs/make_keys.py"))["make_page"]()
+    assert KEYS_PAGE.read_text(encoding="utf-8") == page, "run python docs/make_keys.py"
+
+
+def test_page_of_keys_has_a_row_per_key_with_default_description_and_conditions():
+    cfg, stock = plugin_config(), set(all_keys(get_cfg()))
+    text = KEYS_PAGE.read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([A-Z0-9_.]+)` \| (?:`(.*?)`)? ?\| (.+) \| (.*) \|$", text, re.M)
+    found = {key: (default, what, conditions) for key, default, what, conditions in rows}
+    added = [key for key in all_keys(cfg) if key not in stock]
+    assert len(rows) == len(found) and {*found} == {*added}
+    for key, (default, what, conditions) in found.items():
+        assert default == str(read_key(cfg, key)), key
+        assert len(what.split()) > 3, key
+        section = text[: text.index(f"| `{key}` |")].rpartition("\n## ")[2]
+        shared = re.search(r"^These keys count only with .*$", section, re.M)
+        said = conditions + (shared[0] if shared else "")
+        for start, (other, values) in COUNTS_ONLY_IF.items():
+            if key != other and (key == start or (start.endswith(".") and key.startswith(start))):
+                assert all(f"`{other} {value}`" in said for value in values), (key, other)
+
+
+def test_a_key_without_a_comment_and_a_comment_without_a_key_are_named(monkeypatch):
+    page = runpy.run_path(str(ROOT / "docs/make_keys.py"))
+    comments = page["read_comments"]()
+    del comments["SOLVER.FUSED"]
+    monkeypatch.setitem(page["make_page"].__globals__, "read_comments", lambda: comments)
+    with pytest.raises(ValueError, match=r"no comment above SOLVER\.FUSED in"):
+        page["make_page"]()
+    comments |= {"SOLVER.FUSED": "on", "SOLVER.NON_FINITE": "said of a node without a section"}
+    with pytest.raises(ValueError, match=r"above SOLVER\.NON_FINITE belongs above one of its keys"):
+        page["make_page"]()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_and_keys_of_a_page_exist(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), link
+        headings = re.findall(r"^#+ (.+)$", file.read_text(), re.M) if anchor else []
+        anchors = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert not anchor or anchor in anchors, link
+    if page.name == "bad_inputs.md":
+        return  # its keys are wrong on purpose
+    keys = set(all_keys(plugin_config()))
+    group = "MODEL|SOLVER|INPUT|DATASETS|DATALOADER|TEST"
+    for key in re.findall(rf"\b(?:{group})(?:\.[A-Z][A-Z0-9_]+)+\b(?!\w)", text):
+        assert key in keys or any(other.startswith(f"{key}.") for other in keys), key
 
 
 def test_add_a_loss_as_its_document_says(tmp_path):

@@ -24,6 +24,7 @@ dist = run_setup("setup.py", stop_after="init")
 print(json.dumps({
     "version": dist.get_version(),
     "packages": dist.packages,
+    "package_data": dist.package_data,
     "ext_modules": dist.ext_modules,
     "extras": dist.extras_require,
     "scripts": dist.entry_points["console_scripts"],
@@ -49,6 +50,11 @@ def test_console_script_is_the_command_line(packaging):
     from retinanet_ext import cli
 
     assert packaging["scripts"] == [f"{cli.PROGRAM} = {cli.__name__}:{cli.main.__name__}"]
+
+
+def test_type_checkers_read_the_installed_package(packaging):
+    (marker,) = packaging["package_data"]["retinanet_ext"]
+    assert marker == "py.typed" and (ROOT / "retinanet_ext" / marker).is_file()
 
 
 def test_version_is_the_package_s(packaging):

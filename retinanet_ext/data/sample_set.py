@@ -52,15 +52,17 @@ class SampleSet:
     The keys of ``DATASETS.SAMPLE`` are these fields in capitals, ranges as ``[least, most]``.
 
     Attributes:
-        num_train, num_val: number of images.
-        image_size: side of the square images.
-        num_objects: objects in an image; those that find no free place are left out.
-        object_size: diameter of an object, of its circumscribed circle for polygons.
-        num_clutter: distractors in an image.
-        empty_fraction: chance of an image to hold no object, whatever ``num_objects`` says.
-            Training leaves such images out unless ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` is
-            False.
-        seed: another seed gives other pictures of the same kind.
+        num_train: number of training images, 1 to 100000.
+        num_val: number of test images, 1 to 100000.
+        image_size: side of the square images, 8 to 4096.
+        num_objects: number of objects per image, 0 to 1000. Objects that find no free place are
+            left out.
+        object_size: diameter of an object, or of the circumscribed circle of a polygon, 8 to
+            ``image_size``.
+        num_clutter: number of distractors per image, 0 to 1000.
+        empty_fraction: probability, in [0, 1), that an image has no object. Training leaves such
+            images out unless ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` is False.
+        seed: seed of the pictures; another seed gives other pictures of the same kind.
     """
 
     num_train: int = 160

@@ -11,7 +11,7 @@ import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 
-from retinanet_ext.config import COUNTS_ONLY_IF, add_retinanet_ext_config, all_keys, read_key
+from retinanet_ext.config import add_retinanet_ext_config, all_keys, find_conditions, read_key
 
 FOREIGN_GROUPS = (
     "MODEL.ROI_",
@@ -166,10 +166,8 @@ def ineffective_keys(cfg: CfgNode, *, eval_only: bool = False) -> list[str]:
 
 def _without_effect(cfg: CfgNode, key: str) -> Advice:
     """Yield in a line which other key would have to be set otherwise, if one."""
-    for start, (other, values) in COUNTS_ONLY_IF.items():
-        if not (key == start or (start.endswith(".") and key.startswith(start))):
-            continue
-        if key == other or (other in _OURS_ALONE and not _is_ours(cfg)):
+    for other, values in find_conditions(key):
+        if other in _OURS_ALONE and not _is_ours(cfg):
             continue
         found = read_key(cfg, other)
         counts = found in values if not isinstance(found, list | tuple) else {*found} & {*values}
