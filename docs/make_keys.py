@@ -164,7 +164,7 @@ def find_section(key: str) -> str:
 def conditions(key: str) -> list[str]:
     """Return the keys and values beside which a key counts, as Markdown."""
     return [
-        " or ".join(f"`{other} {value}`" for value in values)
+        " or ".join(f"`{other} {value}`" for value in values) or f"`{other}` set"
         for other, values in find_conditions(key)
     ]
 

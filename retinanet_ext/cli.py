@@ -60,8 +60,8 @@ def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.output:
         report.refuse_existing(args.output)
-    cfg, _ = load_config(args.config_file, args.opts)
-    result = report.check_data(cfg, search_anchors=args.search_anchors)
+    cfg, is_set = load_config(args.config_file, args.opts)
+    result = report.check_data(cfg, search_anchors=args.search_anchors, num_classes_is_set=is_set)
     print(result.text)
     if args.output:
         result.write(args.output)

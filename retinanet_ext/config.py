@@ -110,10 +110,22 @@ COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     "SOLVER.NON_FINITE.MAX_SKIPPED": ("SOLVER.NON_FINITE.POLICY", ("skip",)),
     "SOLVER.NUM_DECAYS": ("SOLVER.LR_SCHEDULER_NAME", ("WarmupStepWithFixedGammaLR",)),
     "SOLVER.STEPS": ("SOLVER.LR_SCHEDULER_NAME", ("WarmupMultiStepLR",)),
-    "DATASETS.SAMPLE.": ("DATASETS.TRAIN", ("retinanet_ext_sample_train",)),
+    "DATASETS.SAMPLE.": (
+        "DATASETS.TRAIN",
+        ("retinanet_ext_sample_train", "retinanet_ext_sample_val"),
+    ),
+    **dict.fromkeys(
+        ("DATASETS.CUSTOM.CLASSES", "DATASETS.CUSTOM.BOX_FORMAT"),
+        ("DATASETS.CUSTOM.TRAIN_JSON", ()),
+    ),
+    "SOLVER.WARMUP_FACTOR": ("SOLVER.WARMUP_ITERS", ()),
+    "TEST.DETECTION_GRID.SCORE_THRESH": ("TEST.DETECTION_GRID.NUM_IMAGES", ()),
     "TEST.PRECISE_BN.NUM_ITER": ("TEST.PRECISE_BN.ENABLED", (True,)),
 }
-"""A key, or how a group of keys begins -> the key and its values beside which it has an effect."""
+"""A key, or how a group of keys begins -> the key and its values beside which it has an effect.
+
+No values: any but 0 and none. Names of data sets may be in ``DATASETS.TEST`` as well.
+"""
 
 
 def find_conditions(key: str) -> list[tuple[str, tuple[Any, ...]]]:
@@ -147,7 +159,8 @@ def resolve_class_alpha(cfg: CfgNode, class_names: Sequence[str]) -> None:
     default_key = loss_parameter_keys(LOSSES[node.NAME])["alpha"]
     alphas = dict.fromkeys(class_names, read_key(cfg, default_key))
     for item in given:
-        if not isinstance(item, (list, tuple)) or len(item) != 2 or item[0] not in alphas:
+        is_pair = isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[0], str)
+        if not is_pair or item[0] not in alphas:
             raise InputError(
                 f"{key} takes pairs of a class name and a number, got {item!r}; "
                 f"classes: {', '.join(class_names)}"

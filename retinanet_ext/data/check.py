@@ -69,7 +69,12 @@ _ANY = ("keep", "drop", "refuse")
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("other_box_format", "boxes of another format", ("refuse", "keep")),
+        Kind(
+            "other_box_format",
+            "boxes of another format",
+            ("refuse", "keep"),
+            remedy="keep takes them as DATASETS.CUSTOM.BOX_FORMAT says",
+        ),
         Kind("crowd_object", "crowd regions that look like objects", ("keep",)),
         Kind("parent_class", "classes that are a parent or the background", ("keep", "refuse")),
         Kind("text_id", "ids that are text", ("keep",), is_fault=False),
@@ -128,7 +133,7 @@ DONE = {
     "drop": "left out",
     "merge": "merged",
     "mend": "mended",
-    "object": "taken as objects",
+    "object": "taken",
     "keep": "kept",
 }
 """Policy -> what became of findings."""

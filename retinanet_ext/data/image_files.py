@@ -12,6 +12,8 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from retinanet_ext.data.check import (
     DEFAULT_POLICY,
     KINDS,
@@ -22,7 +24,12 @@ from retinanet_ext.data.check import (
 )
 from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.data.file_names import Found, MisnamedFiles
-from retinanet_ext.data.images import ImageReader, find_image_fault, has_several_frames
+from retinanet_ext.data.images import (
+    ImageReader,
+    bit_depth,
+    find_image_fault,
+    has_several_frames,
+)
 from retinanet_ext.errors import InputError
 
 MAX_DECODED_IMAGES = 1000
@@ -52,11 +59,31 @@ class CheckedImages:
 
 
 @dataclass(frozen=True)
+class _Header:
+    """What the header of an image file tells.
+
+    Attributes:
+        size: width and height of the upright image, None where it does not tell
+        is_plain: whether it shows no fault
+        depth: bits of a channel, None where that says no range
+        other_format: what it is, where its name says another format
+        is_transparent: whether it has an alpha channel or a transparent colour
+    """
+
+    size: tuple[int, int] | None = None
+    is_plain: bool = False
+    depth: int | None = None
+    other_format: str = ""
+    is_transparent: bool = False
+
+
+@dataclass(frozen=True)
 class _File:
-    """A file that is there: its fault, and its size if that was read apart."""
+    """A file that is there: its fault, its size if that is to be filled in, and its header."""
 
     fault: Finding | None
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | None
+    header: _Header
 
 
 def check_images(
@@ -112,7 +139,8 @@ def check_images(
     findings += _describe_same(same, image_root)
     if policy["duplicate_file"] == "merge":
         content = merge_images(content, same)
-    return CheckedImages(content, findings, _describe_filled(list(filled.values())))
+    notes = _describe_filled(list(filled.values()))
+    return CheckedImages(content, findings, [*notes, *_describe_headers(images, there, reader)])
 
 
 def _is_usable(image: Any, policy: Mapping[str, str]) -> bool:
@@ -131,33 +159,67 @@ def _read(image_root: str, reader: ImageReader, headers_only: bool, image: _Imag
     if not os.path.isfile(path):
         return None
     given = {key: image[key] for key in ("width", "height") if image.get(key) is not None}
-    complete = len(given) == 2
-    size, is_plain = _read_header(path, reader) if headers_only or not complete else (None, False)
-    file = _File(None, None if complete else size)
-    if headers_only and is_plain and given.items() <= {"width": size[0], "height": size[1]}.items():
-        return file
+    header = _read_header(path, reader)
+    file = _File(None, None if len(given) == 2 else header.size, header)
+    if headers_only and header.is_plain and header.size:
+        width, height = header.size
+        if given.items() <= {"width": width, "height": height}.items():
+            return file
     fault = find_image_fault({**given, "file_name": path}, reader)
     if not fault:
         return file
     kind, what = fault
-    where = f"{printable(path)} (image id {image['id']})"
+    where = f"{printable(path)} (image id {printable(image['id'])})"
     return replace(file, fault=Finding(kind, f"{where}: {printable(what)}", image["id"]))
 
 
-def _read_header(path: str, reader: ImageReader) -> tuple[tuple[int, int] | None, bool]:
-    """Return width and height of the upright image, and whether its header shows no fault.
-
-    The size is None where the header does not tell.
-    """
+def _read_header(path: str, reader: ImageReader) -> _Header:
+    """Return what the header of a file tells; nothing where it cannot be read."""
     try:
         with reader.open(path) as opened:
+            named = Image.registered_extensions().get(Path(path).suffix.lower(), opened.format)
+            header = _Header(
+                depth=bit_depth(opened),
+                other_format=opened.format or "" if named != opened.format else "",
+                is_transparent="transparency" in opened.info or opened.mode in ("RGBA", "LA", "PA"),
+            )
             # The first test comes first because getexif() decodes a PNG that has no EXIF block.
-            turned = "exif" in opened.info and opened.getexif().get(_EXIF_ORIENTATION, 1) > 4
+            has_exif = "exif" in opened.info or opened.format == "TIFF"
+            turned = has_exif and opened.getexif().get(_EXIF_ORIENTATION, 1) > 4
+            if turned and opened.format == "TIFF":
+                opened.load()  # by which Pillow turns it
+                turned = False
             size = opened.size[::-1] if turned else opened.size
             reader.range_of(opened)
-            return size, not has_several_frames(opened)
+            return replace(header, size=size, is_plain=not has_several_frames(opened))
     except Exception:  # decoding will tell; Detectron2 reads some images whose EXIF is malformed
-        return None, False
+        return _Header()
+
+
+def _describe_headers(
+    images: Mapping[int, _Image], files: Mapping[int, _File], reader: ImageReader
+) -> list[str]:
+    """Return a sentence for each thing about files that is read with an obvious meaning."""
+
+    def tell(what: str, chosen: Sequence[int]) -> str:
+        return f"{what}: {len(chosen)}, such as {printable(images[chosen[0]]['file_name'])}"
+
+    notes = []
+    other = [i for i, file in files.items() if file.header.other_format]
+    if other:
+        what = "files of another format than their names say, read as what they are"
+        notes.append(f"{tell(what, other)} ({files[other[0]].header.other_format})")
+    transparent = [i for i, file in files.items() if file.header.is_transparent]
+    if transparent and "A" not in reader.image_format:
+        notes.append(tell("images with transparency, which is left out", transparent))
+    depths = {file.header.depth: i for i, file in files.items() if file.header.depth}
+    if len(depths) > 1 and reader.pixel_range is None:
+        mixed = ", ".join(
+            f"{depth} bits ({printable(images[i]['file_name'])})"
+            for depth, i in sorted(depths.items())
+        )
+        notes.append(f"images have several depths, each is scaled by its own: {mixed}")
+    return notes
 
 
 def _find_misnamed(missing: Mapping[int, _Image], image_root: str) -> dict[int, Found]:

@@ -67,6 +67,7 @@ class ImageReader:
         Raises:
             InputError: a range that is not one, or percentiles that are not measured yet
         """
+        num_channels(cfg.INPUT.FORMAT)  # refuses a format that is unknown
         pixel_range = parse_pixel_range(cfg.INPUT.PIXEL_RANGE)
         if pixel_range == PERCENTILES:
             raise InputError(
@@ -97,10 +98,10 @@ class ImageReader:
                 image = _open_without_limit(file)
             pixels = image.width * image.height
             if pixels > self.max_pixels:
-                memory = _BYTES * pixels * num_channels(self.image_format) / 1e9
+                memory = _BYTES * pixels * num_channels(self.image_format) / 1e6
                 raise InputError(
                     f"it has {image.width} x {image.height} = {pixels:,} pixels, which take "
-                    f"{memory:.1f} GB of memory, and INPUT.MAX_PIXELS allows {self.max_pixels:,}"
+                    f"{memory:,.0f} MB of memory, and INPUT.MAX_PIXELS allows {self.max_pixels:,}"
                 )
             yield image
 
@@ -111,6 +112,7 @@ class ImageReader:
     def to_8_bits(self, image: Image.Image) -> Image.Image:
         """Return Pillow's image, upright, with 8 bits a channel."""
         pixel_range = self.range_of(image)
+        image.load()  # by which Pillow turns a TIFF, and takes its orientation away
         image = _apply_exif_orientation(image)  # Pillow's own raises where EXIF is malformed
         if pixel_range is None:
             return image
@@ -235,11 +237,16 @@ def measure_pixel_range(files: Sequence[str], max_pixels: int) -> list[str] | li
     are none it is ["auto"]. Files that cannot be read are passed over: the data check names them.
 
     Raises:
-        InputError: all pixels are equal
+        InputError: no file is there, or all pixels are equal
     """
     reader = ImageReader(max_pixels=max_pixels)
     chosen = np.linspace(0, len(files) - 1, min(len(files), _SAMPLED_IMAGES)).round().astype(int)
     samples = [values for index in chosen for values in _sample_levels(reader, files[index])]
+    if not samples and not any(map(os.path.isfile, files)):
+        raise InputError(
+            f"{RANGE_KEY} percentiles: none of the {len(files)} training images is there, such as "
+            f"{next(iter(files), 'none')}; set two numbers, or mend the file names"
+        )
     if not samples:
         return [AUTO]
     values = np.concatenate(samples)

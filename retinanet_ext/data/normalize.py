@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -325,7 +326,7 @@ def explain_unused_classes(
     others = [category["name"] for category in categories if category["id"] not in what]
     names = f"the names of the other {len(others)}"
     if len(others) <= _MAX_NAMES:
-        names = printable(f"'{json.dumps(others, ensure_ascii=False)}'")
+        names = printable(shlex.quote(json.dumps(others, ensure_ascii=False)))
     return {
         category["id"]: f"class {printable(category['name'])} (category "
         f"{printable(category['id'])}) has no box and {what[category['id']]}; it is learned as a "

@@ -23,6 +23,7 @@ from retinanet_ext.data import coco_json, images
 from retinanet_ext.data.box_format import BOX_FORMATS
 from retinanet_ext.data.check import DONE, KINDS, CheckedData, suggest_objects
 from retinanet_ext.data.coco_json import join_some, printable
+from retinanet_ext.data.file_names import MisnamedFiles
 from retinanet_ext.data.image_files import describe_shared_files
 from retinanet_ext.data.sample_set import SampleSet, make_sample_set
 from retinanet_ext.data.sources import CLASSES_KEY, Source, check_source, read_texts
@@ -76,7 +77,7 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
     classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
     known = {name: labels for name, labels in classes.items() if labels is not None}
     if known:  # else registered by code that reads its data only when training starts
-        _set_num_classes(cfg, known, num_classes_is_set=num_classes_is_set)
+        set_num_classes(cfg, known, num_classes_is_set=num_classes_is_set)
     indices = [str(index) for index in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
     resolve_class_alpha(cfg, next(iter(known.values()), indices))
     for source in sources:
@@ -90,21 +91,29 @@ def resolve_pixel_range(cfg: CfgNode, sources: Sequence[Source]) -> None:
     training = [source for source in sources if source.split == "TRAIN"]
     if not training or images.parse_pixel_range(cfg.INPUT.PIXEL_RANGE) != images.PERCENTILES:
         return
-    files = [file for source in training for file in _image_files(source)]
+    for source in training:
+        _check_files_exist(source)
+    mends = cfg.DATASETS.CHECK.MISNAMED_FILE == "mend"
+    files = [file for source in training for file in _image_files(source, mends=mends)]
     cfg.INPUT.PIXEL_RANGE = images.measure_pixel_range(files, cfg.INPUT.MAX_PIXELS)
     logger.info("INPUT.PIXEL_RANGE percentiles: %s", cfg.INPUT.PIXEL_RANGE)
 
 
-def _image_files(source: Source) -> list[str]:
-    """Return the paths of a data set's images, of a json that is still unchecked too."""
+def _image_files(source: Source, *, mends: bool) -> Iterator[str]:
+    """Yield the paths of a data set's images, of a json that is still unchecked too."""
     if not source.is_ours:
-        return [record["file_name"] for record in DatasetCatalog.get(source.name)]
-    return [
-        os.path.join(image_root, entry["file_name"])
-        for json_file, image_root in zip(source.json_files, source.image_roots, strict=True)
-        for entry in coco_json.read_coco_json(json_file)["images"]
-        if isinstance(entry, dict) and isinstance(entry.get("file_name"), str)
-    ]
+        yield from (record["file_name"] for record in DatasetCatalog.get(source.name))
+        return
+    for json_file, image_root in zip(source.json_files, source.image_roots, strict=True):
+        others = MisnamedFiles(image_root) if mends and os.path.isdir(image_root) else None
+        for entry in coco_json.read_coco_json(json_file)["images"]:
+            name = entry.get("file_name") if isinstance(entry, dict) else None
+            if not isinstance(name, str):
+                continue
+            if others and not os.path.isfile(os.path.join(image_root, name)):
+                match = others.find(name)
+                name = (match and match.path) or name
+            yield os.path.join(image_root, name)
 
 
 def find_sources(cfg: CfgNode, splits: Sequence[str]) -> list[Source]:
@@ -279,9 +288,19 @@ def _for_evaluation(checked: CheckedData) -> str:
     return str(copy)
 
 
-def _set_num_classes(
+def set_num_classes(
     cfg: CfgNode, classes: Mapping[str, Sequence[str]], *, num_classes_is_set: bool
 ) -> None:
+    """Set ``MODEL.RETINANET.NUM_CLASSES`` to the number of classes of the data.
+
+    Args:
+        cfg: changed in place
+        classes: name of a data set -> names of its classes 0..K-1; one at least
+        num_classes_is_set: compare instead
+
+    Raises:
+        InputError: data sets have other classes than each other, or another number than is set
+    """
     if difference := compare_classes(classes):
         raise InputError(difference)
     first, names = next(iter(classes.items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
 import retinanet_ext
+from retinanet_ext.config import resolve_class_alpha
 from retinanet_ext.data.check import DONE, KINDS, CheckedData, find_remedy, suggest_objects
 from retinanet_ext.data.coco_json import (
     class_names,
@@ -35,6 +36,7 @@ from retinanet_ext.data.register import (
     describe_shared_images,
     find_sources,
     resolve_pixel_range,
+    set_num_classes,
 )
 from retinanet_ext.data.sources import Source, check_source
 from retinanet_ext.errors import InputError
@@ -74,12 +76,15 @@ def refuse_existing(path: Path) -> None:
         raise InputError(f"{path} exists; --output takes the name of a new file")
 
 
-def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
+def check_data(
+    cfg: CfgNode, *, search_anchors: bool = False, num_classes_is_set: bool = False
+) -> Report:
     """Check the data that a config names for training and testing; all images are decoded.
 
     Args:
         cfg: the whole config; not changed
         search_anchors: look for anchors that cover the training boxes better
+        num_classes_is_set: whether the person set NUM_CLASSES, which is then compared
 
     Raises:
         InputError: what cannot be checked: no data named, a file that is no COCO json, a folder
@@ -119,7 +124,8 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
 
     shared = describe_shared_images(paths)
     texts += shared
-    conclusion, refused = _conclude(contents, compare_classes(classes))
+    fault = compare_classes(classes) or _find_fault_of_keys(cfg, classes, num_classes_is_set)
+    conclusion, refused = _conclude(contents, fault)
     return Report(
         {
             "format": FORMAT,
@@ -132,6 +138,18 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
         "\n\n\n".join([*texts, conclusion]),
         int(refused),
     )
+
+
+def _find_fault_of_keys(
+    cfg: CfgNode, classes: Mapping[str, Sequence[str]], num_classes_is_set: bool
+) -> str | None:
+    """Return what training would refuse of the keys that speak of classes, if anything."""
+    try:
+        set_num_classes(cfg, classes, num_classes_is_set=num_classes_is_set)
+        resolve_class_alpha(cfg, next(iter(classes.values())))
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def _check(cfg: CfgNode, source: Source) -> CheckedData:

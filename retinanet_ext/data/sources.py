@@ -23,10 +23,12 @@ from retinanet_ext.data.check import (
 from retinanet_ext.data.coco_json import (
     class_names,
     id_order,
+    is_region_to_ignore,
     join_some,
     printable,
     read_coco_json,
 )
+from retinanet_ext.data.duplicates import check_duplicate_boxes
 from retinanet_ext.data.image_files import check_images, find_same_files, merge_images
 from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.normalize import unify_ids
@@ -106,12 +108,14 @@ def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> C
         for json_file in source.json_files
     ]
     check_chosen(source.classes, dict(zip(source.json_files, contents, strict=True)))
+    # An image that is empty in one file may have boxes in another.
+    of_parts = {**policy, "empty_image": "keep"} if len(contents) > 1 else policy
     parts = [
-        _check_file(cfg, source, place, content, policy, decode_all=decode_all)
+        _check_file(cfg, source, place, content, of_parts, decode_all=decode_all)
         for place, content in enumerate(contents)
     ]
     if len(parts) > 1:
-        return merge(parts, source.classes)
+        return merge(parts, source.classes, policy)
     (checked,) = parts
     if source.classes:
         checked = replace(checked, content=order_classes(checked.content, source.classes))
@@ -174,7 +178,8 @@ def check_chosen(chosen: Sequence[str], contents: Mapping[str, dict[str, Any]]) 
     )
     for name in chosen:
         if name not in known:
-            close = get_close_matches(name, known, n=1)
+            same = [other for other in known if other.casefold() == name.casefold()]
+            close = same or get_close_matches(name, known, n=1)
             raise InputError(
                 f"{CLASSES_KEY} names {name!r}, which is no class of {join_some(contents)}"
                 + (f"; did you mean {close[0]!r}?" if close else "")
@@ -234,12 +239,15 @@ def order_classes(content: dict[str, Any], names: Sequence[str]) -> dict[str, An
     }
 
 
-def merge(parts: Sequence[CheckedData], chosen: Sequence[str]) -> CheckedData:
+def merge(
+    parts: Sequence[CheckedData], chosen: Sequence[str], policy: Mapping[str, str]
+) -> CheckedData:
     """Return several checked jsons as one, their classes united by name and their ids anew.
 
     Args:
         parts: each from one file.
         chosen: the classes in their order; empty: all, in the order of their first appearance.
+        policy: kind -> what is done about it.
 
     Raises:
         InputError: some have annotations and others do not
@@ -281,13 +289,47 @@ def merge(parts: Sequence[CheckedData], chosen: Sequence[str]) -> CheckedData:
         "categories": [categories[name] for name in names if name in categories],
         "annotations": annotations,
     }
-    return _check_merged(parts, content, origins)
+    return _check_merged(parts, content, origins, policy)
+
+
+def _merge_same_images(
+    content: dict[str, Any],
+    same: Sequence[Sequence[dict[str, Any]]],
+    policy: Mapping[str, str],
+    findings: list[Finding],
+    is_labelled: bool,
+) -> dict[str, Any]:
+    """Return the content with one image for each file, and add what is found of it then."""
+
+    def found(kind: str, message: str, **ids: Any) -> bool:
+        findings.append(Finding(kind, message, **ids))
+        return policy[kind] == "keep"
+
+    content = merge_images(content, same)
+    firsts = {entries[0]["id"]: entries[0] for entries in same}
+    of_them = [a for a in content["annotations"] if a["image_id"] in firsts]
+    kept = {id(a) for a in check_duplicate_boxes(of_them, firsts, found)}
+    annotations = [
+        a for a in content["annotations"] if a["image_id"] not in firsts or id(a) in kept
+    ]
+    filled = {a["image_id"] for a in annotations if not is_region_to_ignore(a)}
+    images = [
+        image
+        for image in content["images"]
+        if not is_labelled
+        or image["id"] in filled
+        or found("empty_image", f"image {printable(image['file_name'])} has no box")
+    ]
+    used = {image["id"] for image in images}
+    annotations = [a for a in annotations if a["image_id"] in used]
+    return {**content, "images": images, "annotations": annotations}
 
 
 def _check_merged(
     parts: Sequence[CheckedData],
     content: dict[str, Any],
     origins: Mapping[int, tuple[int, Any]],
+    policy: Mapping[str, str],
 ) -> CheckedData:
     """Return what was found in all parts and between them."""
 
@@ -295,7 +337,6 @@ def _check_merged(
         place, image_id = origins[image["id"]]
         return f"{parts[place].json_file} (image id {image_id})"
 
-    policy = parts[0].policy
     same = [
         entries
         for entries in find_same_files(content["images"], "")
@@ -309,14 +350,15 @@ def _check_merged(
         )
         for entries in same
     ]
-    if policy["duplicate_file"] == "merge":
-        content = merge_images(content, same)
     for part in parts:
         findings += [
             replace(finding, message=f"{part.json_file}: {finding.message}")
             for finding in part.findings
-            if finding.kind not in ("unused_class", "parent_class")
+            if finding.kind not in _OF_LABELLED
         ]
+    if policy["duplicate_file"] != "merge":
+        same = []
+    content = _merge_same_images(content, same, policy, findings, parts[0].is_labelled)
     if parts[0].is_labelled:
         findings += find_unused_classes(content)
     names = class_names(content)

@@ -170,12 +170,21 @@ def _without_effect(cfg: CfgNode, key: str) -> Advice:
         if other in _OURS_ALONE and not _is_ours(cfg):
             continue
         found = read_key(cfg, other)
-        counts = found in values if not isinstance(found, list | tuple) else {*found} & {*values}
+        if other == "DATASETS.TRAIN":
+            found = [*found, *cfg.DATASETS.TEST]
+        if not values:
+            counts = bool(found)
+        elif isinstance(found, list | tuple):
+            counts = bool({*found} & {*values})
+        else:
+            counts = found in values
         if not counts:
-            given = json.dumps(found) if isinstance(found, list | tuple) else found
+            given = json.dumps(found) if isinstance(found, list | tuple) else repr(found)
+            given = found if isinstance(found, str) and found else given
+            wanted = " or ".join(map(str, values[:2])) or "set"
             yield (
                 f"{key} {read_key(cfg, key)} has no effect with {other} {given}; it counts with "
-                f"{other} {' or '.join(map(str, values))}"
+                f"{other} {wanted}"
             )
             return
 

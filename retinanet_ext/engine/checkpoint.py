@@ -176,7 +176,10 @@ class Checkpointer(DetectionCheckpointer):
         if self._resuming:
             remedy = "resume with the data the run was started with"
         elif self.complete:
-            remedy = "name the data's classes as those that the weights were trained on"
+            remedy = (
+                "name the data's classes as those that the weights were trained on, or choose "
+                "these with DATASETS.CUSTOM.CLASSES"
+            )
         else:
             remedy = (
                 "MODEL.RETINANET.REINIT_MISMATCHED True keeps the classifier's outputs of classes "

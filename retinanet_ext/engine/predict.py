@@ -144,8 +144,8 @@ class Predictor:
         own = f"; or (height, width, {channels}), as the model takes them"
         raise InputError(
             f"it is {what}; a file name, a PIL image or an array is needed, of uint8 (height, "
-            "width, 3) in the order BGR, or (height, width) of grey levels"
-            + ("" if channels in (1, 3) else own)
+            "width, 3) in the order BGR, or (height, width) of grey levels in uint8, uint16, int32 "
+            "or float32" + ("" if channels in (1, 3) else own)
         )
 
     def _padded_size(self, inputs: dict[str, Any]) -> tuple[int, ...]:

@@ -305,7 +305,7 @@ def test_a_limit_in_pixels_is_the_keys_alone(
         kind, what = find_image_fault(record, ImageReader(max_pixels=64 * 48 - 1))
         assert kind == "unreadable_image"
         assert what == (
-            "it has 64 x 48 = 3,072 pixels, which take 0.0 GB of memory, and INPUT.MAX_PIXELS "
+            "it has 64 x 48 = 3,072 pixels, which take 0 MB of memory, and INPUT.MAX_PIXELS "
             "allows 3,071"
         )
         assert limit == Image.MAX_IMAGE_PIXELS
@@ -329,3 +329,64 @@ def test_workers_have_the_limit_of_the_config(method: str, cfg: CfgNode) -> None
     loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=method)
     with pytest.raises(InputError, match=r"\(image id 5\).* INPUT\.MAX_PIXELS allows 307,199"):
         list(loader)
+
+
+@pytest.mark.parametrize("sizes", [True, False], ids=["given", "from the file"])
+def test_a_tiff_is_turned_once(sizes: bool, bccd: Bccd, cfg: CfgNode, tmp_path: Path) -> None:
+    """Pillow turns a TIFF by itself while it decodes it."""
+    picture = Image.fromarray(np.arange(480 * 640 * 3).reshape(480, 640, 3).astype(np.uint8))
+    exif = Image.Exif()
+    exif[274] = 6
+    picture.save(bccd.images / "turned.tif", exif=exif)
+    upright = np.asarray(picture.transpose(Image.Transpose.ROTATE_270))
+    assert np.array_equal(ImageReader("RGB")(bccd.images / "turned.tif"), upright)
+    entry = bccd.train["images"][0]
+    entry |= {"file_name": "turned.tif", "width": 480, "height": 640}
+    if not sizes:
+        del entry["width"], entry["height"]
+    prepare(bccd.use(cfg))
+    record = DatasetCatalog.get("custom_train")[0]
+    assert (record["width"], record["height"]) == (480, 640)
+    CheckedDatasetMapper(cfg, is_train=True)(record)
+
+
+def test_what_is_read_with_an_obvious_meaning_is_told(
+    bccd: Bccd, cfg: CfgNode, log: pytest.LogCaptureFixture
+) -> None:
+    """Of a name that says another format, of transparency, and of several depths in one set."""
+    first, second, third = bccd.train["images"]
+    (bccd.images / first["file_name"]).rename(bccd.images / "photo.png")
+    first["file_name"] = "photo.png"
+    clear = Image.open(PHOTOS[0]).convert("P", palette=Image.Palette.ADAPTIVE)
+    clear.save(bccd.images / "clear.png", transparency=b"\x00" * 9)
+    second["file_name"] = "clear.png"
+    third["file_name"] = "deep.png"
+    levels = np.linspace(0, 65535, 480 * 640).reshape(480, 640).astype(np.uint16)
+    Image.fromarray(levels).save(bccd.images / "deep.png")
+    prepare(bccd.use(cfg))
+    lines = [line.partition(": ")[2] for line in log.messages]
+    what = "files of another format than their names say, read as what they are"
+    assert f"{what}: 1, such as photo.png (JPEG)" in lines
+    assert "images with transparency, which is left out: 1, such as clear.png" in lines
+    what = "images have several depths, each is scaled by its own"
+    assert any(
+        line.startswith(f"{what}: 8 bits (") and line.endswith("16 bits (deep.png)")
+        for line in lines
+    )
+
+
+def test_percentiles_are_measured_on_files_under_other_names(bccd: Bccd, cfg: CfgNode) -> None:
+    levels = np.linspace(1000, 5000, 480 * 640).reshape(480, 640).astype(np.uint16)
+    for image in bccd.train["images"]:
+        (bccd.images / image["file_name"]).unlink()
+        image["file_name"] = image["file_name"].replace(".jpg", ".png")
+        Image.fromarray(levels).save(bccd.images / image["file_name"])
+        image["file_name"] = image["file_name"].upper()
+    cfg.INPUT.PIXEL_RANGE = ["percentiles"]
+    cfg.DATASETS.CHECK.MISNAMED_FILE = "mend"
+    prepare(bccd.use(cfg))
+    assert [pytest.approx(1004, abs=5), pytest.approx(4996, abs=5)] == cfg.INPUT.PIXEL_RANGE
+    cfg.INPUT.PIXEL_RANGE = ["percentiles"]
+    cfg.DATASETS.CHECK.MISNAMED_FILE = "refuse"
+    with pytest.raises(InputError, match="percentiles: none of the 3 training images is there"):
+        prepare(bccd.use(cfg))

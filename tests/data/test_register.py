@@ -352,6 +352,7 @@ print(build_model(cfg).criterion.alpha_weights[0].tolist())
     ("alpha", "said"),
     [
         ([["Platelet", 0.5]], "Platelet.*classes: RBC, WBC, Platelets"),
+        ([[["WBC"], 0.7]], "pairs of a class name and a number"),
         ([["WBC", 3.0]], r"CLASS_ALPHA\['WBC'\] must be a number in \[0, 1\], got 3.0"),
         ([0.1, 0.2], "2 values for 3 classes: RBC, WBC, Platelets"),
         ([0.1, ["WBC", 0.2]], "pairs of a class name and a number, got 0.1"),

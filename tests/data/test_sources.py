@@ -317,3 +317,13 @@ def test_paths_of_another_type_are_refused(value: str, tmp_path: Path) -> None:
     config_file.write_text(f"_BASE_: {SMALL}\nDATASETS: {{CUSTOM: {{TRAIN_JSON: {value}}}}}\n")
     with pytest.raises(InputError, match=r"CUSTOM\.TRAIN_JSON takes a value of type str"):
         load_config(str(config_file))
+
+
+def test_what_is_merged_is_checked_again(eight: Eight, tmp_path: Path) -> None:
+    """Boxes that two files have of one image, and an image that is empty in one of them."""
+    twin = Eight(tmp_path / "twin")
+    twin.content["annotations"] = twin.content["annotations"][:7]
+    merged = [*lists(eight, twin), f"{CUSTOM}TRAIN_IMAGES", [str(eight.images)] * 2]
+    choices = ["DATASETS.CHECK.DUPLICATE_FILE", "merge", "DATASETS.CHECK.DUPLICATE_BOX", "drop"]
+    use(*merged, *choices, "DATASETS.CHECK.EMPTY_IMAGE", "refuse")
+    assert trained_on() == ALL

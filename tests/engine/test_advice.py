@@ -189,6 +189,15 @@ WITHOUT_EFFECT = [
     (["DATASETS.SAMPLE.NUM_TRAIN", "9"], "DATASETS.TRAIN retinanet_ext_sample_train"),
     ([OHEM + "NAME", "ohem", CLS + "COMPILE", "True"], OHEM + "NAME all"),
     (["DATALOADER.REPEAT_THRESHOLD", "0.5"], "DATALOADER.SAMPLER_TRAIN RepeatFactor"),
+    (["DATASETS.CUSTOM.BOX_FORMAT", "xyxy"], "DATASETS.CUSTOM.TRAIN_JSON set"),
+    (
+        ["SOLVER.WARMUP_ITERS", "0", "SOLVER.WARMUP_FACTOR", "0.5"],
+        "SOLVER.WARMUP_ITERS set",
+    ),
+    (
+        ["TEST.DETECTION_GRID.NUM_IMAGES", "0", "TEST.DETECTION_GRID.SCORE_THRESH", "0.5"],
+        "TEST.DETECTION_GRID.NUM_IMAGES set",
+    ),
 ]
 
 
