@@ -69,12 +69,7 @@ _ANY = ("keep", "drop", "refuse")
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind(
-            "other_box_format",
-            "boxes of another format",
-            ("refuse", "keep"),
-            remedy="keep takes them as DATASETS.CUSTOM.BOX_FORMAT says",
-        ),
+        Kind("other_box_format", "boxes of another format", ("refuse", "keep")),
         Kind("crowd_object", "crowd regions that look like objects", ("keep",)),
         Kind("parent_class", "classes that are a parent or the background", ("keep", "refuse")),
         Kind("text_id", "ids that are text", ("keep",), is_fault=False),
