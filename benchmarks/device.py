@@ -88,13 +88,12 @@ def make_parts(args: argparse.Namespace) -> dict[str, Part]:
 def training(name: str, args: argparse.Namespace) -> list[str]:
     """Return the command of one of :data:`TRAININGS`."""
     config = "tests/engine/tiny.yaml" if args.dry_run else "configs/small_R18_FPN.yaml"
-    data = {
-        f"DATASETS.CUSTOM.{split.upper()}_{what}": str(args.data / file)
-        for split in ("train", "val")
+    pairs = [
+        word
+        for key, split in (("TRAIN", "train"), ("TEST", "val"))
         for what, file in (("JSON", f"instances_{split}.json"), ("IMAGES", "images"))
-    }
-    data = {key.replace("VAL", "TEST"): value for key, value in data.items()}
-    pairs = [word for pair in data.items() for word in pair]
+        for word in (f"DATASETS.CUSTOM.{key}_{what}", str(args.data / file))
+    ]
     values = TRAININGS[name].split()
     if args.dry_run and "True" in values and "bfloat16" not in values:
         values += ["SOLVER.AMP.PRECISION", "bfloat16"]
@@ -111,9 +110,9 @@ def run(part: Part, seconds: float, args: argparse.Namespace) -> dict[str, dict]
         with open(log, "a") as file:
             command = [sys.executable, *arguments]
             process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-        running[name] = process, log, log.stat().st_size if log.exists() else 0
+        running[name] = process, log
     results = {}
-    for name, (process, log, _) in running.items():
+    for name, (process, log) in running.items():
         left = max(start + seconds - time.monotonic(), 0)
         try:
             code: int | str = process.wait(left)

@@ -21,7 +21,7 @@ median (quartiles). What each measures is said at its top: {files}.
 """
 CUDA = """## On a CUDA device
 
-All of it in one go, with the tests and trainings that need one, in eight minutes on an H100:
+All of it in one go, with the tests and trainings that need one, for at most eight minutes:
 
 ```bash
 python benchmarks/device.py --data FOLDER

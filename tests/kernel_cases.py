@@ -114,3 +114,13 @@ def test_labels_equal_those_of_plain_torch(policy, rule):
     found = matching._label_anchors_by_kernel(matcher, anchors.to(DEVICE), images, K)
     assert torch.equal(found[0].cpu(), wanted[0])
     assert torch.equal(found[1].cpu(), wanted[1])
+
+
+def test_images_without_boxes_alone():
+    anchors = random_boxes(10, torch.Generator().manual_seed(2))
+    empty = Instances((100, 100), gt_boxes=Boxes(torch.zeros(0, 4)))
+    empty.gt_classes = torch.zeros(0, dtype=torch.int64)
+    matcher = matching.AnchorMatcher([0.4, 0.5], [0, -1, 1])
+    images = [empty.to(DEVICE)] * 2
+    labels, matched = matching._label_anchors_by_kernel(matcher, anchors.to(DEVICE), images, K)
+    assert (labels == K).all() and not matched.any()

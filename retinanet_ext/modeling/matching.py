@@ -183,7 +183,8 @@ def label_anchors(
     """
     if isinstance(matcher, Matcher):
         matcher = AnchorMatcher.from_detectron2(matcher)
-    if anchors.tensor.is_cuda and HAS_TRITON and not torch.compiler.is_compiling():
+    has_kernel = HAS_TRITON and anchors.tensor.is_cuda and anchors.tensor.dtype == torch.float32
+    if has_kernel and not torch.compiler.is_compiling():
         return _label_anchors_by_kernel(matcher, anchors.tensor, gt_instances, num_classes)
     labels, matches = [], []
     first = 0
