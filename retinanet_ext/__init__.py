@@ -1,7 +1,7 @@
 """RetinaNet and the focal loss (arXiv 1708.02002) as a Detectron2 plugin.
 
 Importing this package imports nothing else, so that :mod:`retinanet_ext.losses` and
-:mod:`retinanet_ext.selection` work without Detectron2. Asking for
+:mod:`retinanet_ext.sampling` work without Detectron2. Asking for
 :func:`add_retinanet_ext_config` imports the plugin, which registers everything.
 """
 

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(parser, argv[1:])
     except InputError as error:
-        from retinanet_ext.engine.failures import explain
+        from retinanet_ext.errors import explain
 
         code, line = explain(error)
         print(f"{parser.prog}: error: {line}", file=sys.stderr)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Check the data of a config before training: what is wrong, what the anchors cover."""
-    from retinanet_ext.data import report
+    from retinanet_ext.data import validation_report as report
     from retinanet_ext.engine import load_config
 
     parser.epilog = "exit code 1: training would refuse the data"
@@ -108,7 +108,7 @@ def analyze_loss(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 def plot_losses(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Draw losses: figure 1, 5 or 6 of the paper, or registered losses of your choice."""
-    from retinanet_ext.analysis.figures import draw_losses, save_figure
+    from retinanet_ext.analysis.plots import draw_losses, save_figure
 
     parser.add_argument(
         "what",

@@ -11,7 +11,7 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from retinanet_ext.data import check
+from retinanet_ext.data import validation
 from retinanet_ext.data.images import AUTO, MAX_PIXELS
 from retinanet_ext.data.sample_set import SampleSet
 from retinanet_ext.errors import InputError
@@ -50,6 +50,14 @@ def all_keys(node: CfgNode, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{name}"
 
 
+RENAMED_KEYS = {
+    "INPUT.PAD_MULTIPLE": "INPUT.SIZE_DIVISIBILITY",
+    "MODEL.RETINANET.IGNORE_OVERLAP": "MODEL.RETINANET.IGNORE_IOA_THRESH",
+    "SOLVER.ACCUMULATE": "SOLVER.GRAD_ACCUM_STEPS",
+    "SOLVER.FUSED": "SOLVER.FUSED_OPTIMIZER",
+}
+"""Old name -> new name; a config with an old name is refused with the new one."""
+
 _OURS = ("MODEL.META_ARCHITECTURE", ("RetinaNetExt",))
 _LOSS_NAME = "MODEL.RETINANET.CLS_LOSS.NAME"
 
@@ -61,11 +69,11 @@ COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
             "MODEL.RETINANET.SELECTION.",
             "MODEL.RETINANET.LOSS_NORMALIZER",
             "MODEL.RETINANET.LOW_QUALITY_MATCHES",
-            "MODEL.RETINANET.IGNORE_OVERLAP",
+            "MODEL.RETINANET.IGNORE_IOA_THRESH",
             "MODEL.RETINANET.PRIOR_INIT",
             "MODEL.COMPILE",
             "MODEL.CHANNELS_LAST",
-            "INPUT.PAD_MULTIPLE",
+            "INPUT.SIZE_DIVISIBILITY",
         ),
         _OURS,
     ),
@@ -245,7 +253,7 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # Share of a background anchor's area, in [0, 1], that an ignore region (a crowd region, or
     # `ignore: 1` in the annotations) must cover for the anchor to be ignored. 0.0: off; ignore
     # regions are background, as in Detectron2 and in the paper.
-    cfg.MODEL.RETINANET.IGNORE_OVERLAP = 0.5
+    cfg.MODEL.RETINANET.IGNORE_IOA_THRESH = 0.5
 
     # Start the classifier at probability MODEL.RETINANET.PRIOR_PROB (pi in section 3.3). False:
     # start it at probability 0.5.
@@ -264,7 +272,7 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # Pad training images to sides that are a multiple of this many pixels, so that batches have few
     # sizes: compiled code and cuDNN's search for algorithms are slow at each new size. It must be a
     # multiple of the backbone's own, 32. 0: pad to that only.
-    cfg.INPUT.PAD_MULTIPLE = 0
+    cfg.INPUT.SIZE_DIVISIBILITY = 0
 
     # Grey levels that become 0 and 255 in images of more than 8 bits; 8-bit images stay as they
     # are. One word or two numbers, see docs/check_data.md#images:
@@ -316,7 +324,7 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # - "keep": use it
     # - "merge", "mend": correct it
     # - "object": take crowd regions as objects
-    cfg.DATASETS.CHECK = CfgNode(check.config_defaults())
+    cfg.DATASETS.CHECK = CfgNode(validation.config_defaults())
 
     # Number of streams that DATALOADER.ASPECT_RATIO_GROUPING deals the samples to, 0 to 65536. Each
     # stream is grouped separately and gives IMS_PER_BATCH / streams images of one orientation to a
@@ -335,7 +343,7 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     cfg.DETERMINISTIC = False
 
     # Update all weights in one fused kernel per optimizer step.
-    cfg.SOLVER.FUSED = False
+    cfg.SOLVER.FUSED_OPTIMIZER = False
 
     # Precision of autocast in training: "float16" (Detectron2's; CUDA only), or "bfloat16", which
     # needs no loss scaling and also runs on a CPU. TEST.PRECISION is the precision of detection.
@@ -345,7 +353,7 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # of them. A step equals that of one batch of as many images, including the loss normaliser,
     # except for what depends on a single micro-batch: padding to its largest image, BatchNorm, and
     # MODEL.RETINANET.SELECTION.OHEM.SCOPE "process".
-    cfg.SOLVER.ACCUMULATE = 1
+    cfg.SOLVER.GRAD_ACCUM_STEPS = 1
 
     cfg.SOLVER.NON_FINITE = CfgNode()
     # What is done about a step whose loss or gradient is infinite or NaN on any process: "raise" an
@@ -373,3 +381,6 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     cfg.TEST.DETECTION_GRID.NUM_IMAGES = 8
     # Lowest score of the detections that are drawn in that picture, at least 0.
     cfg.TEST.DETECTION_GRID.SCORE_THRESH = 0.3
+
+    for old, new in RENAMED_KEYS.items():
+        cfg.register_renamed_key(old, new)

@@ -15,7 +15,7 @@ from retinanet_ext.errors import InputError
 
 
 @contextmanager
-def replacing(path: Path, *, part: Path | None = None) -> Iterator[IO[bytes]]:
+def atomic_write(path: Path, *, part: Path | None = None) -> Iterator[IO[bytes]]:
     """Open a file that takes the place of an earlier one once it is whole and on the disk.
 
     Args:
@@ -50,7 +50,7 @@ def write_file(path: Path, content: str | bytes) -> None:
     Raises:
         InputError: a full disk, a folder that cannot be written; an earlier file is intact
     """
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         # A name of a file need not be UTF-8.
         is_text = isinstance(content, str)
         file.write(content.encode(errors="backslashreplace") if is_text else content)

@@ -513,10 +513,14 @@ CONFIG = [
     ),
     (
         "3 images in 2 batches a step",
-        "SOLVER.ACCUMULATE, 2",
-        opts("SOLVER.ACCUMULATE", 2, "SOLVER.IMS_PER_BATCH", 3),
+        "SOLVER.GRAD_ACCUM_STEPS, 2",
+        opts("SOLVER.GRAD_ACCUM_STEPS", 2, "SOLVER.IMS_PER_BATCH", 3),
     ),
-    ("a step of 0 batches", "ACCUMULATE must be a number in [1,", opts("SOLVER.ACCUMULATE", 0)),
+    (
+        "a step of 0 batches",
+        "GRAD_ACCUM_STEPS must be a number in [1,",
+        opts("SOLVER.GRAD_ACCUM_STEPS", 0),
+    ),
     (
         "an unknown answer to NaN",
         "NON_FINITE.POLICY 'ignore' is unknown; known:",
@@ -524,8 +528,8 @@ CONFIG = [
     ),
     (
         "padding that the backbone cannot use",
-        "PAD_MULTIPLE 3 must be a multiple of the backbone's 32",
-        opts("INPUT.PAD_MULTIPLE", 3),
+        "SIZE_DIVISIBILITY 3 must be a multiple of the backbone's 32",
+        opts("INPUT.SIZE_DIVISIBILITY", 3),
     ),
     ("no training size", "MIN_SIZE_TRAIN is empty", opts("INPUT.MIN_SIZE_TRAIN", "()")),
     (

@@ -38,12 +38,12 @@ from PIL import Image
 
 from retinanet_ext.config import all_keys, read_key
 from retinanet_ext.data import prepare_datasets
-from retinanet_ext.data.check import KINDS
 from retinanet_ext.data.mapper import CheckedDatasetMapper
-from retinanet_ext.data.report import check_data
+from retinanet_ext.data.validation import KINDS
+from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine import Checkpointer, load_config, main
-from retinanet_ext.engine.advice import advise
-from retinanet_ext.engine.config import check_config, use_cpu_without_cuda
+from retinanet_ext.engine.config_check import check_config, use_cpu_without_cuda
+from retinanet_ext.engine.config_warnings import config_warnings
 from retinanet_ext.engine.launch import check_model
 from retinanet_ext.engine.scaling import scale_schedule
 from retinanet_ext.errors import InputError
@@ -253,7 +253,7 @@ def _check(bench: Bench, pairs: list[tuple[str, Any]], in_file: bool, eval_only:
         scale_schedule(cfg)
     prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=eval_only)
     check_model(cfg, "", resume=False, eval_only=eval_only)
-    advise(cfg, "", eval_only=eval_only)
+    config_warnings(cfg, "", eval_only=eval_only)
 
 
 def _write_config(

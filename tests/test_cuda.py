@@ -19,7 +19,7 @@ from detectors import (
     make_model,
 )
 from retinanet_ext.losses import LOSSES
-from retinanet_ext.selection import OHEM
+from retinanet_ext.sampling import OHEM
 
 pytestmark = pytest.mark.cuda
 ROOT = Path(__file__).parents[1]

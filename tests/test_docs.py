@@ -52,11 +52,14 @@ def test_page_of_keys_has_a_row_per_key_with_default_description_and_conditions(
 def test_a_key_without_a_comment_and_a_comment_without_a_key_are_named(monkeypatch):
     page = runpy.run_path(str(ROOT / "docs/make_keys.py"))
     comments = page["read_comments"]()
-    del comments["SOLVER.FUSED"]
+    del comments["SOLVER.FUSED_OPTIMIZER"]
     monkeypatch.setitem(page["make_page"].__globals__, "read_comments", lambda: comments)
-    with pytest.raises(ValueError, match=r"no comment above SOLVER\.FUSED in"):
+    with pytest.raises(ValueError, match=r"no comment above SOLVER\.FUSED_OPTIMIZER in"):
         page["make_page"]()
-    comments |= {"SOLVER.FUSED": "on", "SOLVER.NON_FINITE": "said of a node without a section"}
+    comments |= {
+        "SOLVER.FUSED_OPTIMIZER": "on",
+        "SOLVER.NON_FINITE": "said of a node without a section",
+    }
     with pytest.raises(ValueError, match=r"above SOLVER\.NON_FINITE belongs above one of its keys"):
         page["make_page"]()
 

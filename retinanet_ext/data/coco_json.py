@@ -2,7 +2,8 @@
 are given of them.
 
 Only boxes are read: Detectron2's own loader drops a box whose segmentation is malformed, though a
-box detector needs no segmentation. What is wrong with a file is :mod:`retinanet_ext.data.check`'s.
+box detector needs no segmentation. :mod:`retinanet_ext.data.validation` says what is wrong with a
+file.
 """
 
 from __future__ import annotations

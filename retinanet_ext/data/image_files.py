@@ -14,14 +14,6 @@ from typing import Any
 
 from PIL import Image
 
-from retinanet_ext.data.check import (
-    DEFAULT_POLICY,
-    KINDS,
-    Finding,
-    field_fault,
-    id_of,
-    leaves_folder,
-)
 from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.data.file_names import Found, MisnamedFiles
 from retinanet_ext.data.images import (
@@ -29,6 +21,14 @@ from retinanet_ext.data.images import (
     bit_depth,
     find_image_fault,
     has_several_frames,
+)
+from retinanet_ext.data.validation import (
+    DEFAULT_POLICY,
+    KINDS,
+    Finding,
+    field_fault,
+    id_of,
+    leaves_folder,
 )
 from retinanet_ext.errors import InputError
 

@@ -302,7 +302,7 @@ def find_image_fault(record: dict[str, Any], reader: ImageReader) -> tuple[str, 
         reader: of the config.
 
     Returns:
-        a kind of :data:`retinanet_ext.data.check.KINDS` and one line
+        a kind of :data:`retinanet_ext.data.validation.KINDS` and one line
     """
     try:
         with reader.open(record["file_name"]) as image:

@@ -14,9 +14,9 @@ from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_anchor_generator, build_backbone
 from detectron2.structures import Boxes, BoxMode, Instances
 
-from retinanet_ext.data.check import check_coco, read_policy
+from retinanet_ext.data.anchor_coverage import padded_batch
 from retinanet_ext.data.coco_json import read_coco_json, to_dataset_dicts
-from retinanet_ext.data.coverage import padded_batch
+from retinanet_ext.data.validation import check_coco, read_policy
 from retinanet_ext.modeling.matching import (
     AnchorMatcher,
     ignore_anchors,
@@ -74,7 +74,7 @@ def measure_imbalance(cfg: CfgNode, json_file: str, *, is_train: bool = True) ->
         features = backbone(padded_batch(cfg, backbone, (height, width), is_train=is_train))
         return Boxes.cat(anchor_generator([features[name] for name in node.IN_FEATURES]))
 
-    ignores = node.IGNORE_OVERLAP if cfg.MODEL.META_ARCHITECTURE == "RetinaNetExt" else 0
+    ignores = node.IGNORE_IOA_THRESH if cfg.MODEL.META_ARCHITECTURE == "RetinaNetExt" else 0
     policy = read_policy(cfg.DATASETS.CHECK)
     checked = check_coco(json_file, read_coco_json(json_file), policy)
     checked.raise_refused()

@@ -42,9 +42,9 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> TrainLoader:
 
     Detectron2 reads and filters the data and gives the order of samples. A batch of
     ``SOLVER.IMS_PER_BATCH`` images is shared out to the processes, and each share to
-    ``SOLVER.ACCUMULATE`` micro-batches. With ``ASPECT_RATIO_GROUPING`` the images that a stream
-    gives to a batch are all wide, or none is; there are ``ASPECT_RATIO_STREAMS``, or one to each
-    micro-batch of each process. With a ``SEED`` below 0 the processes agree on a random one.
+    ``SOLVER.GRAD_ACCUM_STEPS`` micro-batches. With ``ASPECT_RATIO_GROUPING`` the images that a
+    stream gives to a batch are all wide, or none is; there are ``ASPECT_RATIO_STREAMS`` streams, or
+    one per micro-batch and process. With a ``SEED`` below 0 the processes agree on a random one.
 
     Raises:
         InputError: the sampler is unknown, or the data have no order to go on in
@@ -66,7 +66,7 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
         self.mapper = mapper
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self.num_batches, self.num_images = 0, 0
-        num_passes = comm.get_world_size() * cfg.SOLVER.ACCUMULATE
+        num_passes = comm.get_world_size() * cfg.SOLVER.GRAD_ACCUM_STEPS
         self.num_streams = cfg.DATALOADER.ASPECT_RATIO_STREAMS or num_passes
         records = get_detection_dataset_dicts(
             cfg.DATASETS.TRAIN, filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
@@ -114,7 +114,7 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
         batch_size = self.cfg.SOLVER.IMS_PER_BATCH
-        batches = group_batches(
+        batches = batch_by_aspect_ratio(
             self._sampler()._infinite_indices(),
             self.groups,
             batch_size=batch_size,
@@ -124,11 +124,11 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
         workers = self.cfg.DATALOADER.NUM_WORKERS
         loader = DataLoader(
             _MappedSamples(self.records, self.mapper, self.seed),
-            batch_sampler=share_out(
+            batch_sampler=shard_batch(
                 batches,
                 rank=comm.get_rank(),
                 num_processes=comm.get_world_size(),
-                num_micro_batches=self.cfg.SOLVER.ACCUMULATE,
+                num_micro_batches=self.cfg.SOLVER.GRAD_ACCUM_STEPS,
             ),
             num_workers=workers,
             collate_fn=trivial_batch_collator,
@@ -144,8 +144,8 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
         cfg.defrost()
         cfg.SEED = self.seed
         try:
-            with _keep_generators():
-                seed_generators(self.seed)  # where it takes no seed, Detectron2 draws one
+            with preserve_rng_state():
+                seed_rngs(self.seed)  # where it takes no seed, Detectron2 draws one
                 parts = _train_loader_from_config(cfg, self.mapper, dataset=self.records)
         except (AssertionError, ValueError) as error:
             raise InputError(
@@ -195,7 +195,7 @@ def _check_same_records(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None
         )
 
 
-def group_batches(
+def batch_by_aspect_ratio(
     indices: Iterable[int], groups: Sequence[int], *, batch_size: int, num_streams: int
 ) -> Iterator[list[Sample]]:
     """Yield batches to which each stream gives as many samples, of one group, as they fill up.
@@ -222,7 +222,7 @@ def group_batches(
                 yield [sample for shares in full for sample in shares.popleft()]
 
 
-def share_out(
+def shard_batch(
     batches: Iterable[list[Sample]], *, rank: int, num_processes: int, num_micro_batches: int
 ) -> Iterator[list[Sample]]:
     """Yield the micro-batches of one process: its share of each batch, in equal parts."""
@@ -232,7 +232,7 @@ def share_out(
             yield batch[number * size : (number + 1) * size]
 
 
-def seed_generators(seed: int, *key: int) -> None:
+def seed_rngs(seed: int, *key: int) -> None:
     """Seed Python's, numpy's and torch's generators on the CPU with a function of seed and key."""
     words = np.random.SeedSequence(seed, spawn_key=key).generate_state(3).tolist()
     random.seed(words[0])
@@ -241,8 +241,8 @@ def seed_generators(seed: int, *key: int) -> None:
 
 
 @contextmanager
-def _keep_generators() -> Iterator[None]:
-    """Leave the generators of :func:`seed_generators` as they were."""
+def preserve_rng_state() -> Iterator[None]:
+    """Leave the generators of :func:`seed_rngs` as they were."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -261,11 +261,11 @@ class _MappedSamples(Dataset[dict[str, Any]]):
         self.seed = seed
 
     def __getitems__(self, samples: list[Sample]) -> list[dict[str, Any]]:
-        with _keep_generators():
+        with preserve_rng_state():
             return [self._load(position, index) for position, index in samples]
 
     def _load(self, position: int, index: int) -> dict[str, Any]:
-        seed_generators(self.seed, position)
+        seed_rngs(self.seed, position)
         return self.mapper(self.records[index])
 
 

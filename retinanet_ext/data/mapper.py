@@ -21,7 +21,7 @@ class CheckedDatasetMapper(DatasetMapper):
     """Detectron2's mapper, except for the following.
 
     - Images are read by :class:`~retinanet_ext.data.images.ImageReader`.
-    - Crowd regions, which Detectron2 leaves out, become ``ignore_boxes``, (M, 4).
+    - Crowd regions, which Detectron2 leaves out, become ``ignore_regions``, (M, 4).
     - An image that cannot be used ends in an :class:`InputError`, and any other error names its
       image.
     - There are no proposals.
@@ -101,5 +101,5 @@ class CheckedDatasetMapper(DatasetMapper):
         regions = [
             transform_instance_annotations(b, transforms, image_shape)["bbox"] for b in boxes
         ]
-        dataset_dict["ignore_boxes"] = torch.tensor(np.array(regions)).float().reshape(-1, 4)
+        dataset_dict["ignore_regions"] = torch.tensor(np.array(regions)).float().reshape(-1, 4)
         super()._transform_annotations(dataset_dict, transforms, image_shape)

@@ -21,12 +21,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from retinanet_ext.data import coco_json, images
 from retinanet_ext.data.box_format import BOX_FORMATS
-from retinanet_ext.data.check import DONE, KINDS, CheckedData, suggest_objects
 from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.data.file_names import MisnamedFiles
 from retinanet_ext.data.image_files import describe_shared_files
 from retinanet_ext.data.sample_set import SampleSet, make_sample_set
 from retinanet_ext.data.sources import CLASSES_KEY, Source, check_source, read_texts
+from retinanet_ext.data.validation import DONE, KINDS, CheckedData, suggest_objects
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import write_file
 

@@ -12,14 +12,6 @@ from typing import Any
 
 from detectron2.config import CfgNode
 
-from retinanet_ext.data.check import (
-    CheckedData,
-    Finding,
-    check_coco,
-    find_unused_classes,
-    id_of,
-    read_policy,
-)
 from retinanet_ext.data.coco_json import (
     class_names,
     id_order,
@@ -32,6 +24,14 @@ from retinanet_ext.data.duplicates import check_duplicate_boxes
 from retinanet_ext.data.image_files import check_images, find_same_files, merge_images
 from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.normalize import unify_ids
+from retinanet_ext.data.validation import (
+    CheckedData,
+    Finding,
+    check_coco,
+    find_unused_classes,
+    id_of,
+    read_policy,
+)
 from retinanet_ext.errors import InputError
 
 CLASSES_KEY = "DATASETS.CUSTOM.CLASSES"

@@ -19,9 +19,8 @@ from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from retinanet_ext.engine.class_matching import match_checkpoint, saved_class_names
-from retinanet_ext.engine.failures import first_line
-from retinanet_ext.errors import InputError
-from retinanet_ext.files import replacing, write_file
+from retinanet_ext.errors import InputError, first_line
+from retinanet_ext.files import atomic_write, write_file
 from retinanet_ext.modeling import to_detectron2_state_dict
 
 TAG = "last_checkpoint"
@@ -89,7 +88,7 @@ class Checkpointer(DetectionCheckpointer):
         file = Path(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", file)
         # One name for all: what a killed process left there does not fill the disk.
-        with replacing(file, part=file.with_name(".unfinished_checkpoint")) as part:
+        with atomic_write(file, part=file.with_name(".unfinished_checkpoint")) as part:
             torch.save(content, part)
         self.tag_last_checkpoint(file.name)
 

@@ -31,8 +31,7 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT, _distributed_worker
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from retinanet_ext.engine.failures import INPUT_ERROR, explain, first_line
-from retinanet_ext.errors import InputError, StoppedError
+from retinanet_ext.errors import INPUT_ERROR, InputError, StoppedError, explain, first_line
 
 logger = logging.getLogger(__name__)
 

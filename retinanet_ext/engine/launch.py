@@ -31,12 +31,12 @@ from torch import nn
 
 from retinanet_ext.config import all_keys, read_key
 from retinanet_ext.data import prepare_datasets
-from retinanet_ext.data.coverage import warn_of_unreached_boxes
+from retinanet_ext.data.anchor_coverage import warn_of_unreached_boxes
 from retinanet_ext.data.register import find_sources, registered_classes
 from retinanet_ext.data.sources import Source
-from retinanet_ext.engine.advice import advise
 from retinanet_ext.engine.checkpoint import Checkpointer, find_weights
-from retinanet_ext.engine.config import check_config, load_config, use_cpu_without_cuda
+from retinanet_ext.engine.config_check import check_config, load_config, use_cpu_without_cuda
+from retinanet_ext.engine.config_warnings import config_warnings
 from retinanet_ext.engine.distributed import (
     Group,
     GroupError,
@@ -48,13 +48,18 @@ from retinanet_ext.engine.distributed import (
     run,
     stop_at_interrupt,
 )
-from retinanet_ext.engine.failures import UnexpectedResultsError, explain, first_line
-from retinanet_ext.engine.manifest import read_manifest, write_manifest
 from retinanet_ext.engine.resume import saved_seed
+from retinanet_ext.engine.run_info import read_manifest, write_manifest
 from retinanet_ext.engine.scaling import scale_schedule
 from retinanet_ext.engine.summary import summarize
 from retinanet_ext.engine.trainer import Trainer
-from retinanet_ext.errors import InputError, StoppedError
+from retinanet_ext.errors import (
+    InputError,
+    StoppedError,
+    UnexpectedResultsError,
+    explain,
+    first_line,
+)
 
 RESULTS = ("last_checkpoint", "model_*.pth", "metrics.json", "inference")
 """What an earlier training or evaluation leaves in its OUTPUT_DIR, once it has come that far."""
@@ -190,7 +195,7 @@ def _prepare(command: list[str], args: argparse.Namespace, group: Group, names: 
             logger.warning("SEED %d of the run goes on, and not %d", seed, cfg.SEED)
         cfg.SEED = seed
     unreached = [] if args.eval_only else warn_of_unreached_boxes(cfg)
-    for line in [*advise(cfg, weights, eval_only=args.eval_only), *unreached]:
+    for line in [*config_warnings(cfg, weights, eval_only=args.eval_only), *unreached]:
         logger.warning("%s", line)
     if args.eval_only:
         cfg.MODEL.WEIGHTS = weights

@@ -19,21 +19,20 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
 from retinanet_ext.config import add_retinanet_ext_config
-from retinanet_ext.engine.config import use_cpu_without_cuda
-from retinanet_ext.engine.diagnosis import Report, Step, class_names, diagnose
-from retinanet_ext.engine.failures import first_line
-from retinanet_ext.errors import InputError
-from retinanet_ext.files import replacing, write_file
+from retinanet_ext.engine.config_check import use_cpu_without_cuda
+from retinanet_ext.engine.non_finite import Report, StepSnapshot, class_names, diagnose
+from retinanet_ext.errors import InputError, first_line
+from retinanet_ext.files import atomic_write, write_file
 
 logger = logging.getLogger(__name__)
 
 
-def save_step(step: Step, report: Report, states: dict[str, Any] | None) -> Path | None:
+def save_step(step: StepSnapshot, report: Report, states: dict[str, Any] | None) -> Path | None:
     """Write ``OUTPUT_DIR/non_finite/iter_*_rank*.json``, and with ``states`` a ``.pth`` to replay.
 
     Args:
         step: of this process
-        report: of :func:`~retinanet_ext.engine.diagnosis.diagnose`
+        report: of :func:`~retinanet_ext.engine.non_finite.diagnose`
         states: as before the step, of "model" and whatever else shall be kept
 
     Returns:
@@ -53,7 +52,7 @@ def save_step(step: Step, report: Report, states: dict[str, Any] | None) -> Path
         content = {f.name: getattr(step, f.name) for f in fields(step)}
         content |= {"cfg": step.cfg.dump(), "class_names": class_names(step.cfg), **states}
         file = stem.with_suffix(".pth")
-        with replacing(file) as stream:
+        with atomic_write(file) as stream:
             torch.save(_encode(content), stream)
         report = {**report, "replay": f"retinanet-ext replay {shlex.quote(str(file))}"}
     file = stem.with_suffix(".json")
@@ -70,7 +69,7 @@ def replay_step(path: str | Path) -> Report:
     try:
         saved = _decode(torch.load(path, map_location="cpu", weights_only=True))
         weights, names = saved["model"], saved["class_names"]
-        values = {field.name: saved[field.name] for field in fields(Step)}
+        values = {field.name: saved[field.name] for field in fields(StepSnapshot)}
     except Exception as error:  # pickle's documentation: a damaged file may raise anything
         raise InputError(
             f"{path} is missing, damaged or not a step saved in OUTPUT_DIR/non_finite "
@@ -92,7 +91,7 @@ def replay_step(path: str | Path) -> Report:
         model.load_state_dict(weights)
     except Exception as error:  # whatever Detectron2 makes of a config that is not its own
         raise InputError(f"{path}: its model cannot be built: {first_line(error)}") from error
-    step = Step(**{**values, "cfg": cfg})
+    step = StepSnapshot(**{**values, "cfg": cfg})
     logger.info(
         "Repeating iteration %d of rank %d on %s%s, %s",
         step.iteration,

@@ -15,10 +15,10 @@ import torch
 from detectron2.engine import DefaultTrainer, HookBase, hooks
 from detectron2.utils import comm
 
-from retinanet_ext.data.loader import seed_generators
+from retinanet_ext.data.loader import seed_rngs
 from retinanet_ext.engine.class_matching import match_optimizer_state, saved_class_names
 from retinanet_ext.errors import InputError, StoppedError
-from retinanet_ext.files import replacing
+from retinanet_ext.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class ResumableTrainer(DefaultTrainer):
             metrics = Path(self.cfg.OUTPUT_DIR, "metrics.json")
             has_ended = Path(checkpoint).name == "model_final.pth"
             is_extended = has_ended and self.start_iter < self.max_iter
-            set_metrics_aside(metrics, self.start_iter, is_extended=is_extended)
+            archive_superseded_metrics(metrics, self.start_iter, is_extended=is_extended)
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"data": self.data_loader.state_dict(self.iter + 1)}
@@ -122,7 +122,7 @@ class SeedIterations(HookBase):
     """Makes the random numbers of an iteration a function of seed, iteration and process."""
 
     def before_step(self) -> None:
-        seed_generators(self.trainer.data_loader.seed, self.trainer.iter, comm.get_rank())
+        seed_rngs(self.trainer.data_loader.seed, self.trainer.iter, comm.get_rank())
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(torch.initial_seed())
 
@@ -171,7 +171,9 @@ class _PreciseBN(hooks.PreciseBN):
         super().update_stats()
 
 
-def set_metrics_aside(metrics: Path, start_iter: int, *, is_extended: bool = False) -> None:
+def archive_superseded_metrics(
+    metrics: Path, start_iter: int, *, is_extended: bool = False
+) -> None:
     """Move the lines of iterations that will be run again to ``metrics_superseded.json``.
 
     Args:
@@ -189,7 +191,7 @@ def set_metrics_aside(metrics: Path, start_iter: int, *, is_extended: bool = Fal
         return
     aside = metrics.with_name("metrics_superseded.json")
     earlier = aside.read_bytes() if aside.exists() else b""
-    with replacing(aside) as file:
+    with atomic_write(aside) as file:
         file.writelines([earlier, *superseded])
     with open(metrics, "r+b") as file:
         file.writelines(kept)

@@ -32,7 +32,7 @@ from retinanet_ext.data.mapper import CheckedDatasetMapper
 from retinanet_ext.data.register import registered_classes
 from retinanet_ext.engine.checkpoint import Checkpointer
 from retinanet_ext.engine.resume import ResumableTrainer
-from retinanet_ext.engine.step import TrainingStep
+from retinanet_ext.engine.train_step import AccumulatingTrainer
 from retinanet_ext.evaluation import BoxEvaluator, InferenceTime, draw_detection_grid
 
 DETECTIONS = "coco_instances_results.json"
@@ -62,7 +62,7 @@ class Trainer(ResumableTrainer):
         # Detectron2 gives device_ids, which DDP refuses for a model on the CPU.
         devices = {} if torch.device(cfg.MODEL.DEVICE).type == "cuda" else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
-        self._trainer = TrainingStep(model, data_loader, optimizer, cfg)
+        self._trainer = AccumulatingTrainer(model, data_loader, optimizer, cfg)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(
             model,
@@ -79,7 +79,7 @@ class Trainer(ResumableTrainer):
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         optimizer = super().build_optimizer(cfg, model)
-        if cfg.SOLVER.FUSED:
+        if cfg.SOLVER.FUSED_OPTIMIZER:
             for group in optimizer.param_groups:
                 group.update(fused=True, foreach=False)
         return optimizer

@@ -23,7 +23,6 @@ from tabulate import tabulate
 from torch import Tensor
 
 import retinanet_ext
-from retinanet_ext.analysis.figures import figure_4, save_figure
 from retinanet_ext.analysis.loss_cdf import (
     FRACTIONS,
     GAMMAS,
@@ -36,11 +35,12 @@ from retinanet_ext.analysis.loss_cdf import (
     WindowSample,
     conclude,
 )
+from retinanet_ext.analysis.plots import figure_4, save_figure
 from retinanet_ext.data import CheckedDatasetMapper, prepare_datasets
 from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.register import registered_classes
 from retinanet_ext.engine import Checkpointer, load_config
-from retinanet_ext.engine.config import check_config, use_cpu_without_cuda
+from retinanet_ext.engine.config_check import check_config, use_cpu_without_cuda
 from retinanet_ext.engine.launch import check_model
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import to_json, write_file

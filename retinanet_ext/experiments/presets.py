@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from retinanet_ext.engine import load_config
-from retinanet_ext.engine.advice import ineffective_keys
+from retinanet_ext.engine.config_warnings import ineffective_keys
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.tables import TABLES, Row, Table
 

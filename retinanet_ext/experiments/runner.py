@@ -27,10 +27,10 @@ from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.sample_set import GENERATOR_VERSION
 from retinanet_ext.data.sources import read_texts
 from retinanet_ext.engine.checkpoint import find_weights
-from retinanet_ext.engine.config import check_config, load_config, use_cpu_without_cuda
+from retinanet_ext.engine.config_check import check_config, load_config, use_cpu_without_cuda
 from retinanet_ext.engine.distributed import end_with_parent
-from retinanet_ext.engine.failures import DIVERGED as DIVERGED_EXIT
 from retinanet_ext.engine.launch import check_model
+from retinanet_ext.errors import DIVERGED as DIVERGED_EXIT
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments import record
 from retinanet_ext.experiments.presets import (

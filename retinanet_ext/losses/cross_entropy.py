@@ -9,7 +9,7 @@ from retinanet_ext.losses.functional import Alpha, elementwise_loss, log_sigmoid
 from retinanet_ext.losses.registry import LOSSES, UNBALANCED, register_loss
 
 
-def cross_entropy_derivative(x_t: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy_value_and_grad(x_t: Tensor) -> tuple[Tensor, Tensor]:
     """Return CE and dCE/dx_t = p_t - 1 (equation 9)."""
     return log_sigmoid(x_t).neg_(), x_t.neg().sigmoid_().neg_()
 
@@ -18,7 +18,7 @@ def cross_entropy_derivative(x_t: Tensor) -> tuple[Tensor, Tensor]:
     "cross_entropy",
     reference="section 3.1, equations 1 to 3",
     alpha=UNBALANCED,
-    derivative=cross_entropy_derivative,
+    value_and_grad=cross_entropy_value_and_grad,
 )
 def cross_entropy(x_t: Tensor) -> Tensor:
     """CE = -log(p_t)."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from retinanet_ext.errors import InputError
-from retinanet_ext.losses.functional import at_least_float32
+from retinanet_ext.losses.functional import upcast_to_float32
 from retinanet_ext.losses.registry import BoundLoss
 
 HAS_TRITON = find_spec("triton") is not None
@@ -172,7 +172,7 @@ def _formula(
     total = image_weights.new_zeros((), dtype=torch.float64)
     classes = torch.arange(num_classes, device=labels.device).view(-1, 1, 1)
     for logits, level_labels in _by_level(levels, labels, num_classes):
-        block = at_least_float32(logits)
+        block = upcast_to_float32(logits)
         label = level_labels.unsqueeze(2)
         positive, ignored = label == classes, label < 0
         alpha, one_minus_alpha = alpha_weights.to(block.dtype).view(2, -1, 1, 1).unbind()
@@ -247,9 +247,9 @@ def _level_as_background_first(
     size = BLOCK_OF_A_THREAD * torch.get_num_threads()
     for image in range(len(logits)):
         for anchors, classes, rows in _blocks(logits[image], size):
-            block = at_least_float32(logits[image, anchors, classes, rows])
+            block = upcast_to_float32(logits[image, anchors, classes, rows])
             weight = weights[image, anchors, None, rows]
-            value, derivative = loss.value_and_derivative(-block)
+            value, derivative = loss.value_and_grad(-block)
             if alpha_weights.dim() > 1:
                 value = value * by_class[classes]
                 derivative = derivative * by_class[classes]
@@ -263,7 +263,7 @@ def _level_as_background_first(
     for cells in later.nonzero().split(max(1, size // num_classes)):
         image, anchor, y, x = cell = cells.unbind(1)
         value, row = _value_and_gradient(
-            loss.value_and_derivative,
+            loss.value_and_grad,
             logits[image, anchor, :, y, x].unsqueeze(2),
             labels[cell].view(-1, 1, 1),
             weights[cell].view(-1, 1, 1),
@@ -335,7 +335,7 @@ def _level_by_entry(
     alpha_weights, gradient_dtype = alpha_weights.to(dtype), _gradient_dtype(logits)
     if compute is not None:
         total, gradient = compute(
-            *(loss.value_and_derivative, rows, row_labels, row_weights),
+            *(loss.value_and_grad, rows, row_labels, row_weights),
             *(alpha_weights, gradient_dtype),
         )
     else:
@@ -345,7 +345,7 @@ def _level_by_entry(
         for first in range(0, len(rows), step):
             block = slice(first, first + step)
             value, gradient[block] = _value_and_gradient(
-                *(loss.value_and_derivative, rows[block], row_labels[block], row_weights[block]),
+                *(loss.value_and_grad, rows[block], row_labels[block], row_weights[block]),
                 *(alpha_weights, gradient_dtype),
             )
             total += value
@@ -358,7 +358,7 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _value_and_gradient(
-    value_and_derivative: Callable[[Tensor], tuple[Tensor, Tensor]],
+    value_and_grad: Callable[[Tensor], tuple[Tensor, Tensor]],
     logits: Tensor,
     labels: Tensor,
     weights: Tensor,
@@ -375,10 +375,10 @@ def _value_and_gradient(
     num_classes = logits.shape[1]
     classes = torch.arange(num_classes, device=labels.device).view(-1, 1)
     positive = labels == classes
-    block = at_least_float32(logits)
+    block = upcast_to_float32(logits)
     alpha, one_minus_alpha = alpha_weights.view(2, -1, 1).unbind()
     weight = weights * torch.where(positive, alpha, one_minus_alpha)
-    value, derivative = value_and_derivative(torch.where(positive, block, -block))
+    value, derivative = value_and_grad(torch.where(positive, block, -block))
     ignored = labels < 0
     total = torch.where(ignored, 0, value * weight).sum(dtype=torch.float64)
     gradient = torch.where(positive, derivative, -derivative) * weight

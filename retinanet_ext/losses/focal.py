@@ -12,7 +12,7 @@ from retinanet_ext.losses.functional import Alpha, elementwise_loss
 from retinanet_ext.losses.registry import LOSSES, Interval, register_loss
 
 
-def focal_derivative(x_t: Tensor, *, gamma: float = 2.0) -> tuple[Tensor, Tensor]:
+def focal_value_and_grad(x_t: Tensor, *, gamma: float = 2.0) -> tuple[Tensor, Tensor]:
     """Return FL and dFL/dx_t = q_t^gamma (gamma p_t log(p_t) - q_t), q_t = 1 - p_t (eq. 10)."""
     # With both signs turned a pass less is needed.
     minus_q = (-1 - x_t.exp()).reciprocal_()
@@ -34,7 +34,7 @@ def focal_derivative(x_t: Tensor, *, gamma: float = 2.0) -> tuple[Tensor, Tensor
     "focal",
     reference="section 3.2, equations 4 and 5",
     alpha=0.25,
-    derivative=focal_derivative,
+    value_and_grad=focal_value_and_grad,
 )
 def focal(x_t: Tensor, *, gamma: Annotated[float, Interval("[0, inf)")] = 2.0) -> Tensor:
     """FL = -(1 - p_t)^gamma log(p_t).

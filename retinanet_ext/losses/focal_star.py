@@ -11,7 +11,7 @@ from retinanet_ext.losses.functional import Alpha, elementwise_loss, log_sigmoid
 from retinanet_ext.losses.registry import LOSSES, Interval, register_loss
 
 
-def focal_star_derivative(
+def focal_star_value_and_grad(
     x_t: Tensor, *, gamma: float = 2.0, beta: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Return FL* and dFL*/dx_t = p_t* - 1 (equation 11)."""
@@ -19,7 +19,9 @@ def focal_star_derivative(
     return log_sigmoid(shifted).div_(-gamma), shifted.neg_().sigmoid_().neg_()
 
 
-@register_loss("focal_star", reference="appendix A", alpha=0.25, derivative=focal_star_derivative)
+@register_loss(
+    "focal_star", reference="appendix A", alpha=0.25, value_and_grad=focal_star_value_and_grad
+)
 def focal_star(
     x_t: Tensor,
     *,

@@ -13,7 +13,7 @@ from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, check_alpha
 Alpha = float | Sequence[float] | Tensor
 
 
-def at_least_float32(x: Tensor) -> Tensor:
+def upcast_to_float32(x: Tensor) -> Tensor:
     """Return ``x`` in float32 or wider: half precision has too few digits for long sums."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
@@ -59,7 +59,7 @@ def elementwise_loss(
     if not torch.compiler.is_compiling() and not defined.all():
         raise InputError("targets must be 0 or 1: this loss is not defined on soft labels")
 
-    inputs = at_least_float32(inputs)
+    inputs = upcast_to_float32(inputs)
     loss = formula(torch.where(positive, inputs, -inputs))
     if torch.compiler.is_compiling():
         loss = torch.where(defined, loss, torch.nan)

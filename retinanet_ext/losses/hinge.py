@@ -11,14 +11,14 @@ from retinanet_ext.losses.functional import elementwise_loss
 from retinanet_ext.losses.registry import LOSSES, Interval, register_loss
 
 
-def hinge_derivative(x_t: Tensor, *, margin: float = 0.5) -> tuple[Tensor, Tensor]:
+def hinge_value_and_grad(x_t: Tensor, *, margin: float = 0.5) -> tuple[Tensor, Tensor]:
     """Return the hinge loss and its derivative, -p_t (1 - p_t) up to the margin."""
     p_t = x_t.sigmoid()
     value = (margin - p_t).clamp(min=0)
     return value, torch.where(p_t <= margin, p_t * (p_t - 1), 0)
 
 
-@register_loss("hinge", reference="section 5.1", derivative=hinge_derivative)
+@register_loss("hinge", reference="section 5.1", value_and_grad=hinge_value_and_grad)
 def hinge(x_t: Tensor, *, margin: Annotated[float, Interval("(0, 1]")] = 0.5) -> Tensor:
     """max(0, margin - p_t): no loss above a certain value of p_t.
 

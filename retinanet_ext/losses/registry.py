@@ -20,7 +20,7 @@ from torch import Tensor
 from retinanet_ext.errors import InputError
 
 Formula = Callable[..., Tensor]
-Derivative = Callable[..., tuple[Tensor, Tensor]]
+ValueAndGrad = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Loss:
         reference: where it is defined, e.g. ``"section 3.2, equation 4"``
         parameters: name -> default and range, read from the formula's signature
         alpha: default of the class-balancing weight (-1: none), or None if it takes no alpha
-        derivative: x_t and the same parameters -> loss and dloss/dx_t in closed form, if given
+        value_and_grad: x_t and the same parameters -> loss and dloss/dx_t in closed form, if given
     """
 
     name: str
@@ -93,7 +93,7 @@ class Loss:
     reference: str
     parameters: Mapping[str, Parameter]
     alpha: float | None
-    derivative: Derivative | None = None
+    value_and_grad: ValueAndGrad | None = None
 
     def bind(self, **values: float) -> BoundLoss:
         """Return the formula as a function of x_t alone; values out of range are refused."""
@@ -113,18 +113,18 @@ class BoundLoss:
         """Return the loss of each entry, differentiable."""
         return self.loss.formula(x_t, **self.values)
 
-    def value_and_derivative(self, x_t: Tensor) -> tuple[Tensor, Tensor]:
+    def value_and_grad(self, x_t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of each entry and its derivative by x_t, outside of autograd.
 
         Without a closed form the derivative is autograd's.
         """
-        if self.loss.derivative is not None:
-            return self.loss.derivative(x_t, **self.values)
+        if self.loss.value_and_grad is not None:
+            return self.loss.value_and_grad(x_t, **self.values)
         with torch.enable_grad():
             x_t = x_t.detach().requires_grad_()
             value = self(x_t)
-            (derivative,) = torch.autograd.grad(value.sum(), x_t)
-        return value.detach(), derivative
+            (grad,) = torch.autograd.grad(value.sum(), x_t)
+        return value.detach(), grad
 
 
 class LossRegistry(Mapping[str, Loss]):
@@ -171,7 +171,7 @@ def register_loss(
     *,
     reference: str,
     alpha: float | None = None,
-    derivative: Derivative | None = None,
+    value_and_grad: ValueAndGrad | None = None,
 ) -> Callable[[Formula], Formula]:
     """Register a formula under ``name``.
 
@@ -183,12 +183,14 @@ def register_loss(
         name: the name in a config, lower case
         reference: section and equation
         alpha: default class-balancing weight (-1: none); None if the loss is never balanced
-        derivative: loss and dloss/dx_t in closed form, from x_t and the formula's parameters; it
-            is faster than autograd, and tested against it
+        value_and_grad: loss and dloss/dx_t in closed form, from x_t and the formula's parameters;
+            faster than autograd, and tested against it
     """
 
     def register(formula: Formula) -> Formula:
-        LOSSES.add(Loss(name, formula, reference, _parameters(name, formula), alpha, derivative))
+        LOSSES.add(
+            Loss(name, formula, reference, _parameters(name, formula), alpha, value_and_grad)
+        )
         return formula
 
     return register

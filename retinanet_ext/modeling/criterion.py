@@ -23,10 +23,10 @@ from retinanet_ext.config import CLASS_ALPHA, loss_parameter_keys, read_key
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES, Interval
 from retinanet_ext.losses.dense import dense_loss
-from retinanet_ext.losses.functional import Alpha, at_least_float32, class_weights
+from retinanet_ext.losses.functional import Alpha, class_weights, upcast_to_float32
 from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, BoundLoss, check_alpha
 from retinanet_ext.modeling.matching import is_foreground, shapes_may_follow_values
-from retinanet_ext.selection import OHEM, SELECTIONS, SelectAll
+from retinanet_ext.sampling import OHEM, SELECTIONS, SelectAll
 
 NORMALIZERS = ("foreground_ema", "foreground", "foreground_batch", "selected")
 BOX_IOUS = {"giou": generalized_box_iou, "diou": distance_box_iou, "ciou": complete_box_iou}
@@ -80,7 +80,7 @@ class RetinaNetCriterion(nn.Module):
                 f"{('smooth_l1', *BOX_IOUS)}, got {box_reg_loss_type!r}"
             )
         Interval("[0, inf)").check("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", smooth_l1_beta)
-        if compile_cls_loss and cls_loss.loss.derivative is None:
+        if compile_cls_loss and cls_loss.loss.value_and_grad is None:
             raise InputError(
                 "MODEL.RETINANET.CLS_LOSS.COMPILE needs the derivative of the loss, which "
                 f"{cls_loss.loss.name} is registered without; set it False or register one"
@@ -126,7 +126,7 @@ class RetinaNetCriterion(nn.Module):
         logits: Sequence[Tensor],
         deltas: Tensor,
         labels: Tensor,
-        matches: Tensor,
+        matched_idxs: Tensor,
         gt_boxes: Tensor,
     ) -> dict[str, Tensor]:
         """Return ``loss_cls`` and ``loss_box_reg``, two scalars.
@@ -136,7 +136,7 @@ class RetinaNetCriterion(nn.Module):
             logits: of each level as the head gives them, (N, A K, H, W)
             deltas: predicted regression, (N, R, 4)
             labels: (N, R)
-            matches: index of each anchor's box in ``gt_boxes``, (N, R)
+            matched_idxs: index of each anchor's box in ``gt_boxes``, (N, R)
             gt_boxes: boxes of all images, (M, 4)
         """
         if isinstance(self.selection, SelectAll):
@@ -169,7 +169,7 @@ class RetinaNetCriterion(nn.Module):
             else self._box_loss_per_image_of_fixed_shape
         )
         per_image = box_loss(
-            anchors, at_least_float32(deltas), foreground & selected, matches, gt_boxes
+            anchors, upcast_to_float32(deltas), foreground & selected, matched_idxs, gt_boxes
         )
         loss_box_reg = (per_image * weights.to(per_image.dtype)).sum()
         return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
@@ -181,7 +181,7 @@ class RetinaNetCriterion(nn.Module):
         Every entry is taken as a negative, then each foreground anchor's own class is replaced: no
         one-hot targets are made. Ignored anchors get the loss of background.
         """
-        logits = at_least_float32(logits)
+        logits = upcast_to_float32(logits)
         negative = self.cls_loss(-logits)
         if self.alpha_weights is not None:
             alpha, one_minus_alpha = self.alpha_weights.to(logits.dtype).unbind()
@@ -194,17 +194,27 @@ class RetinaNetCriterion(nn.Module):
         return negative.index_put((image, anchor, label), positive).sum(2)
 
     def _box_loss_per_image(
-        self, anchors: Tensor, deltas: Tensor, counts: Tensor, matches: Tensor, gt_boxes: Tensor
+        self,
+        anchors: Tensor,
+        deltas: Tensor,
+        counts: Tensor,
+        matched_idxs: Tensor,
+        gt_boxes: Tensor,
     ) -> Tensor:
         """Return the regression loss of each image, (N,), over anchors that ``counts`` marks."""
         image, anchor = counts.nonzero(as_tuple=True)
         losses = self.box_losses(
-            anchors[anchor], deltas[image, anchor], gt_boxes[matches[image, anchor]]
+            anchors[anchor], deltas[image, anchor], gt_boxes[matched_idxs[image, anchor]]
         )
         return losses.new_zeros(len(deltas)).index_add(0, image, losses)
 
     def _box_loss_per_image_of_fixed_shape(
-        self, anchors: Tensor, deltas: Tensor, counts: Tensor, matches: Tensor, gt_boxes: Tensor
+        self,
+        anchors: Tensor,
+        deltas: Tensor,
+        counts: Tensor,
+        matched_idxs: Tensor,
+        gt_boxes: Tensor,
     ) -> Tensor:
         """Return the same over all anchors: the host need not know how many count.
 
@@ -216,7 +226,7 @@ class RetinaNetCriterion(nn.Module):
         losses = self.box_losses(
             anchors.expand(len(deltas), -1, -1).flatten(0, 1),
             deltas.masked_fill(~marked, 0).flatten(0, 1),
-            torch.where(marked, gt_boxes[matches], anchors).flatten(0, 1),
+            torch.where(marked, gt_boxes[matched_idxs], anchors).flatten(0, 1),
         )
         return torch.where(counts, losses.view_as(counts), 0).sum(1)
 
@@ -265,7 +275,7 @@ class RetinaNetCriterion(nn.Module):
     @torch.no_grad()
     def _image_weights(self, num_foreground: Tensor, num_selected: Tensor) -> Tensor:
         """Return what each image's summed loss is multiplied by, (N,), from counts of anchors."""
-        log_counts("num_pos_anchors", num_foreground)
+        log_mean_count("num_pos_anchors", num_foreground)
         num_images = len(num_foreground)
         if self.normalizer == "foreground":
             num_images *= self._num_micro_batches
@@ -315,7 +325,7 @@ def _sum_over_processes(count: Tensor) -> tuple[Tensor, int]:
     return count, dist.get_world_size()
 
 
-def log_counts(name: str, counts: Tensor) -> None:
+def log_mean_count(name: str, counts: Tensor) -> None:
     """Log the mean of counts an image, at the iterations that are written where reading waits.
 
     Generated code, which cannot read values, logs nothing.

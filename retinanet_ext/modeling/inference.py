@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from torchvision.ops import nms
 
 from retinanet_ext.errors import InputError
-from retinanet_ext.losses.functional import at_least_float32
+from retinanet_ext.losses.functional import upcast_to_float32
 
 PRECISIONS = ("float32", "bfloat16", "float16")
 """What ``TEST.PRECISION`` may be."""
@@ -86,7 +86,7 @@ def decode_candidates(
         top = _best_of_levels(numbers, deltas, anchors, num_classes, topk)
     results = []
     for top_logits, classes, top_deltas, top_anchors in zip(*top, strict=True):
-        scores = at_least_float32(top_logits).sigmoid()
+        scores = upcast_to_float32(top_logits).sigmoid()
         index = (scores > score_thresh).nonzero().squeeze(1)
         boxes = box2box_transform.apply_deltas(top_deltas[index], top_anchors[index])
         results.append(Candidates(boxes, scores[index], classes[index]))

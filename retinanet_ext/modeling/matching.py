@@ -77,12 +77,12 @@ class AnchorMatcher:
         # Coordinates as rows, each contiguous.
         blocks = anchors.T.contiguous().split(max(MIN_BLOCK, pairs // len(boxes)), dim=1)
         near = [_boxes_near(boxes, block) for block in blocks]
-        ious, matches, box_ious = [], [], []
+        ious, matched_idxs, box_ious = [], [], []
         for block, index in zip(blocks, near, strict=True):
             iou = _pairwise_iou(boxes[index], block)
             best, match = iou.max(dim=0)
             ious.append(best)
-            matches.append(index[match])
+            matched_idxs.append(index[match])
             box_ious.append(iou.amax(dim=1))
 
         best = torch.cat(ious)
@@ -94,7 +94,7 @@ class AnchorMatcher:
             if self.low_quality_matches == "ignored_band":
                 best_of_a_box &= labels != 0
             labels.masked_fill_(best_of_a_box, 1)
-        return torch.cat(matches), labels
+        return torch.cat(matched_idxs), labels
 
 
 def shapes_may_follow_values(tensor: Tensor) -> bool:
@@ -186,7 +186,7 @@ def label_anchors(
     has_kernel = HAS_TRITON and anchors.tensor.is_cuda and anchors.tensor.dtype == torch.float32
     if has_kernel and not torch.compiler.is_compiling():
         return _label_anchors_by_kernel(matcher, anchors.tensor, gt_instances, num_classes)
-    labels, matches = [], []
+    labels, matched_idxs = [], []
     first = 0
     for instances in gt_instances:
         if len(instances) and len(anchors):
@@ -199,9 +199,9 @@ def label_anchors(
             match = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
             label = torch.full_like(match, num_classes)
         labels.append(label)
-        matches.append(match)  # of an image without boxes, the batch's first box
+        matched_idxs.append(match)  # of an image without boxes, the batch's first box
         first += len(instances)
-    return torch.stack(labels), torch.stack(matches)
+    return torch.stack(labels), torch.stack(matched_idxs)
 
 
 def _label_anchors_by_kernel(

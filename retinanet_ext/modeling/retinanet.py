@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
-from retinanet_ext.modeling.criterion import RetinaNetCriterion, log_counts
+from retinanet_ext.modeling.criterion import RetinaNetCriterion, log_mean_count
 from retinanet_ext.modeling.head import RetinaNetExtHead
 from retinanet_ext.modeling.inference import (
     Candidates,
@@ -65,7 +65,7 @@ class RetinaNetExt(DenseDetector):
         test_precision: str = "float32",
         pixel_mean: list[float],
         pixel_std: list[float],
-        ignore_overlap: float = 0.0,
+        ignore_ioa_thresh: float = 0.0,
         channels_last: bool = False,
         pad_multiple: int = 0,
         compile_network: bool = False,
@@ -85,8 +85,8 @@ class RetinaNetExt(DenseDetector):
             max_detections_per_image: best detections kept
             test_precision: autocast of backbone and head in inference; "float32": the caller's
             pixel_mean, pixel_std: of each channel in the order of ``INPUT.FORMAT``, 0 to 255
-            ignore_overlap: share of an anchor's area in a region to ignore from which on it is no
-                background; 0: such regions are background
+            ignore_ioa_thresh: anchors with at least this share of their area in a region to ignore
+                are not background; 0: such regions are background
             channels_last: memory format of images, features and weights
             pad_multiple: in training, images of a batch are padded to sides that this divides
             compile_network: generate code for backbone and head, by ``torch.compile``
@@ -104,7 +104,7 @@ class RetinaNetExt(DenseDetector):
         self.test_nms_thresh = test_nms_thresh
         self.max_detections_per_image = max_detections_per_image
         self.test_precision = test_precision
-        self.ignore_overlap = ignore_overlap
+        self.ignore_ioa_thresh = ignore_ioa_thresh
         self.pad_multiple = pad_multiple
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
@@ -116,16 +116,16 @@ class RetinaNetExt(DenseDetector):
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         node = cfg.MODEL.RETINANET
-        for key in ("SCORE_THRESH_TEST", "NMS_THRESH_TEST", "IGNORE_OVERLAP"):
+        for key in ("SCORE_THRESH_TEST", "NMS_THRESH_TEST", "IGNORE_IOA_THRESH"):
             Interval("[0, 1]").check(f"MODEL.RETINANET.{key}", node[key])
         for key in ("NUM_CLASSES", "TOPK_CANDIDATES_TEST"):
             Interval("[1, inf)").check(f"MODEL.RETINANET.{key}", node[key])
         check_precision(cfg.TEST.PRECISION, cfg.MODEL.DEVICE)
         backbone = build_backbone(cfg)
-        if cfg.INPUT.PAD_MULTIPLE % max(backbone.size_divisibility, 1):
+        if cfg.INPUT.SIZE_DIVISIBILITY % max(backbone.size_divisibility, 1):
             raise InputError(
-                f"INPUT.PAD_MULTIPLE {cfg.INPUT.PAD_MULTIPLE} must be a multiple of the backbone's "
-                f"{backbone.size_divisibility}, or 0"
+                f"INPUT.SIZE_DIVISIBILITY {cfg.INPUT.SIZE_DIVISIBILITY} must be a multiple of the "
+                f"backbone's {backbone.size_divisibility}, or 0"
             )
         shapes = [backbone.output_shape()[feature] for feature in node.IN_FEATURES]
         return {
@@ -147,16 +147,16 @@ class RetinaNetExt(DenseDetector):
             "test_precision": cfg.TEST.PRECISION,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,
-            "ignore_overlap": node.IGNORE_OVERLAP,
+            "ignore_ioa_thresh": node.IGNORE_IOA_THRESH,
             "channels_last": cfg.MODEL.CHANNELS_LAST,
-            "pad_multiple": cfg.INPUT.PAD_MULTIPLE,
+            "pad_multiple": cfg.INPUT.SIZE_DIVISIBILITY,
             "compile_network": cfg.MODEL.COMPILE,
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         """Return losses in training and detections otherwise, as Detectron2's models do.
 
-        In training an image's ``ignore_boxes``, (M, 4), are regions of which nothing is learnt.
+        In training an image's ``ignore_regions``, (M, 4), are regions of which nothing is learnt.
 
         Raises:
             InputError: in training, a box or class that the loss is not defined on. In generated
@@ -172,7 +172,7 @@ class RetinaNetExt(DenseDetector):
         features = self.backbone(images.tensor)
         features = [features[name] for name in self.head_in_features]
         gt_instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
-        regions = [inputs.get("ignore_boxes") for inputs in batched_inputs]
+        regions = [inputs.get("ignore_regions") for inputs in batched_inputs]
         losses = self.forward_training(images, features, self.head(features), gt_instances, regions)
         if torch.compiler.is_compiling():
             undefined = [undefined_targets(gt, self.num_classes) for gt in gt_instances]
@@ -221,31 +221,33 @@ class RetinaNetExt(DenseDetector):
         features: list[Tensor],
         predictions: list[list[Tensor]],
         gt_instances: list[Instances],
-        ignore_boxes: Sequence[Tensor | None] = (),
+        ignore_regions: Sequence[Tensor | None] = (),
     ) -> dict[str, Tensor]:
         logits, deltas = predictions
         anchors = Boxes.cat(self.anchor_generator(features))
-        labels, matches = label_anchors(
+        labels, matched_idxs = label_anchors(
             self.anchor_matcher, anchors, gt_instances, self.num_classes
         )
-        if self.ignore_overlap and any(boxes is not None and len(boxes) for boxes in ignore_boxes):
+        if self.ignore_ioa_thresh and any(
+            boxes is not None and len(boxes) for boxes in ignore_regions
+        ):
             before = labels
             labels = ignore_anchors(
                 labels,
                 anchors.tensor,
-                ignore_boxes,
+                ignore_regions,
                 images.image_sizes,
                 self.num_classes,
-                self.ignore_overlap,
+                self.ignore_ioa_thresh,
             )
-            log_counts("num_anchors_in_ignored_regions", (labels != before).sum(1))
+            log_mean_count("num_anchors_in_ignored_regions", (labels != before).sum(1))
         gt_boxes = Boxes.cat([instances.gt_boxes for instances in gt_instances])
         return self.criterion(
             anchors.tensor,
             logits,
             torch.cat([permute_to_N_HWA_K(level, 4) for level in deltas], dim=1),
             labels,
-            matches,
+            matched_idxs,
             gt_boxes.tensor,
         )
 

@@ -103,7 +103,7 @@ def test_analysis_imports_with_detectron2_blocked():
     program = (
         "import sys\n"
         "for name in ('detectron2', 'fvcore'): sys.modules[name] = None\n"
-        "from retinanet_ext.analysis import curves, figures, loss_cdf\n"
+        "from retinanet_ext.analysis import curves, loss_cdf, plots\n"
         "print('matplotlib.pyplot' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -11,9 +11,9 @@ from detectron2.config import CfgNode
 from detectron2.data.datasets.coco import load_coco_json
 
 from retinanet_ext.data import CheckedDatasetMapper, coco_json, prepare_datasets
-from retinanet_ext.data.check import check_coco
 from retinanet_ext.data.image_files import check_images
 from retinanet_ext.data.images import ImageReader
+from retinanet_ext.data.validation import check_coco
 from retinanet_ext.errors import InputError
 
 from .conftest import Bccd

@@ -18,9 +18,9 @@ from pycocotools import mask as mask_util
 
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.box_format import BOX_FORMATS
-from retinanet_ext.data.check import DEFAULT_POLICY, CheckedData, check_coco
 from retinanet_ext.data.coco_json import class_names
-from retinanet_ext.data.report import check_data
+from retinanet_ext.data.validation import DEFAULT_POLICY, CheckedData, check_coco
+from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine import load_config
 from retinanet_ext.errors import InputError
 

@@ -16,7 +16,7 @@ from retinanet_ext.data import image_files
 from retinanet_ext.data.file_names import MisnamedFiles
 from retinanet_ext.data.image_files import check_images
 from retinanet_ext.data.images import ImageReader
-from retinanet_ext.data.report import check_data
+from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine import load_config
 from retinanet_ext.errors import InputError
 

@@ -18,7 +18,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from retinanet_ext.data import CheckedDatasetMapper, prepare_datasets
-from retinanet_ext.data.check import KINDS
 from retinanet_ext.data.images import (
     ImageReader,
     bit_depth,
@@ -26,8 +25,9 @@ from retinanet_ext.data.images import (
     measure_pixel_range,
     parse_pixel_range,
 )
-from retinanet_ext.data.report import check_data
-from retinanet_ext.engine.config import load_config
+from retinanet_ext.data.validation import KINDS
+from retinanet_ext.data.validation_report import check_data
+from retinanet_ext.engine.config_check import load_config
 from retinanet_ext.errors import InputError
 
 from .conftest import BCCD_MINI, Bccd

@@ -92,7 +92,7 @@ def test_regions_are_ignored_by_the_detector_that_does_so(bccd: Bccd) -> None:
     def background(*opts: Any) -> int:
         return measure_imbalance(quickstart(*opts), str(bccd.train_json)).background
 
-    counted = background("MODEL.RETINANET.IGNORE_OVERLAP", 0.0)
+    counted = background("MODEL.RETINANET.IGNORE_IOA_THRESH", 0.0)
     assert background() < counted == background("MODEL.META_ARCHITECTURE", "RetinaNet")
 
 

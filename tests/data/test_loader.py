@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from retinanet_ext.data import CheckedDatasetMapper
-from retinanet_ext.data.loader import build_train_loader, group_batches, share_out
-from retinanet_ext.engine.config import TRAINING_CHOICES
+from retinanet_ext.data.loader import batch_by_aspect_ratio, build_train_loader, shard_batch
+from retinanet_ext.engine.config_check import TRAINING_CHOICES
 from retinanet_ext.errors import InputError
 
 NAME, OTHER = "loader_test", "loader_test_2"
@@ -119,7 +119,7 @@ def test_the_same_images_are_seen_whatever_loads_them(
     expected = take(make_loader(loader_cfg, "DATALOADER.ASPECT_RATIO_STREAMS", streams), batches)
     is_default = streams == processes * accumulate
     opts = ["DATALOADER.ASPECT_RATIO_STREAMS", 0 if is_default else streams]
-    opts += ["DATALOADER.NUM_WORKERS", workers, "SOLVER.ACCUMULATE", accumulate]
+    opts += ["DATALOADER.NUM_WORKERS", workers, "SOLVER.GRAD_ACCUM_STEPS", accumulate]
     shares = []
     for rank in range(processes):
         with patch("retinanet_ext.data.loader._check_same_records"), process(rank, processes):
@@ -178,7 +178,7 @@ def test_batches_are_mixed_as_detectron2s(processes, expected):
         streams.append(iter(AspectRatioGroupedDataset(samples, 16 // processes)))
     theirs = [[image["width"] == 3 for s in streams for image in next(s)] for _ in range(4000)]
     indices = TrainingSampler(len(records), seed=1)._infinite_indices()
-    grouped = group_batches(indices, is_wide, batch_size=16, num_streams=processes)
+    grouped = batch_by_aspect_ratio(indices, is_wide, batch_size=16, num_streams=processes)
     ours = [[is_wide[index] for _, index in batch] for batch in itertools.islice(grouped, 4000)]
     assert composition(ours) == composition(theirs) == pytest.approx(expected, abs=2)
 
@@ -208,7 +208,7 @@ def test_images_without_objects_are_used_where_wanted(loader_cfg):
 def test_going_on_after_n_batches_is_as_taking_n(sampler, workers, loader_cfg):
     """With a random seed, which travels in the state."""
     opts = ["SEED", -1, "DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.NUM_WORKERS", workers]
-    opts += ["SOLVER.ACCUMULATE", 2, "DATALOADER.RANDOM_SUBSET_RATIO", 0.7]
+    opts += ["SOLVER.GRAD_ACCUM_STEPS", 2, "DATALOADER.RANDOM_SUBSET_RATIO", 0.7]
     opts += ["DATASETS.TRAIN_REPEAT_FACTOR", [[NAME, 1.5]], "DATALOADER.REPEAT_THRESHOLD", 0.9]
     first = make_loader(loader_cfg, *opts)
     expected = take(first, 10)
@@ -310,11 +310,11 @@ def test_shares_are_the_batch(shapes, processes, micro_batches, size, streams, s
 
     def batches():
         indices = sampler._infinite_indices()
-        return group_batches(indices, shapes, batch_size=batch_size, num_streams=streams)
+        return batch_by_aspect_ratio(indices, shapes, batch_size=batch_size, num_streams=streams)
 
     wanted = list(itertools.islice(batches(), skipped, skipped + 3))
     shares = [
-        share_out(
+        shard_batch(
             itertools.islice(batches(), skipped, None),
             rank=rank,
             num_processes=processes,
@@ -339,7 +339,7 @@ def test_a_streams_share_is_of_one_shape_and_none_is_lost_or_repeated(shapes, sh
         itertools.islice(TrainingSampler(len(shapes), seed=seed)._infinite_indices(), 200)
     )
     size = share * streams
-    batches = list(group_batches(indices, shapes, batch_size=size, num_streams=streams))
+    batches = list(batch_by_aspect_ratio(indices, shapes, batch_size=size, num_streams=streams))
     positions = [position for batch in batches for position, _ in batch]
     assert len(set(positions)) == len(positions) > len(indices) - 3 * size
     for number in range(streams):

@@ -8,8 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from retinanet_ext.data import CheckedDatasetMapper, coco_json
-from retinanet_ext.engine.failures import explain
-from retinanet_ext.errors import InputError
+from retinanet_ext.errors import InputError, explain
 
 from .conftest import Bccd
 
@@ -107,11 +106,11 @@ def test_crowd_regions_become_boxes_to_ignore(bccd: Bccd, cfg: CfgNode) -> None:
     mapped = data[0]
     assert len(mapped["instances"]) == len(plain) - 1
     scale = 240 / record["height"]
-    left, top, right, bottom = (mapped["ignore_boxes"][0] / scale).tolist()
+    left, top, right, bottom = (mapped["ignore_regions"][0] / scale).tolist()
     assert [top, bottom] == pytest.approx([y, y + h], abs=1e-3)
     assert [left, right] in (
         pytest.approx([x, x + w], abs=1e-3),
         pytest.approx([record["width"] - x - w, record["width"] - x], abs=1e-3),
     )
     record["annotations"].clear()
-    assert data[0]["ignore_boxes"].shape == (0, 4)
+    assert data[0]["ignore_regions"].shape == (0, 4)

@@ -14,7 +14,7 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 
 from retinanet_ext.data import prepare_datasets
-from retinanet_ext.data.report import check_data
+from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine import load_config
 from retinanet_ext.errors import InputError
 

@@ -9,18 +9,18 @@ import sys
 
 from detectron2.utils import comm
 
-from retinanet_ext.engine import diagnosis, main
-from retinanet_ext.engine.step import TrainingStep
+from retinanet_ext.engine import main, non_finite
+from retinanet_ext.engine.train_step import AccumulatingTrainer
 
-PASS = diagnosis._Pass
+PASS = non_finite.InstrumentedPass
 FAULTS = dict(fault.split(":") for fault in sys.argv[1].split(","))
-run_step = TrainingStep.run_step
+run_step = AccumulatingTrainer.run_step
 
 
-def run_faulty_step(self: TrainingStep) -> None:
+def run_faulty_step(self: AccumulatingTrainer) -> None:
     """Plant the iteration's fault in this process's weights or in its next batch."""
     fault = FAULTS.get(str(self.iter)) if comm.get_rank() == 1 else None
-    diagnosis._Pass = _NoRoom if fault == "unexplained" else PASS
+    non_finite.InstrumentedPass = _NoRoom if fault == "unexplained" else PASS
     if fault == "weight":
         self.model.module.head.bbox_pred.weight.data[0, 0, 0, 0] = math.nan
     elif fault:
@@ -44,7 +44,7 @@ def plant(fault: str, inputs: dict) -> None:
         inputs["image"] = inputs["image"] * math.nan
 
 
-TrainingStep.run_step = run_faulty_step
+AccumulatingTrainer.run_step = run_faulty_step
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[2:]))

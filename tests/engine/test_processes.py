@@ -18,7 +18,7 @@ def test_shares_of_a_batch_train_as_the_batch(normalizer, tmp_path, monkeypatch)
     opts += ("SOLVER.BASE_LR", 0.0005)
     whole, parts, shares = (tmp_path / name for name in ("whole", "parts", "shares"))
     before = train_in_double(whole, opts)
-    train_in_double(parts, (*opts, "SOLVER.ACCUMULATE", 2))
+    train_in_double(parts, (*opts, "SOLVER.GRAD_ACCUM_STEPS", 2))
     launch(train_in_double, 2, dist_url="auto", args=(shares, opts))
     weights = {
         folder: torch.load(folder / "model_final.pth")["model"] for folder in (whole, parts, shares)

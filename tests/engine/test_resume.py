@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import stress_kills
-from retinanet_ext.engine.resume import saved_seed, set_metrics_aside
+from retinanet_ext.engine.resume import archive_superseded_metrics, saved_seed
 from retinanet_ext.errors import InputError
 from training import make_trainer, start_train_net
 
@@ -51,7 +51,7 @@ def read_metrics(folder, name="metrics.json"):
     "opts",
     [
         (),
-        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "SOLVER.ACCUMULATE", 2),
+        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "SOLVER.GRAD_ACCUM_STEPS", 2),
         ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"),
         ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2, "TEST.EVAL_PERIOD", 3),
     ],
@@ -160,13 +160,13 @@ def test_lines_set_aside_are_kept_and_never_lost(tmp_path):
     lines = [f'{{"iteration": {number}, "total_loss": 1}}\n' for number in (19, 14, 39)]
     metrics.write_text("".join(lines) + '{"iteration": 5')  # a kill in the middle
     with open(metrics, "a") as writer:
-        set_metrics_aside(metrics, 15)
+        archive_superseded_metrics(metrics, 15)
         assert metrics.read_text() == lines[1]
         aside = tmp_path / "metrics_superseded.json"
         assert aside.read_text() == lines[0] + lines[2] + '{"iteration": 5'
         writer.write(lines[0])
     assert metrics.read_text() == lines[1] + lines[0]
-    set_metrics_aside(metrics, 20)
+    archive_superseded_metrics(metrics, 20)
     assert metrics.read_text() == lines[1] + lines[0]
 
 
@@ -177,7 +177,7 @@ def test_an_evaluation_after_the_last_iteration_is_kept_of_a_run_that_had_ended(
     metrics = tmp_path / "metrics.json"
     trained, evaluated = '{"iteration": 24, "total_loss": 1}\n', '{"iteration": 25, "AP": 1}\n'
     metrics.write_text(trained + evaluated)
-    set_metrics_aside(metrics, 25, is_extended=is_extended)
+    archive_superseded_metrics(metrics, 25, is_extended=is_extended)
     assert metrics.read_text() == trained + evaluated * is_extended
 
 

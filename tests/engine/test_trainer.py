@@ -16,11 +16,10 @@ from torch.testing import assert_close
 
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine import Trainer, load_config
-from retinanet_ext.engine.config import check_config
-from retinanet_ext.engine.failures import explain
+from retinanet_ext.engine.config_check import check_config
 from retinanet_ext.engine.summary import summarize
 from retinanet_ext.engine.trainer import StrictJSONWriter
-from retinanet_ext.errors import InputError
+from retinanet_ext.errors import InputError, explain
 
 IMAGES = Path("tests/fixtures/bccd_mini/images")
 
@@ -170,12 +169,14 @@ def test_fused_optimizer_takes_the_same_steps(tmp_path):
     weights = []
     for name in ("False", "True"):
         cfg = make_cfg(
-            tmp_path / name, "SOLVER.FUSED", name, "SEED", "1", "TEST.EVAL_PERIOD", "0",
+            tmp_path / name, "SOLVER.FUSED_OPTIMIZER", name, "SEED", "1", "TEST.EVAL_PERIOD", "0",
             "SOLVER.CLIP_GRADIENTS.ENABLED", "True", "SOLVER.MAX_ITER", "3",
         )  # fmt: skip
         seed_all_rng(1)
         trainer = Trainer(cfg)
-        assert all(bool(g["fused"]) == cfg.SOLVER.FUSED for g in trainer.optimizer.param_groups)
+        assert all(
+            bool(g["fused"]) == cfg.SOLVER.FUSED_OPTIMIZER for g in trainer.optimizer.param_groups
+        )
         with EventStorage():
             for trainer.iter in range(3):
                 trainer.run_step()

@@ -18,7 +18,7 @@ def train(folder: Path) -> None:
     half = slice(2) if comm.get_rank() == 0 else slice(2, 4)
     batches = [batch[half] for batch in EMPTY_SHARE]
     for normalizer, count in [*product(NORMALIZERS, [1]), (NORMALIZERS[0], 2)]:
-        opts = (*normalized_by(normalizer), "SOLVER.ACCUMULATE", count)
+        opts = (*normalized_by(normalizer), "SOLVER.GRAD_ACCUM_STEPS", count)
         trainer = make_trainer(*opts, batches=batches)
         trainer.model = create_ddp_model(trainer.model, device_ids=None)
         run(trainer)

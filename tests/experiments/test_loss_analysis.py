@@ -15,8 +15,7 @@ from retinanet_ext.analysis.loss_cdf import GAMMAS, WindowSample
 from retinanet_ext.cli import main
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine import Trainer, load_config
-from retinanet_ext.engine.failures import explain
-from retinanet_ext.errors import InputError
+from retinanet_ext.errors import InputError, explain
 from retinanet_ext.experiments.loss_analysis import analyze_loss, sample_windows
 from retinanet_ext.losses import LOSSES
 from retinanet_ext.modeling.criterion import RetinaNetCriterion

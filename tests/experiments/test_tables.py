@@ -9,7 +9,7 @@ from detectron2.data import MetadataCatalog
 
 from detectors import build_without_memory
 from retinanet_ext import add_retinanet_ext_config
-from retinanet_ext.engine.config import check_config
+from retinanet_ext.engine.config_check import check_config
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.presets import PRESETS, find_preset, find_rows, row_config
 from retinanet_ext.experiments.tables import METRICS, TABLES

@@ -287,7 +287,7 @@ def test_pure_part_imports_with_detectron2_blocked():
     program = (
         "import sys\n"
         "for name in ('detectron2', 'fvcore'): sys.modules[name] = None\n"
-        "import retinanet_ext, retinanet_ext.errors, retinanet_ext.selection\n"
+        "import retinanet_ext, retinanet_ext.errors, retinanet_ext.sampling\n"
         "from retinanet_ext.losses import LOSSES\n"
         "print(sorted(LOSSES))"
     )

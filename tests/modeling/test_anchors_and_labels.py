@@ -123,7 +123,7 @@ def test_nothing_is_learnt_from_a_region_to_ignore():
 
     def gradients(model, region):
         (inputs,) = make_batch([0])
-        inputs["ignore_boxes"] = region
+        inputs["ignore_regions"] = region
         seen = []
         hook = model.head.register_forward_hook(lambda _, __, outputs: seen.append(outputs[0][0]))
         losses = model.train()([inputs])
@@ -133,10 +133,10 @@ def test_nothing_is_learnt_from_a_region_to_ignore():
 
     region = torch.tensor([[0.0, 0.0, 96.0, 200.0]])
     model = make_model()
-    assert model.ignore_overlap == 0.5
+    assert model.ignore_ioa_thresh == 0.5
     inside = gradients(model, region)
     # P3's anchors are up to 71 pixels wide and 8 apart: half of each of the first 11 is inside,
     # none of the last ones.
     assert (inside[:, :11] == 0).all() and (inside[:, 17:] > 0).all()
-    model = make_model("MODEL.RETINANET.IGNORE_OVERLAP", 0.0)
+    model = make_model("MODEL.RETINANET.IGNORE_IOA_THRESH", 0.0)
     assert (gradients(model, region) > 0).all()

@@ -17,7 +17,7 @@ from retinanet_ext.losses.functional import elementwise_loss
 from retinanet_ext.modeling import RetinaNetCriterion
 from retinanet_ext.modeling.criterion import NORMALIZERS
 from retinanet_ext.modeling.matching import AnchorMatcher, label_anchors
-from retinanet_ext.selection import OHEM
+from retinanet_ext.sampling import OHEM
 
 K = 4
 FVCORE = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}

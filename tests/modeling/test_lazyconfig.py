@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from detectors import make_batch, make_cfg
 from retinanet_ext.modeling import OctaveAnchorGenerator, RetinaNetExt
-from retinanet_ext.selection import OHEM
+from retinanet_ext.sampling import OHEM
 
 DOCS = Path(__file__).parents[2] / "docs"
 DATA = Path(__file__).parents[1] / "fixtures/bccd_mini"

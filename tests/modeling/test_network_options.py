@@ -12,8 +12,8 @@ from torch import nn
 from torch.testing import assert_close
 
 from detectors import assert_same_detections, make_batch, make_cfg, make_model
-from retinanet_ext.engine.config import check_config
-from retinanet_ext.engine.predict import Predictor
+from retinanet_ext.engine.config_check import check_config
+from retinanet_ext.engine.predictor import Predictor
 from retinanet_ext.errors import InputError
 
 
@@ -66,7 +66,7 @@ def test_compiled_network_is_one_graph_for_all_sizes(monkeypatch):
 
 @pytest.mark.parametrize("size", [(96, 130), (128, 128)])
 def test_padding_to_a_multiple_pads_training_images_with_zeros(size):
-    _, model = pair("INPUT.PAD_MULTIPLE", 128)
+    _, model = pair("INPUT.SIZE_DIVISIBILITY", 128)
     batch = make_batch([3, 0], size=size)
     images = model.train().preprocess_image(batch)
     assert images.tensor.shape[-2:] == (128, 256 if size[1] > 128 else 128)

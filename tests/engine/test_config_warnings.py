@@ -5,9 +5,13 @@ import pytest
 from retinanet_ext.config import COUNTS_ONLY_IF, all_keys
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine import main
-from retinanet_ext.engine.advice import advise as advise_on_all
-from retinanet_ext.engine.advice import advise_on_model, advise_on_training, ineffective_keys
-from retinanet_ext.engine.config import load_config
+from retinanet_ext.engine.config_check import load_config
+from retinanet_ext.engine.config_warnings import (
+    config_warnings,
+    ineffective_keys,
+    model_warnings,
+    training_warnings,
+)
 
 R50 = "configs/retinanet_R50_FPN.yaml"
 R18 = "configs/small_R18_FPN.yaml"
@@ -20,29 +24,29 @@ RGB = [
 ]
 
 
-def advise(config, *opts, num_images=100, num_crowd_regions=0, weights=None):
+def warnings_of(config, *opts, num_images=100, num_crowd_regions=0, weights=None):
     cfg, _ = load_config(config, opts)
     weights = cfg.MODEL.WEIGHTS if weights is None else weights
     return [
-        *advise_on_model(cfg, weights),
-        *advise_on_training(cfg, weights, num_images, num_crowd_regions),
+        *model_warnings(cfg, weights),
+        *training_warnings(cfg, weights, num_images, num_crowd_regions),
     ]
 
 
 @pytest.mark.parametrize("name", ["R50_FPN", "R101_FPN", "X101_FPN"])
 def test_the_papers_configs_fit(name):
-    assert advise(f"configs/retinanet_{name}.yaml", num_images=118287) == []
+    assert warnings_of(f"configs/retinanet_{name}.yaml", num_images=118287) == []
 
 
 @pytest.mark.parametrize("name", ["quickstart", "small_R18_FPN"])
 def test_the_small_configs_fit(name):
-    assert advise(f"configs/{name}.yaml") == []
+    assert warnings_of(f"configs/{name}.yaml") == []
 
 
 def test_a_config_that_was_saved_fits(tmp_path):
     cfg, _ = load_config(R50)
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    assert advise(str(tmp_path / "config.yaml")) == []
+    assert warnings_of(str(tmp_path / "config.yaml")) == []
 
 
 ADVICE = {
@@ -131,7 +135,7 @@ ADVICE = {
 
 @pytest.mark.parametrize(("config", "opts", "expected"), ADVICE.values(), ids=ADVICE)
 def test_one_line_names_key_value_and_remedy(config, opts, expected):
-    (line,) = advise(config, *opts)
+    (line,) = warnings_of(config, *opts)
     assert "\n" not in line
     assert [text for text in expected if text not in line] == []
 
@@ -155,7 +159,7 @@ QUIET = {
 
 @pytest.mark.parametrize(("config", "opts"), QUIET.values(), ids=QUIET)
 def test_no_word_where_it_fits(config, opts):
-    assert advise(config, *opts) == []
+    assert warnings_of(config, *opts) == []
 
 
 CLS = "MODEL.RETINANET.CLS_LOSS."
@@ -204,7 +208,7 @@ WITHOUT_EFFECT = [
 @pytest.mark.parametrize(("opts", "counts_with"), WITHOUT_EFFECT)
 def test_a_key_that_has_no_effect_is_named_with_the_one_that_would_make_it_count(opts, counts_with):
     key, value = opts[-2:]
-    (line,) = advise_on_model(load_config(R18, opts)[0], "mine.pth")
+    (line,) = model_warnings(load_config(R18, opts)[0], "mine.pth")
     assert line.startswith(f"{key} {value} has no effect with ") and counts_with in line
 
 
@@ -223,30 +227,30 @@ def test_keys_of_training_are_not_missed_in_an_evaluation():
 def test_published_weights_have_anchors_at_the_corner():
     weights = "detectron2://COCO-Detection/retinanet_R_50_FPN_3x/190397829/model_final_5bd44e.pkl"
     cfg, _ = load_config(R50)
-    (line,) = advise_on_model(cfg, weights)
+    (line,) = model_warnings(cfg, weights)
     assert "MODEL.ANCHOR_GENERATOR.OFFSET 0.5 does not fit" in line
     cfg, _ = load_config(R50, ["MODEL.ANCHOR_GENERATOR.OFFSET", "0.0"])
-    assert advise_on_model(cfg, weights) == []
+    assert model_warnings(cfg, weights) == []
 
 
 def test_weights_that_are_resumed_are_not_random():
-    assert advise(R18, "MODEL.BACKBONE.FREEZE_AT", "2", weights="output/model_final.pth") == []
+    assert warnings_of(R18, "MODEL.BACKBONE.FREEZE_AT", "2", weights="output/model_final.pth") == []
 
 
 def test_images_that_are_not_seen():
-    (line,) = advise(R18, "SOLVER.MAX_ITER", "200", num_images=1601)
+    (line,) = warnings_of(R18, "SOLVER.MAX_ITER", "200", num_images=1601)
     assert "SOLVER.MAX_ITER 200 batches of 8 are 1600 images" in line and "1601" in line
-    assert advise(R18, "SOLVER.MAX_ITER", "200", num_images=1600) == []
+    assert warnings_of(R18, "SOLVER.MAX_ITER", "200", num_images=1600) == []
 
 
 def test_crowd_regions_as_background():
-    off = ["MODEL.RETINANET.IGNORE_OVERLAP", "0.0"]
-    (line,) = advise(R50, *off, num_crowd_regions=7)
-    assert line.startswith("7 crowd") and "MODEL.RETINANET.IGNORE_OVERLAP 0.5" in line
-    assert advise(R50, *off) == []
-    assert advise(R50, "MODEL.RETINANET.IGNORE_OVERLAP", "0.5", num_crowd_regions=7) == []
+    off = ["MODEL.RETINANET.IGNORE_IOA_THRESH", "0.0"]
+    (line,) = warnings_of(R50, *off, num_crowd_regions=7)
+    assert line.startswith("7 crowd") and "MODEL.RETINANET.IGNORE_IOA_THRESH 0.5" in line
+    assert warnings_of(R50, *off) == []
+    assert warnings_of(R50, "MODEL.RETINANET.IGNORE_IOA_THRESH", "0.5", num_crowd_regions=7) == []
     stock = ["MODEL.META_ARCHITECTURE", "RetinaNet"]
-    (line,) = advise(R18, *stock, num_crowd_regions=7)
+    (line,) = warnings_of(R18, *stock, num_crowd_regions=7)
     assert "META_ARCHITECTURE RetinaNetExt" in line
 
 
@@ -270,7 +274,7 @@ def test_images_with_more_objects_than_are_returned(limit, eval_only, expected):
         "tests/engine/tiny.yaml", ["TEST.DETECTIONS_PER_IMAGE", str(limit), "MODEL.DEVICE", "cpu"]
     )
     prepare_datasets(cfg, num_classes_is_set=is_set, eval_only=eval_only)
-    lines = advise_on_all(cfg, "", eval_only=eval_only)
+    lines = config_warnings(cfg, "", eval_only=eval_only)
     found = [line for line in lines if "DETECTIONS_PER_IMAGE" in line]
     assert len(found) == len(expected)
     assert all(line.startswith(start) for line, start in zip(found, expected, strict=True))

@@ -28,7 +28,7 @@ FOREIGN_GROUPS = (
 )
 """How the keys begin that no RetinaNet reads."""
 
-_OURS_ALONE = ("MODEL.RETINANET.CLS_LOSS.NAME", "MODEL.RETINANET.SELECTION.NAME")
+_OWN_KEYS = ("MODEL.RETINANET.CLS_LOSS.NAME", "MODEL.RETINANET.SELECTION.NAME")
 """Keys that only this detector reads: beside another they decide nothing."""
 
 _RENAMED = {
@@ -54,19 +54,19 @@ _WEIGHTS = {
     ),
 }
 
-Advice = Iterator[str]
+Warnings = Iterator[str]
 
 
-def advise(cfg: CfgNode, weights: str, *, eval_only: bool) -> list[str]:
-    """Return what :func:`advise_on_model` and, for a training, :func:`advise_on_training` say.
+def config_warnings(cfg: CfgNode, weights: str, *, eval_only: bool) -> list[str]:
+    """Return what :func:`model_warnings` and, for a training, :func:`training_warnings` say.
 
     Args:
         cfg: a checked config whose data sets are registered, its schedule scaled to the batch
-        weights: as in :func:`advise_on_model`
+        weights: as in :func:`model_warnings`
         eval_only: leave out what concerns training alone
     """
     lines = [
-        *advise_on_model(cfg, weights, eval_only=eval_only),
+        *model_warnings(cfg, weights, eval_only=eval_only),
         *_crowded_images(cfg, ["TEST"] if eval_only else ["TRAIN", "TEST"]),
     ]
     if not eval_only:
@@ -74,11 +74,11 @@ def advise(cfg: CfgNode, weights: str, *, eval_only: bool) -> list[str]:
             sum(MetadataCatalog.get(name).get(count, 0) for name in cfg.DATASETS.TRAIN)
             for count in ("num_images", "num_crowd_regions")
         ]
-        lines += advise_on_training(cfg, weights, *counts)
+        lines += training_warnings(cfg, weights, *counts)
     return lines
 
 
-def advise_on_model(cfg: CfgNode, weights: str, *, eval_only: bool = False) -> list[str]:
+def model_warnings(cfg: CfgNode, weights: str, *, eval_only: bool = False) -> list[str]:
     """Return a line for each setting of the model that training or evaluation would ignore or miss.
 
     Args:
@@ -90,14 +90,14 @@ def advise_on_model(cfg: CfgNode, weights: str, *, eval_only: bool = False) -> l
     return [*ineffective, *_pixels(cfg, weights), *_anchors(cfg, weights)]
 
 
-def advise_on_training(
+def training_warnings(
     cfg: CfgNode, weights: str, num_images: int, num_crowd_regions: int
 ) -> list[str]:
     """Return a line for each setting of a training that will rarely end in a good detector.
 
     Args:
         cfg: a checked config, its schedule scaled to the batch
-        weights: as in :func:`advise_on_model`
+        weights: as in :func:`model_warnings`
         num_images: of the training data; 0: not known
         num_crowd_regions: of the training data
     """
@@ -120,7 +120,7 @@ def usual_learning_rate(cfg: CfgNode) -> tuple[float, float]:
     return rate, 2 * rate if normalized else rate
 
 
-def _learning_rate(cfg: CfgNode) -> Advice:
+def _learning_rate(cfg: CfgNode) -> Warnings:
     if cfg.SOLVER.REFERENCE_BATCH:
         return  # the rate is the linear rule's already, from a batch that a person vouches for
     low, high = usual_learning_rate(cfg)
@@ -164,10 +164,10 @@ def ineffective_keys(cfg: CfgNode, *, eval_only: bool = False) -> list[str]:
     return [*lines, *(line for key in keys for line in _foreign(cfg, key))]
 
 
-def _without_effect(cfg: CfgNode, key: str) -> Advice:
+def _without_effect(cfg: CfgNode, key: str) -> Warnings:
     """Yield in a line which other key would have to be set otherwise, if one."""
     for other, values in find_conditions(key):
-        if other in _OURS_ALONE and not _is_ours(cfg):
+        if other in _OWN_KEYS and not _is_ours(cfg):
             continue
         found = read_key(cfg, other)
         if other == "DATASETS.TRAIN":
@@ -193,7 +193,7 @@ def _is_ours(cfg: CfgNode) -> bool:
     return cfg.MODEL.META_ARCHITECTURE == "RetinaNetExt"
 
 
-def _foreign(cfg: CfgNode, key: str) -> Advice:
+def _foreign(cfg: CfgNode, key: str) -> Warnings:
     name = cfg.MODEL.META_ARCHITECTURE
     if name in ("RetinaNet", "RetinaNetExt") and key.startswith(FOREIGN_GROUPS):
         last = key.rpartition(".")[2]
@@ -202,7 +202,7 @@ def _foreign(cfg: CfgNode, key: str) -> Advice:
         yield f"{key} {read_key(cfg, key)} has no effect: {name} does not read it{meant or ''}"
 
 
-def _pixels(cfg: CfgNode, weights: str) -> Advice:
+def _pixels(cfg: CfgNode, weights: str) -> Warnings:
     own = (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
     keys = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
     fitting = next((fits for name, fits in _WEIGHTS.items() if re.search(name, weights)), None)
@@ -231,7 +231,7 @@ def _pixels(cfg: CfgNode, weights: str) -> Advice:
         )
 
 
-def _anchors(cfg: CfgNode, weights: str) -> Advice:
+def _anchors(cfg: CfgNode, weights: str) -> Warnings:
     offset = cfg.MODEL.ANCHOR_GENERATOR.OFFSET
     if offset != 0 and re.search(r"COCO-Detection/retinanet_R_", weights):
         yield (
@@ -244,7 +244,7 @@ def _close(given: Any, fitting: Any) -> bool:
     return len(given) == len(fitting) and np.allclose(given, fitting, rtol=0.01)
 
 
-def _frozen_random_layers(cfg: CfgNode, weights: str) -> Advice:
+def _frozen_random_layers(cfg: CfgNode, weights: str) -> Warnings:
     if weights or "resnet" not in cfg.MODEL.BACKBONE.NAME:
         return
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
@@ -261,19 +261,19 @@ def _frozen_random_layers(cfg: CfgNode, weights: str) -> Advice:
         )
 
 
-def _crowd(cfg: CfgNode, num_crowd_regions: int) -> Advice:
+def _crowd(cfg: CfgNode, num_crowd_regions: int) -> Warnings:
     if not num_crowd_regions:
         return
     if cfg.MODEL.META_ARCHITECTURE != "RetinaNetExt":
         remedy = "MODEL.META_ARCHITECTURE RetinaNetExt can ignore them"
-    elif not cfg.MODEL.RETINANET.IGNORE_OVERLAP:
-        remedy = "MODEL.RETINANET.IGNORE_OVERLAP 0.5 ignores the anchors that lie in them"
+    elif not cfg.MODEL.RETINANET.IGNORE_IOA_THRESH:
+        remedy = "MODEL.RETINANET.IGNORE_IOA_THRESH 0.5 ignores the anchors that lie in them"
     else:
         return
     yield f"{num_crowd_regions} crowd or ignored regions are trained as background; {remedy}"
 
 
-def _crowded_images(cfg: CfgNode, splits: Sequence[str]) -> Advice:
+def _crowded_images(cfg: CfgNode, splits: Sequence[str]) -> Warnings:
     """Tell of images with more objects than the detector may return."""
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     for name in dict.fromkeys(name for split in splits for name in cfg.DATASETS[split]):
@@ -292,7 +292,7 @@ def _crowded_images(cfg: CfgNode, splits: Sequence[str]) -> Advice:
         )
 
 
-def _schedule(cfg: CfgNode, num_images: int) -> Advice:
+def _schedule(cfg: CfgNode, num_images: int) -> Warnings:
     solver = cfg.SOLVER
     end = f"SOLVER.MAX_ITER {solver.MAX_ITER}"
     if solver.WARMUP_ITERS > solver.MAX_ITER:

@@ -1,6 +1,6 @@
 """What OHEM costs against a training step.
 
-    python benchmarks/bench_selection.py [--height 608 --width 800] [--device cuda]
+    python benchmarks/bench_sampling.py [--height 608 --width 800] [--device cuda]
 
 Two images a step, R-50-FPN with 80 classes, interleaved repetitions, medians. The losses of the
 anchors are those of the model itself: as initialised (every negative alike), with scores spread as
@@ -21,7 +21,7 @@ from tabulate import tabulate
 
 from retinanet_ext.engine import load_config
 from retinanet_ext.modeling.matching import label_anchors
-from retinanet_ext.selection import OHEM
+from retinanet_ext.sampling import OHEM
 
 SELECTIONS = {
     "OHEM 128, NMS .5": OHEM(),

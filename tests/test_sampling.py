@@ -7,7 +7,7 @@ from torchvision.ops import box_iou, nms
 from detectors import DENSE_CLASSES as K
 from detectors import dense_case
 from retinanet_ext.errors import InputError
-from retinanet_ext.selection import OHEM, SelectAll
+from retinanet_ext.sampling import OHEM, SelectAll
 
 
 def full_nms(losses, labels, anchors, thresh):

@@ -7,15 +7,17 @@ import pickle
 import pytest
 import torch
 
-from retinanet_ext.engine.failures import (
+from retinanet_ext.errors import (
     DIVERGED,
     FAILED,
     INPUT_ERROR,
     STOPPED,
+    InputError,
+    LostWorkerError,
     NonFiniteError,
+    StoppedError,
     explain,
 )
-from retinanet_ext.errors import InputError, LostWorkerError, StoppedError
 
 
 @pytest.mark.parametrize(
@@ -44,7 +46,7 @@ def test_memory_that_runs_out_is_one_line_with_a_way_out(fail):
         fail()
     code, line = explain(raised.value)
     assert code == FAILED and "\n" not in line
-    assert line.startswith("out of memory (") and "SOLVER.ACCUMULATE" in line
+    assert line.startswith("out of memory (") and "SOLVER.GRAD_ACCUM_STEPS" in line
 
 
 def test_a_lost_worker_is_told_however_torch_tells_it():

@@ -12,7 +12,7 @@ from detectron2.modeling import build_anchor_generator
 from detectron2.structures import Boxes, pairwise_iou
 
 from retinanet_ext import add_retinanet_ext_config
-from retinanet_ext.analysis.anchor_coverage import (
+from retinanet_ext.analysis.anchors import (
     AnchorGrid,
     Octaves,
     best_ious,
@@ -139,4 +139,4 @@ def test_ten_thousand_boxes_take_seconds():
 
 def test_detectron2_is_not_needed():
     program = "import sys; sys.modules['detectron2'] = None; import retinanet_ext.analysis."
-    subprocess.run([sys.executable, "-c", f"{program}anchor_coverage"], check=True)
+    subprocess.run([sys.executable, "-c", f"{program}anchors"], check=True)

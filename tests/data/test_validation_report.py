@@ -17,14 +17,14 @@ from detectron2.modeling import build_model
 
 from retinanet_ext.cli import main
 from retinanet_ext.data import CheckedDatasetMapper, prepare_datasets
-from retinanet_ext.data.check import config_defaults
-from retinanet_ext.data.coverage import (
+from retinanet_ext.data.anchor_coverage import (
     build_grid,
     measure_coverage,
     training_boxes,
     warn_of_unreached_boxes,
 )
-from retinanet_ext.data.report import check_data
+from retinanet_ext.data.validation import config_defaults
+from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine import load_config
 from retinanet_ext.errors import InputError
 

@@ -6,8 +6,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from retinanet_ext.analysis.figures import draw_losses, figure_4, save_figure
 from retinanet_ext.analysis.loss_cdf import GAMMAS, PAPER, WindowSample
+from retinanet_ext.analysis.plots import draw_losses, figure_4, save_figure
 from retinanet_ext.cli import main
 from retinanet_ext.errors import InputError
 

@@ -20,9 +20,8 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from retinanet_ext.config import add_retinanet_ext_config, all_keys, read_key
 from retinanet_ext.data.images import RANGE_KEY, num_channels, parse_pixel_range
-from retinanet_ext.engine.advice import FOREIGN_GROUPS
-from retinanet_ext.engine.failures import first_line
-from retinanet_ext.errors import InputError
+from retinanet_ext.engine.config_warnings import FOREIGN_GROUPS
+from retinanet_ext.errors import InputError, first_line
 from retinanet_ext.losses import Interval
 from retinanet_ext.modeling import RetinaNetExt
 from retinanet_ext.modeling.inference import check_precision
@@ -104,10 +103,10 @@ TRAINING_RANGES = {
     "DATALOADER.RANDOM_SUBSET_RATIO": Interval("(0, 1]"),
     "DATALOADER.REPEAT_THRESHOLD": Interval("[0, inf)"),
     "INPUT.CROP.SIZE": Interval("(0, inf)"),
-    "INPUT.PAD_MULTIPLE": Interval(f"[0, {MAX_SIDE}]"),
+    "INPUT.SIZE_DIVISIBILITY": Interval(f"[0, {MAX_SIDE}]"),
     "INPUT.MAX_SIZE_TRAIN": Interval(f"[1, {MAX_SIDE}]"),
     "INPUT.MIN_SIZE_TRAIN": Interval(f"[1, {MAX_SIDE}]"),
-    "SOLVER.ACCUMULATE": Interval("[1, 65536]"),
+    "SOLVER.GRAD_ACCUM_STEPS": Interval("[1, 65536]"),
     "SOLVER.BASE_LR": Interval("[0, inf)"),
     "SOLVER.BASE_LR_END": Interval("[0, inf)"),
     "SOLVER.BIAS_LR_FACTOR": Interval("[0, inf)"),
@@ -327,7 +326,7 @@ def _check_solver(cfg: CfgNode, num_processes: int) -> None:
         "SOLVER.REFERENCE_WORLD_SIZE"
         if solver.REFERENCE_WORLD_SIZE
         else "the number of processes": (solver.REFERENCE_WORLD_SIZE or num_processes),
-        "SOLVER.ACCUMULATE": solver.ACCUMULATE,
+        "SOLVER.GRAD_ACCUM_STEPS": solver.GRAD_ACCUM_STEPS,
     }
     if solver.IMS_PER_BATCH % math.prod(shares.values()):
         what = " times ".join(f"{name}, {n}" for name, n in shares.items() if n > 1)

@@ -19,9 +19,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from detectors import make_batch, make_cfg
-from retinanet_ext.engine.failures import NonFiniteError
 from retinanet_ext.engine.replay import replay_step
-from retinanet_ext.engine.step import TrainingStep
+from retinanet_ext.engine.train_step import AccumulatingTrainer
+from retinanet_ext.errors import NonFiniteError
 from retinanet_ext.modeling.criterion import NORMALIZERS
 
 ROOT = Path(__file__).parents[2]
@@ -36,13 +36,13 @@ BATCHES = [make_images((3, 0, 2, 1), seed=0), make_images((0, 0, 4, 0), seed=1)]
 
 
 def make_trainer(*opts, batches=BATCHES, norm="FrozenBN"):
-    """A trainer in double precision, its batches cut up by SOLVER.ACCUMULATE."""
+    """A trainer in double precision, its batches cut up by SOLVER.GRAD_ACCUM_STEPS."""
     cfg = make_cfg("SOLVER.BASE_LR", 0.001, "MODEL.RESNETS.NORM", norm, *opts)
     torch.manual_seed(0)
     model = build_model(cfg).double()
-    size = len(batches[0]) // cfg.SOLVER.ACCUMULATE
+    size = len(batches[0]) // cfg.SOLVER.GRAD_ACCUM_STEPS
     parts = [batch[i : i + size] for batch in batches for i in range(0, len(batch), size)]
-    return TrainingStep(model, parts, build_optimizer(cfg, model), cfg)
+    return AccumulatingTrainer(model, parts, build_optimizer(cfg, model), cfg)
 
 
 def run(trainer, steps=2):
@@ -79,7 +79,7 @@ def test_micro_batches_are_one_batch(opts):
     """In double precision to rounding: after two steps, images without boxes among them."""
     whole = make_trainer(*opts)
     expected_losses = run(whole)
-    parts = make_trainer(*opts, "SOLVER.ACCUMULATE", 4)
+    parts = make_trainer(*opts, "SOLVER.GRAD_ACCUM_STEPS", 4)
     losses = run(parts)
     assert_same_weights(weights(parts), weights(whole))
     for name in ("total_loss", "loss_cls", "loss_box_reg"):
@@ -108,8 +108,10 @@ def test_a_process_without_boxes_changes_nothing(tmp_path):
 
 def test_models_without_such_a_criterion_get_the_mean_of_their_micro_batches():
     model = Toy()
-    cfg = make_cfg("SOLVER.ACCUMULATE", 2)
-    trainer = TrainingStep(model, [1.0, 3.0], torch.optim.SGD(model.parameters(), lr=1.0), cfg)
+    cfg = make_cfg("SOLVER.GRAD_ACCUM_STEPS", 2)
+    trainer = AccumulatingTrainer(
+        model, [1.0, 3.0], torch.optim.SGD(model.parameters(), lr=1.0), cfg
+    )
     losses = run(trainer, steps=1)
     assert model.weight.item() == 1 - 2 and losses["total_loss"] == 2
 
@@ -177,9 +179,9 @@ def test_no_more_steps_are_skipped_than_allowed(tmp_path):
 @pytest.mark.parametrize(
     ("fails", "error"),
     [
-        ("diagnosis.diagnose", torch.OutOfMemoryError("no room")),
-        ("diagnosis.compute_losses", RuntimeError("of a hook")),
-        ("diagnosis._Pass.describe_images", KeyError("P3")),
+        ("non_finite.diagnose", torch.OutOfMemoryError("no room")),
+        ("non_finite.compute_losses", RuntimeError("of a hook")),
+        ("non_finite.InstrumentedPass.describe_images", KeyError("P3")),
         ("step.save_step", TypeError("no such type")),
     ],
 )
@@ -204,7 +206,7 @@ def test_a_failed_explanation_changes_no_verdict(fails, error, tmp_path, monkeyp
 
 def test_an_error_leaves_the_weights_as_they_were(tmp_path):
     trainer = make_trainer(
-        *("OUTPUT_DIR", str(tmp_path), "SOLVER.ACCUMULATE", 2), batches=[spoil(BATCHES[0])]
+        *("OUTPUT_DIR", str(tmp_path), "SOLVER.GRAD_ACCUM_STEPS", 2), batches=[spoil(BATCHES[0])]
     )
     before = weights(trainer)
     with pytest.raises(NonFiniteError) as raised:
@@ -233,7 +235,7 @@ def make_float16(slopes, tmp_path, *opts):
     model = Steep()
     batches = [[make_batch([1])[0] | {"slope": slope}] for slope in slopes]
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-36 * cfg.SOLVER.BASE_LR)
-    return TrainingStep(model, batches, maybe_add_gradient_clipping(cfg, optimizer), cfg)
+    return AccumulatingTrainer(model, batches, maybe_add_gradient_clipping(cfg, optimizer), cfg)
 
 
 def test_float16_finds_its_scale_without_an_error(tmp_path):

@@ -22,7 +22,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import ImageList
 from torch import Tensor
 
-from retinanet_ext.analysis.anchor_coverage import (
+from retinanet_ext.analysis.anchors import (
     AnchorGrid,
     Suggestion,
     best_ious,
@@ -89,7 +89,7 @@ def padded_batch(
 ) -> Tensor:
     """Return a batch of one resized image of (height, width) with its padding, without memory."""
     image = torch.empty(len(cfg.MODEL.PIXEL_MEAN), *size, device="meta")
-    multiple = max(backbone.size_divisibility, cfg.INPUT.PAD_MULTIPLE if is_train else 0)
+    multiple = max(backbone.size_divisibility, cfg.INPUT.SIZE_DIVISIBILITY if is_train else 0)
     constraints = backbone.padding_constraints
     return ImageList.from_tensors([image], multiple, padding_constraints=constraints).tensor
 

@@ -19,7 +19,7 @@ from torch.testing import assert_close
 from detectors import assert_same_detections, make_cfg, make_model
 from retinanet_ext.data import CheckedDatasetMapper
 from retinanet_ext.engine.checkpoint import Checkpointer
-from retinanet_ext.engine.predict import Predictor
+from retinanet_ext.engine.predictor import Predictor
 from retinanet_ext.errors import InputError
 
 PATHS = sorted(Path("tests/fixtures/bccd_mini/images").glob("*.jpg"))

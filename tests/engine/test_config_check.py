@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from retinanet_ext.engine.config import check_config, load_config, use_cpu_without_cuda
+from retinanet_ext.engine.config_check import check_config, load_config, use_cpu_without_cuda
 from retinanet_ext.errors import InputError
 
 FOCAL = "MODEL.RETINANET.FOCAL_LOSS_GAMMA"
@@ -163,8 +163,12 @@ def test_whether_num_classes_is_set(tmp_path):
             "SOLVER.IMS_PER_BATCH must be a number in .1, 65536., got 0",
         ),
         (["SOLVER.REFERENCE_WORLD_SIZE", "4"], 2, "REFERENCE_WORLD_SIZE, 4"),
-        (["SOLVER.IMS_PER_BATCH", "2", "SOLVER.ACCUMULATE", "2"], 2, "processes, 2 times SOLVER"),
-        (["SOLVER.ACCUMULATE", "0"], 1, "SOLVER.ACCUMULATE must be a number"),
+        (
+            ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.GRAD_ACCUM_STEPS", "2"],
+            2,
+            "processes, 2 times SOLVER",
+        ),
+        (["SOLVER.GRAD_ACCUM_STEPS", "0"], 1, "SOLVER.GRAD_ACCUM_STEPS must be a number"),
         (["SOLVER.REFERENCE_BATCH", "-1"], 1, "SOLVER.REFERENCE_BATCH must be a number"),
         (["SOLVER.NON_FINITE.POLICY", "go"], 1, "POLICY 'go' is unknown; known: 'raise', 'skip'"),
         (["SOLVER.WEIGHT_DECAY_BIAS", "none"], 1, "WEIGHT_DECAY_BIAS must be a number"),

@@ -12,7 +12,7 @@ from detectron2.modeling.meta_arch.fcos import FCOS, FCOSHead
 
 from detectors import make_batch, make_cfg
 from retinanet_ext.cli import main
-from retinanet_ext.engine.diagnosis import Step, diagnose
+from retinanet_ext.engine.non_finite import StepSnapshot, diagnose
 from retinanet_ext.engine.replay import replay_step, save_step
 from retinanet_ext.errors import InputError
 from retinanet_ext.modeling.matching import label_anchors
@@ -32,7 +32,7 @@ def make_step(*opts, box_counts=(3, 2, 0), **values):
         "losses": {"loss_cls": math.nan},
         "seed": 0,
     }
-    step = Step(cfg=cfg, batches=[make_batch(box_counts)], **{**defaults, **values})
+    step = StepSnapshot(cfg=cfg, batches=[make_batch(box_counts)], **{**defaults, **values})
     return model, step
 
 
@@ -237,7 +237,7 @@ def test_a_saved_step_is_repeated_by_the_command(tmp_path):
     step.cfg.DATASETS.CUSTOM.TRAIN_JSON = ["a.json", "b.json"]
     image = step.batches[0][1]["image"].float()
     image[0, 5, 5] = math.nan
-    step.batches[0][1] |= {"image": image, "image_id": 12, "ignore_boxes": torch.ones(1, 4)}
+    step.batches[0][1] |= {"image": image, "image_id": 12, "ignore_regions": torch.ones(1, 4)}
     report = diagnose(model, step)
     file = save_step(step, report, {"model": model.state_dict()})
     assert json.loads(file.read_text())["cause"] == report["cause"]

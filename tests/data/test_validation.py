@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from retinanet_ext.data import check, coco_json, image_files, prepare_datasets
-from retinanet_ext.data.check import DEFAULT_POLICY, KINDS, check_coco
+from retinanet_ext.data import coco_json, image_files, prepare_datasets, validation
 from retinanet_ext.data.image_files import check_images
 from retinanet_ext.data.images import ImageReader
+from retinanet_ext.data.validation import DEFAULT_POLICY, KINDS, check_coco
 from retinanet_ext.errors import InputError
 
 from .conftest import BCCD_MINI, Bccd
@@ -214,13 +214,13 @@ FAULTS: dict[str, tuple[Spoil, str, list[str]]] = {
 ZERO_AREA = {"zero_area_box": 1}  # of annotation 2288, in the data as they came
 
 
-def check_train(bccd: Bccd, **policy: str) -> check.CheckedData:
+def check_train(bccd: Bccd, **policy: str) -> validation.CheckedData:
     policy = {**DEFAULT_POLICY, **policy}
     images = check_images(bccd.train, str(bccd.images), ImageReader(), policy)
     return check_coco("train.json", images.content, policy, images.findings)
 
 
-def count(checked: check.CheckedData) -> dict[str, int]:
+def count(checked: validation.CheckedData) -> dict[str, int]:
     return {kind: len(findings) for kind, findings in checked.by_kind().items()}
 
 

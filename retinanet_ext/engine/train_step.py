@@ -19,28 +19,28 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from retinanet_ext.engine.diagnosis import (
+from retinanet_ext.engine.non_finite import (
     Batch,
     Report,
-    Step,
+    StepSnapshot,
     begin_step,
     compute_losses,
     explain_step,
     total_loss,
 )
-from retinanet_ext.engine.failures import NonFiniteError, first_line
 from retinanet_ext.engine.replay import save_step
-from retinanet_ext.errors import InputError
+from retinanet_ext.errors import InputError, NonFiniteError, first_line
 
 logger = logging.getLogger(__name__)
 
 
-class TrainingStep(SimpleTrainer):
+class AccumulatingTrainer(SimpleTrainer):
     """Detectron2's ``SimpleTrainer`` and ``AMPTrainer`` in one, by ``SOLVER.AMP``.
 
     In addition:
 
-    - ``SOLVER.ACCUMULATE`` batches make one step, equal to that of one batch of all their images.
+    - ``SOLVER.GRAD_ACCUM_STEPS`` batches make one step, equal to that of one batch of all their
+      images.
     - A loss or gradient that is not finite on any process is found before the weights change, by
       all processes together, and dealt with by ``SOLVER.NON_FINITE``. With float16 an infinite
       gradient alone is no such case unless the scale is below 1: it is how the scale is found.
@@ -91,7 +91,7 @@ class TrainingStep(SimpleTrainer):
         Returns:
             the batches, the step's losses and the seconds waited for data
         """
-        count = self.cfg.SOLVER.ACCUMULATE
+        count = self.cfg.SOLVER.GRAD_ACCUM_STEPS
         end_step = begin_step(_unwrap(self.model), count)
         totals: dict[str, Tensor] = {}
         batches, data_time = [], 0.0
@@ -147,7 +147,7 @@ class TrainingStep(SimpleTrainer):
         policy = self.cfg.SOLVER.NON_FINITE
         most = policy.MAX_SKIPPED or float("inf")
         skip = policy.POLICY == "skip" and self.skipped_steps < most
-        step = Step(
+        step = StepSnapshot(
             cfg=self.cfg,
             batches=batches,
             iteration=self.iter,
@@ -179,7 +179,7 @@ class TrainingStep(SimpleTrainer):
         get_event_storage().put_scalar("skipped_steps", self.skipped_steps, smoothing_hint=False)
         logger.warning("Skipped the step %s (%d so far)", text, self.skipped_steps)
 
-    def _save(self, step: Step, report: Report, *, whole: bool) -> str:
+    def _save(self, step: StepSnapshot, report: Report, *, whole: bool) -> str:
         """Write the report, with a ``whole`` step to replay, and return all in one line."""
         losses = ", ".join(f"{name} {loss:.4g}" for name, loss in step.losses.items())
         line = f"at iteration {step.iteration}: {losses} on rank {step.rank}; {report['cause']}"

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from retinanet_ext.data import prepare_datasets
-from retinanet_ext.engine.config import load_config
-from retinanet_ext.engine.manifest import read_manifest, write_manifest
+from retinanet_ext.engine.config_check import load_config
+from retinanet_ext.engine.run_info import read_manifest, write_manifest
 from retinanet_ext.errors import InputError
 
 TEST_JSON = Path("tests/fixtures/bccd_mini/instances_val.json")

@@ -15,7 +15,13 @@ from tabulate import tabulate
 
 import retinanet_ext
 from retinanet_ext.config import resolve_class_alpha
-from retinanet_ext.data.check import DONE, KINDS, CheckedData, find_remedy, suggest_objects
+from retinanet_ext.data.anchor_coverage import (
+    SIZES,
+    build_grid,
+    measure_coverage,
+    suggest_anchors,
+    training_boxes,
+)
 from retinanet_ext.data.coco_json import (
     class_names,
     contiguous_category_ids,
@@ -23,13 +29,6 @@ from retinanet_ext.data.coco_json import (
     join_some,
     printable,
     to_dataset_dicts,
-)
-from retinanet_ext.data.coverage import (
-    SIZES,
-    build_grid,
-    measure_coverage,
-    suggest_anchors,
-    training_boxes,
 )
 from retinanet_ext.data.register import (
     compare_classes,
@@ -39,6 +38,7 @@ from retinanet_ext.data.register import (
     set_num_classes,
 )
 from retinanet_ext.data.sources import Source, check_source
+from retinanet_ext.data.validation import DONE, KINDS, CheckedData, find_remedy, suggest_objects
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import to_json, write_file
 

@@ -20,8 +20,8 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_
 from detectron2.utils.events import EventStorage
 from torch import Tensor, nn
 
-from retinanet_ext.engine.advice import usual_learning_rate
-from retinanet_ext.engine.failures import first_line
+from retinanet_ext.engine.config_warnings import usual_learning_rate
+from retinanet_ext.errors import first_line
 from retinanet_ext.modeling.criterion import RetinaNetCriterion
 from retinanet_ext.modeling.matching import is_foreground
 
@@ -35,12 +35,12 @@ Report = dict[str, Any]
 
 
 @dataclass(kw_only=True)
-class Step:
+class StepSnapshot:
     """What a process did in one step, its weights left out.
 
     Attributes:
         cfg: of the run
-        batches: ``SOLVER.ACCUMULATE`` of them, as they came from the mapper
+        batches: ``SOLVER.GRAD_ACCUM_STEPS`` of them, as they came from the mapper
         iteration, rank, num_processes: which step, and whose part of it
         precision: ``float32``, ``float16`` or ``bfloat16``
         learning_rate: the highest of the optimizer's groups
@@ -95,7 +95,7 @@ def class_names(cfg: CfgNode) -> list[str]:
     return list(MetadataCatalog.get(names[0]).get("thing_classes", [])) if names else []
 
 
-def explain_step(model: nn.Module, step: Step) -> Report:
+def explain_step(model: nn.Module, step: StepSnapshot) -> Report:
     """Return what :func:`diagnose` says, or a report of its failure, whose "cause" says why.
 
     An explanation needs memory that the step did not, and meets hooks and heads of any kind; what
@@ -130,7 +130,7 @@ def _alone() -> Iterator[None]:
 
 
 @_alone()
-def diagnose(model: nn.Module, step: Step) -> Report:
+def diagnose(model: nn.Module, step: StepSnapshot) -> Report:
     """Repeat a step's forward and backward passes on this process and say what is not finite.
 
     The normaliser and statistics of SyncBN are those of this process's images. Buffers change as in
@@ -151,7 +151,7 @@ def diagnose(model: nn.Module, step: Step) -> Report:
     image_fault, first, images = None, None, []
     end_step = begin_step(model, len(step.batches))
     for number, batch in enumerate(step.batches):  # of each is kept what is said of it alone
-        one = _Pass(model, batch, step)
+        one = InstrumentedPass(model, batch, step)
         for name, gradient in one.pop_gradients():
             gradients[name] = gradients[name] + gradient if name in gradients else gradient
         image_fault = image_fault or next(one.image_faults(), None)
@@ -203,17 +203,17 @@ def diagnose(model: nn.Module, step: Step) -> Report:
     return _plain({"cause": cause, **report})
 
 
-class _Pass:
+class InstrumentedPass:
     """A batch's way through the model and back, with what was seen on it."""
 
-    def __init__(self, model: nn.Module, batch: Batch, step: Step) -> None:
+    def __init__(self, model: nn.Module, batch: Batch, step: StepSnapshot) -> None:
         self.batch = batch
         self.class_names = class_names(step.cfg)
         self.levels = [name.upper() for name in getattr(model, "head_in_features", [])]
         self.layer: str | None = None  # the first whose output is not finite
         self.predictions: dict[str, list[Tensor]] = {}  # by term, of each level (N, ., H, W)
         self.terms: dict[str, Tensor] = {}  # the loss of each anchor, (N, R)
-        self.matches = torch.empty(0)  # the box of each anchor, (N, R)
+        self.matched_idxs = torch.empty(0)  # the box of each anchor, (N, R)
         # Generated code knows nothing of the hooks.
         eager = torch.compiler.set_stance("force_eager")
         with EventStorage(step.iteration), self._watch(model) as seen_by_criterion, eager:
@@ -277,7 +277,7 @@ class _Pass:
 
     @torch.no_grad()
     def _note_terms(self, criterion: RetinaNetCriterion, arguments: dict[str, Any]) -> None:
-        labels, self.matches = arguments["labels"], arguments["matches"]
+        labels, self.matched_idxs = arguments["labels"], arguments["matched_idxs"]
         rows = [permute_to_N_HWA_K(logits, criterion.num_classes) for logits in arguments["logits"]]
         losses = criterion.anchor_losses(torch.cat(rows, dim=1), labels)
         self.terms["loss_cls"] = losses.masked_fill(labels < 0, 0)
@@ -285,7 +285,7 @@ class _Pass:
         box_losses = criterion.box_losses(
             arguments["anchors"][anchor],
             arguments["deltas"][image, anchor],
-            arguments["gt_boxes"][self.matches[image, anchor]],
+            arguments["gt_boxes"][self.matched_idxs[image, anchor]],
         )
         losses = box_losses.new_zeros(labels.shape)
         self.terms["loss_box_reg"] = losses.index_put((image, anchor), box_losses)
@@ -306,7 +306,7 @@ class _Pass:
                 box = None
                 if term == "loss_box_reg":
                     before = sum(len(inputs["instances"]) for inputs in self.batch[:image])
-                    box = int(self.matches[image, anchor]) - before
+                    box = int(self.matched_idxs[image, anchor]) - before
                 return self._fault(term, level=level, images=~losses.isfinite().all(1), box=box)
         bad = [term for term, loss in self.losses.items() if not math.isfinite(loss)]
         return self._fault(bad[0]) if bad else None
@@ -390,7 +390,7 @@ class _Pass:
         return self.class_names[label] if 0 <= label < len(self.class_names) else str(label)
 
 
-def _cause(step: Step, report: Report, image_fault: str, finite_in_float32: bool) -> str:
+def _cause(step: StepSnapshot, report: Report, image_fault: str, finite_in_float32: bool) -> str:
     """Return the likely cause in one sentence, the surest evidence first."""
     first, weights = report["first"], report["weights"]
     if fault := weights["not_finite"]:
@@ -439,7 +439,7 @@ def _cause(step: Step, report: Report, image_fault: str, finite_in_float32: bool
     return f"all losses are finite and the gradient is not, first in {first['layer']}{hint}"
 
 
-def _rate(step: Step) -> str:
+def _rate(step: StepSnapshot) -> str:
     usual = usual_learning_rate(step.cfg)[1]
     ratio = step.learning_rate / usual
     text = f"{ratio:.3g} times the usual {usual:g}" if ratio > 1 else f"the usual being {usual:g}"

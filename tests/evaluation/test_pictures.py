@@ -6,7 +6,7 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from retinanet_ext.evaluation import draw_detection_grid
-from retinanet_ext.evaluation.grid import IMAGE_WIDTH, LINE, MARGIN, PAIR_GAP, _palette
+from retinanet_ext.evaluation.pictures import IMAGE_WIDTH, LINE, MARGIN, PAIR_GAP, _palette
 
 GREY = (128, 128, 128)
 NAMES = ["one", "two", "three"]

@@ -39,7 +39,7 @@ _EXAMPLES = 3
 
 
 @dataclass(frozen=True)
-class Kind:
+class FindingKind:
     """A kind of finding.
 
     Attributes:
@@ -69,58 +69,68 @@ _ANY = ("keep", "drop", "refuse")
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("other_box_format", "boxes of another format", ("refuse", "keep")),
-        Kind("crowd_object", "crowd regions that look like objects", ("keep",)),
-        Kind("parent_class", "classes that are a parent or the background", ("keep", "refuse")),
-        Kind("text_id", "ids that are text", ("keep",), is_fault=False),
-        Kind("filled_field", "fields of annotations, filled in", ("keep",), is_fault=False),
-        Kind("malformed_category", "categories that cannot be read", ("refuse",)),
-        Kind("duplicate_category", "category ids or names used twice", ("refuse",)),
-        Kind(
+        FindingKind("other_box_format", "boxes of another format", ("refuse", "keep")),
+        FindingKind("crowd_object", "crowd regions that look like objects", ("keep",)),
+        FindingKind(
+            "parent_class", "classes that are a parent or the background", ("keep", "refuse")
+        ),
+        FindingKind("text_id", "ids that are text", ("keep",), is_fault=False),
+        FindingKind("filled_field", "fields of annotations, filled in", ("keep",), is_fault=False),
+        FindingKind("malformed_category", "categories that cannot be read", ("refuse",)),
+        FindingKind("duplicate_category", "category ids or names used twice", ("refuse",)),
+        FindingKind(
             "file_outside",
             "file names that leave the image folder",
             ("refuse", "drop", "keep"),
             remedy="keep takes such files",
         ),
-        Kind("malformed_image", "images without a usable id, file name or size", _FATAL),
-        Kind("duplicate_image_id", "image ids used twice", _FATAL),
-        Kind(
+        FindingKind("malformed_image", "images without a usable id, file name or size", _FATAL),
+        FindingKind("duplicate_image_id", "image ids used twice", _FATAL),
+        FindingKind(
             "duplicate_file",
             "image files under several image ids",
             ("refuse", "merge", "keep"),
             remedy="merge makes one image of a file's entries, with the boxes of all",
         ),
-        Kind(
+        FindingKind(
             "misnamed_file",
             "image files that are there under another name",
             ("refuse", "mend", "drop"),
             remedy="mend takes the files that are there",
         ),
-        Kind("missing_image", "missing image files", _FATAL),
-        Kind("unreadable_image", "image files that cannot be read", _FATAL),
-        Kind("image_size", "images of another size than the json says", _FATAL),
-        Kind("several_frames", "files of several pages or frames, of which one is used", _ANY),
-        Kind("constant_image", "images of one value everywhere, or nearly so", _ANY),
-        Kind("malformed_annotation", "annotations with an unusable field", _FATAL),
-        Kind("duplicate_annotation_id", "annotation ids used twice", ("refuse", "drop", "keep")),
-        Kind("unknown_image", "annotations of images that are not listed", _FATAL),
-        Kind("unknown_class", "annotations of classes that are not listed", _FATAL),
-        Kind("malformed_box", "boxes that are not four finite numbers", _FATAL),
-        Kind("derived_box", "boxes missing, taken from the polygon or mask", _ANY, is_fault=False),
-        Kind("inverted_box", "boxes of negative width or height", _FATAL),
-        Kind("zero_area_box", "boxes without area", ("drop", "refuse")),
-        Kind("outside_box", "boxes wholly outside their image", ("drop", "refuse")),
-        Kind("clipped_box", "boxes that reach outside their image, and are clipped", _ANY),
-        Kind("duplicate_box", f"boxes of one object (same class, IoU above {SAME_IOU})", _ANY),
-        Kind("unused_class", "classes without a box", ("keep", "refuse")),
-        Kind("empty_image", "images without boxes", _ANY, is_fault=False),
-        Kind(
+        FindingKind("missing_image", "missing image files", _FATAL),
+        FindingKind("unreadable_image", "image files that cannot be read", _FATAL),
+        FindingKind("image_size", "images of another size than the json says", _FATAL),
+        FindingKind(
+            "several_frames", "files of several pages or frames, of which one is used", _ANY
+        ),
+        FindingKind("constant_image", "images of one value everywhere, or nearly so", _ANY),
+        FindingKind("malformed_annotation", "annotations with an unusable field", _FATAL),
+        FindingKind(
+            "duplicate_annotation_id", "annotation ids used twice", ("refuse", "drop", "keep")
+        ),
+        FindingKind("unknown_image", "annotations of images that are not listed", _FATAL),
+        FindingKind("unknown_class", "annotations of classes that are not listed", _FATAL),
+        FindingKind("malformed_box", "boxes that are not four finite numbers", _FATAL),
+        FindingKind(
+            "derived_box", "boxes missing, taken from the polygon or mask", _ANY, is_fault=False
+        ),
+        FindingKind("inverted_box", "boxes of negative width or height", _FATAL),
+        FindingKind("zero_area_box", "boxes without area", ("drop", "refuse")),
+        FindingKind("outside_box", "boxes wholly outside their image", ("drop", "refuse")),
+        FindingKind("clipped_box", "boxes that reach outside their image, and are clipped", _ANY),
+        FindingKind(
+            "duplicate_box", f"boxes of one object (same class, IoU above {SAME_IOU})", _ANY
+        ),
+        FindingKind("unused_class", "classes without a box", ("keep", "refuse")),
+        FindingKind("empty_image", "images without boxes", _ANY, is_fault=False),
+        FindingKind(
             "crowd",
             "crowd regions, which are ignored",
             ("keep", "object", "drop", "refuse"),
             is_fault=False,
         ),
-        Kind("ignore", "boxes marked ignore, which are ignored", _ANY, is_fault=False),
+        FindingKind("ignore", "boxes marked ignore, which are ignored", _ANY, is_fault=False),
     )
 }
 DONE = {
