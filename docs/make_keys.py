@@ -13,9 +13,9 @@ from pathlib import Path
 
 from detectron2.config import get_cfg
 
-from retinanet_ext.config import (
+from retinanet_ext import add_retinanet_ext_config
+from retinanet_ext.config_keys import (
     COUNTS_ONLY_IF,
-    add_retinanet_ext_config,
     all_keys,
     find_conditions,
     loss_parameter_keys,

@@ -36,7 +36,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from retinanet_ext.config import all_keys, read_key
+from retinanet_ext.config_keys import all_keys, read_key
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.mapper import CheckedDatasetMapper
 from retinanet_ext.data.validation import KINDS

@@ -12,7 +12,7 @@ import yaml
 from detectron2.config import get_cfg
 
 from retinanet_ext import add_retinanet_ext_config
-from retinanet_ext.config import COUNTS_ONLY_IF, all_keys, read_key
+from retinanet_ext.config_keys import COUNTS_ONLY_IF, all_keys, read_key
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]

@@ -19,6 +19,7 @@ from pathlib import Path
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from retinanet_ext.config_keys import resolve_class_alpha
 from retinanet_ext.data import coco_json, images
 from retinanet_ext.data.box_format import BOX_FORMATS
 from retinanet_ext.data.coco_json import join_some, printable
@@ -59,7 +60,6 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
         InputError: a data set is unknown, missing, empty, or has a fault that is refused, class
             lists differ, or NUM_CLASSES disagrees with them.
     """
-    from retinanet_ext.config import resolve_class_alpha  # it imports this package
 
     needed = "TEST" if eval_only else "TRAIN"
     sources = find_sources(cfg, ["TEST"] if eval_only else ["TRAIN", "TEST"])

@@ -14,7 +14,7 @@ from detectron2.data import MetadataCatalog
 from tabulate import tabulate
 
 import retinanet_ext
-from retinanet_ext.config import resolve_class_alpha
+from retinanet_ext.config_keys import resolve_class_alpha
 from retinanet_ext.data.anchor_coverage import (
     SIZES,
     build_grid,

@@ -18,7 +18,8 @@ import yaml
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY
 
-from retinanet_ext.config import add_retinanet_ext_config, all_keys, read_key
+from retinanet_ext import add_retinanet_ext_config
+from retinanet_ext.config_keys import all_keys, read_key
 from retinanet_ext.data.images import RANGE_KEY, num_channels, parse_pixel_range
 from retinanet_ext.engine.config_warnings import FOREIGN_GROUPS
 from retinanet_ext.errors import InputError, first_line

@@ -11,7 +11,8 @@ import numpy as np
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 
-from retinanet_ext.config import add_retinanet_ext_config, all_keys, find_conditions, read_key
+from retinanet_ext import add_retinanet_ext_config
+from retinanet_ext.config_keys import all_keys, find_conditions, read_key
 
 FOREIGN_GROUPS = (
     "MODEL.ROI_",

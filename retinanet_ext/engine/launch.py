@@ -29,7 +29,7 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 from torch import nn
 
-from retinanet_ext.config import all_keys, read_key
+from retinanet_ext.config_keys import all_keys, read_key
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.anchor_coverage import warn_of_unreached_boxes
 from retinanet_ext.data.register import find_sources, registered_classes

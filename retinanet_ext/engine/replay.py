@@ -18,7 +18,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
-from retinanet_ext.config import add_retinanet_ext_config
+from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.engine.config_check import use_cpu_without_cuda
 from retinanet_ext.engine.non_finite import Report, StepSnapshot, class_names, diagnose
 from retinanet_ext.errors import InputError, first_line

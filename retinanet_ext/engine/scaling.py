@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from detectron2.config import CfgNode
 
-from retinanet_ext.config import read_key
+from retinanet_ext.config_keys import read_key
 from retinanet_ext.errors import InputError
 
 REFERENCE_BATCH = "SOLVER.REFERENCE_BATCH"

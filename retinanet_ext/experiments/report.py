@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from detectron2.config import get_cfg
 
-from retinanet_ext.config import add_retinanet_ext_config
+from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.figures import Drawing, draw_figures
 from retinanet_ext.experiments.page import anchor, render_page

@@ -19,7 +19,7 @@ from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
 from torchvision.ops import complete_box_iou, distance_box_iou, generalized_box_iou
 
-from retinanet_ext.config import CLASS_ALPHA, loss_parameter_keys, read_key
+from retinanet_ext.config_keys import CLASS_ALPHA, loss_parameter_keys, read_key
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES, Interval
 from retinanet_ext.losses.dense import dense_loss

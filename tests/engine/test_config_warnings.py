@@ -2,7 +2,7 @@
 
 import pytest
 
-from retinanet_ext.config import COUNTS_ONLY_IF, all_keys
+from retinanet_ext.config_keys import COUNTS_ONLY_IF, all_keys
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine import main
 from retinanet_ext.engine.config_check import load_config
