@@ -13,7 +13,7 @@ __all__ = ["add_retinanet_ext_config"]
 
 def __getattr__(name: str) -> Any:
     if name == "add_retinanet_ext_config":
-        import retinanet_ext.modeling  # registers the detector in Detectron2's registries
+        import retinanet_ext.modeling  # noqa: F401  fills Detectron2's registries
         from retinanet_ext.config import add_retinanet_ext_config
 
         return add_retinanet_ext_config

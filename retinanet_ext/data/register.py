@@ -60,7 +60,6 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
         InputError: a data set is unknown, missing, empty, or has a fault that is refused, class
             lists differ, or NUM_CLASSES disagrees with them.
     """
-
     needed = "TEST" if eval_only else "TRAIN"
     sources = find_sources(cfg, ["TEST"] if eval_only else ["TRAIN", "TEST"])
     if not any(source.split == needed for source in sources):
