@@ -49,6 +49,7 @@ def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Check the data of a config before training: what is wrong, what the anchors cover."""
     from retinanet_ext.data import validation_report as report
     from retinanet_ext.engine import load_config
+    from retinanet_ext.engine.config_check import is_num_classes_set
 
     parser.epilog = "exit code 1: training would refuse the data"
     parser.add_argument("--config-file", required=True, help="as for training")
@@ -60,8 +61,12 @@ def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.output:
         report.refuse_existing(args.output)
-    cfg, is_set = load_config(args.config_file, args.opts)
-    result = report.check_data(cfg, search_anchors=args.search_anchors, num_classes_is_set=is_set)
+    cfg = load_config(args.config_file, args.opts)
+    result = report.check_data(
+        cfg,
+        search_anchors=args.search_anchors,
+        num_classes_is_set=is_num_classes_set(cfg),
+    )
     print(result.text)
     if args.output:
         result.write(args.output)

@@ -72,6 +72,11 @@ def explain(error: BaseException) -> tuple[int, str] | None:
             f"out of memory ({first_line(error)[:200]}): lower INPUT.MAX_SIZE_TRAIN or "
             "SOLVER.IMS_PER_BATCH, or raise SOLVER.GRAD_ACCUM_STEPS, which takes a batch in parts"
         )
+    # What gloo (the first three) and NCCL say when another process has ended.
+    if isinstance(error, RuntimeError) and re.search(
+        r"closed by peer|Connection reset|Broken pipe|ncclRemoteError|NCCL \w+ was aborted", text
+    ):
+        return FAILED, "the connection to another process is lost, whose own message says why"
     # Which torch raises wherever this process is when it hears of it.
     if re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly)", text):
         return FAILED, str(LostWorkerError())

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import train_net
 from retinanet_ext.data import prepare_datasets
-from retinanet_ext.engine import Trainer, load_config
+from retinanet_ext.engine import Trainer, argument_parser, launch, load_config
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "tests/engine/resume.yaml"
@@ -21,8 +22,8 @@ TRAIN_NET = (sys.executable, "train_net.py")
 def make_trainer(folder, *opts, resume=False):
     """A trainer with its weights, in the state of a process that has just begun."""
     values = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(folder), *map(str, opts)]
-    cfg, is_set = load_config(CONFIG, values)
-    prepare_datasets(cfg, num_classes_is_set=is_set, eval_only=False)
+    cfg = load_config(CONFIG, values)
+    prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
     folder.mkdir(exist_ok=True)
     if cfg.SEED >= 0:
         random.seed(cfg.SEED)
@@ -31,6 +32,19 @@ def make_trainer(folder, *opts, resume=False):
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer
+
+
+def run_train_net(*argv):
+    """Run train_net.py in this process, with its launcher, and return the exit code."""
+    args = argument_parser().parse_args(list(map(str, argv)))
+    return launch(
+        train_net.main,
+        args.num_gpus,
+        num_machines=args.num_machines,
+        machine_rank=args.machine_rank,
+        dist_url=args.dist_url,
+        args=(args,),
+    )
 
 
 def start_train_net(*argv, config=CONFIG, command=TRAIN_NET, env=(), interrupts=True, **kwargs):

@@ -28,7 +28,7 @@ from retinanet_ext.files import to_json, write_file
 from retinanet_ext.provenance import commit, cpu_name, versions
 
 FORMAT = 1
-MANIFEST = "manifest.json"
+MANIFEST = "run_info.json"
 
 
 def read_manifest(output_dir: str) -> dict[str, Any]:
@@ -53,16 +53,16 @@ def read_manifest(output_dir: str) -> dict[str, Any]:
     raise InputError(f"{path} is no manifest that a start can be added to ({reason}); move it away")
 
 
-def write_manifest(
+def write_run_info(
     cfg: CfgNode,
     *,
     command: Sequence[str],
     weights: str,
     resumed: bool,
     eval_only: bool,
-    jobs: Sequence[str],
+    jobs: Sequence[str] = (),
 ) -> None:
-    """Add a start to ``OUTPUT_DIR/manifest.json``; what it holds of earlier starts stays.
+    """Add a start to ``OUTPUT_DIR/run_info.json``; what it holds of earlier starts stays.
 
     Called by the main process before the first iteration. Neither the environment's variables
     nor the host's name are written; the home folder is written as ``~``, and a user's name and

@@ -10,8 +10,8 @@ from typing import Any
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
-from retinanet_ext.engine.trainer import DETECTIONS, grid_path, inference_dir
 from retinanet_ext.evaluation import COCO_MAX_DETECTIONS
+from retinanet_ext.evaluation.results import DETECTIONS, grid_path, inference_dir
 
 CLASS_COLUMNS = 4
 

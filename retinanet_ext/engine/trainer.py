@@ -1,10 +1,8 @@
-"""Detectron2's trainer, with what it leaves to its user."""
+"""Detectron2's trainer, with what it leaves to its users."""
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,57 +11,86 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.data import (
-    DatasetCatalog,
-    MetadataCatalog,
-    build_detection_test_loader,
+from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
+from detectron2.evaluation import (
+    DatasetEvaluator,
+    DatasetEvaluators,
+    LVISEvaluator,
+    PascalVOCDetectionEvaluator,
 )
-from detectron2.engine import DefaultTrainer, create_ddp_model, hooks
-from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage, EventWriter, JSONWriter, get_event_storage
+from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.loader import TrainLoader, build_train_loader
 from retinanet_ext.data.mapper import CheckedDatasetMapper
 from retinanet_ext.data.register import registered_classes
 from retinanet_ext.engine.checkpoint import Checkpointer
-from retinanet_ext.engine.resume import ResumableTrainer
+from retinanet_ext.engine.class_matching import match_optimizer_state, saved_class_names
+from retinanet_ext.engine.config_check import config_errors
+from retinanet_ext.engine.hooks import EvalHook, PreciseBN, SeedIterations, StopOnSignal
+from retinanet_ext.engine.metrics import StrictJSONWriter, archive_superseded_metrics
+from retinanet_ext.engine.setup import report_results
 from retinanet_ext.engine.train_step import AccumulatingTrainer
-from retinanet_ext.evaluation import BoxEvaluator, InferenceTime, draw_detection_grid
+from retinanet_ext.errors import InputError
+from retinanet_ext.evaluation import BoxEvaluator, InferenceTime
+from retinanet_ext.evaluation.results import draw_detections, inference_dir
 
-DETECTIONS = "coco_instances_results.json"
-"""The file of detections that Detectron2's ``COCOEvaluator`` writes, in COCO's format."""
+EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
+"""The data sets' ``evaluator_type`` that have an evaluator of boxes."""
 
 logger = logging.getLogger(__name__)
 
 
-class Trainer(ResumableTrainer):
-    """Detectron2's ``DefaultTrainer``, except for the following.
+class Trainer(DefaultTrainer):
+    """Detectron2's ``DefaultTrainer`` with exact resume, strict weights and CPU processes.
 
-    - Several processes work without CUDA too.
+    Every ``build_*`` method can be overridden, as in Detectron2::
+
+        class MyTrainer(Trainer):
+            def build_hooks(self):
+                return [*super().build_hooks(), MyHook()]
+
+    It differs from ``DefaultTrainer`` in the following.
+
+    - Several processes train without CUDA, too.
     - Weights that do not fit are refused, see :class:`Checkpointer`.
-    - Resuming is exact, see :class:`ResumableTrainer`.
-    - An image that cannot be read is named.
-    - Evaluation is COCO's, with the time an image takes; then a picture of detections is drawn.
-    - ``metrics.json`` is strict JSON.
-    - A training that failed is not evaluated.
+    - A resumed run ends as the uninterrupted one does, bit for bit where the arithmetic is
+      deterministic (the CPU). The checkpoint also holds the place in the stream of samples and its
+      seed, and each iteration seeds the random numbers. The learning rate and the optimizer's other
+      settings are the config's and not the checkpoint's; a warning tells where they differ.
+    - A step that is not finite is explained, and gradients can be accumulated, see
+      :class:`AccumulatingTrainer`.
+    - SIGTERM and one Ctrl-C save a checkpoint before they stop the training.
+    - Inference is timed, and a picture of detections is drawn after an evaluation.
+    - ``metrics.json`` is strict JSON, and holds no iteration twice.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
-        super(DefaultTrainer, self).__init__()  # in place of DefaultTrainer's, in its order
+        """
+        Args:
+            cfg: a config whose data sets are registered; nothing is written yet
+
+        Raises:
+            InputError: no model, optimizer or loader can be built from the config, or a test set
+                has an ``evaluator_type`` without an evaluator
+        """
+        TrainerBase.__init__(self)  # DefaultTrainer's would build all of what follows differently
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        model = self.build_model(cfg)
-        optimizer = self.build_optimizer(cfg, model)
-        data_loader = self.build_train_loader(cfg)
-        # Detectron2 gives device_ids, which DDP refuses for a model on the CPU.
+        self.check_evaluators(cfg)
+        with config_errors():
+            model = self.build_model(cfg)
+            optimizer = self.build_optimizer(cfg, model)
+            self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+            data_loader = self.build_train_loader(cfg)
+        # Detectron2 would pass device_ids, which DDP refuses for a model on the CPU.
         devices = {} if torch.device(cfg.MODEL.DEVICE).type == "cuda" else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
         self._trainer = AccumulatingTrainer(model, data_loader, optimizer, cfg)
-        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Checkpointer(
             model,
             cfg.OUTPUT_DIR,
@@ -71,13 +98,26 @@ class Trainer(ResumableTrainer):
             class_names=registered_classes(cfg, "TRAIN"),
             trainer=weakref.proxy(self),
         )
+        self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
-        self._last_eval_results: Mapping[str, Any] = {}  # set by Detectron2's evaluation hook
+        self._last_eval_results: Mapping[str, Any] = {}
+        self._resumes = self._had_ended = False
         self.register_hooks(self.build_hooks())
 
     @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        """Return the model, on its device, with random weights.
+
+        Raises:
+            InputError: no model can be built from the config
+        """
+        with config_errors():
+            return super().build_model(cfg)
+
+    @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+        """Return Detectron2's SGD, fused with ``SOLVER.FUSED_OPTIMIZER``."""
         optimizer = super().build_optimizer(cfg, model)
         if cfg.SOLVER.FUSED_OPTIMIZER:
             for group in optimizer.param_groups:
@@ -86,34 +126,135 @@ class Trainer(ResumableTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
+        """Return the training batches, in an order that can be resumed."""
         return build_train_loader(cfg, CheckedDatasetMapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        return build_detection_test_loader(
-            cfg, dataset_name, mapper=CheckedDatasetMapper(cfg, is_train=False)
-        )
+        """Return the batches of a test set."""
+        mapper = CheckedDatasetMapper(cfg, is_train=False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        return BoxEvaluator(
-            dataset_name,
-            max_detections=cfg.TEST.DETECTIONS_PER_IMAGE,
-            output_dir=str(inference_dir(cfg, dataset_name)),
-        )
+        """Return the evaluator that fits the data set's ``evaluator_type``; COCO's without one."""
+        evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+        folder = str(inference_dir(cfg, dataset_name))
+        if evaluator_type == "lvis":
+            return LVISEvaluator(dataset_name, output_dir=folder)
+        if evaluator_type == "pascal_voc":
+            return PascalVOCDetectionEvaluator(dataset_name)
+        max_detections = cfg.TEST.DETECTIONS_PER_IMAGE
+        return BoxEvaluator(dataset_name, max_detections=max_detections, output_dir=folder)
+
+    @classmethod
+    def check_evaluators(cls, cfg: CfgNode) -> None:
+        """Refuse a test set that ``build_evaluator`` has no evaluator for; a subclass may have.
+
+        Raises:
+            InputError: names the data set
+        """
+        if cls.build_evaluator.__func__ is not Trainer.build_evaluator.__func__:
+            return
+        for name in cfg.DATASETS.TEST:
+            evaluator_type = MetadataCatalog.get(name).get("evaluator_type", "coco")
+            if evaluator_type not in EVALUATOR_TYPES:
+                raise InputError(
+                    f"DATASETS.TEST {name} has the evaluator_type {evaluator_type!r}, for which "
+                    f"there is no evaluator of boxes; there is one for {', '.join(EVALUATOR_TYPES)}"
+                    ". Override Trainer.build_evaluator for another one"
+                )
+
+    def build_hooks(self) -> list[HookBase]:
+        """Return the hooks in the order in which they are called.
+
+        A run stops after its state is complete and before an evaluation, which may take longer than
+        a scheduler waits.
+        """
+        cfg = self.cfg.clone()
+        cfg.defrost()
+        cfg.DATALOADER.NUM_WORKERS = 0  # of PreciseBN's own loader
+        is_main = comm.is_main_process()
+        all_hooks: list[HookBase] = [SeedIterations(), hooks.IterationTimer(), hooks.LRScheduler()]
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+            loader, num_iter = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
+            all_hooks.append(PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter))
+        if is_main:
+            period = cfg.SOLVER.CHECKPOINT_PERIOD
+            all_hooks.append(hooks.PeriodicCheckpointer(self.checkpointer, period))
+        all_hooks += [StopOnSignal(), EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate)]
+        if is_main:
+            all_hooks.append(hooks.PeriodicWriter(self.build_writers(), period=20))
+        return all_hooks
 
     def build_writers(self) -> list[EventWriter]:
-        writers = super().build_writers()
-        for index, writer in enumerate(writers):
-            if isinstance(writer, JSONWriter):
-                writer.close()
-                writers[index] = StrictJSONWriter(str(Path(self.cfg.OUTPUT_DIR, "metrics.json")))
-        return writers
+        """Return the writers to stdout, ``metrics.json`` and TensorBoard."""
+        return [
+            CommonMetricPrinter(self.max_iter),
+            StrictJSONWriter(str(Path(self.cfg.OUTPUT_DIR, "metrics.json"))),
+            TensorboardXWriter(self.cfg.OUTPUT_DIR),
+        ]
+
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Resume from the last checkpoint of the run, or load ``MODEL.WEIGHTS``.
+
+        Raises:
+            InputError: the weights cannot be used, or processes find different checkpoints
+        """
+        checkpoint = self.checkpointer.get_checkpoint_file() if resume else ""
+        found = comm.all_gather(Path(checkpoint).name)
+        if len(set(found)) > 1:
+            raise InputError(
+                f"OUTPUT_DIR {self.cfg.OUTPUT_DIR} must be the same folder for all processes to "
+                f"resume: process 0 finds {found[0] or 'no checkpoint'} there, another "
+                f"{next(name for name in found if name != found[0]) or 'none'}"
+            )
+        if checkpoint:
+            content = self.checkpointer.load(checkpoint)
+            saved, wanted = saved_class_names(content), self.checkpointer.class_names
+            if saved and wanted and saved != wanted:
+                match_optimizer_state(self.optimizer, saved, wanted, self.checkpointer.model)
+            self.start_iter = self.iter + 1
+            self._keep_seed()
+        else:
+            self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+        self._resumes = resume
+        self._had_ended = Path(checkpoint).name == "model_final.pth"
+
+    def _keep_seed(self) -> None:
+        """Record the seed of the run, which goes on, in the config."""
+        seed = self.data_loader.seed
+        if self.cfg.SEED not in (-1, seed):
+            logger.warning("SEED %d of the run goes on, and not %d", seed, self.cfg.SEED)
+        self.cfg.defrost()
+        self.cfg.SEED = seed
+        self.cfg.freeze()
+
+    def train(self) -> Mapping[str, Any]:
+        """Train, and return the results of the last evaluation (empty but on the main process)."""
+        Path(self.cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
+        if self._resumes and comm.is_main_process():
+            metrics = Path(self.cfg.OUTPUT_DIR, "metrics.json")
+            is_extended = self._had_ended and self.start_iter < self.max_iter
+            archive_superseded_metrics(metrics, self.start_iter, is_extended=is_extended)
+        TrainerBase.train(self, self.start_iter, self.max_iter)
+        report_results(self.cfg, self._last_eval_results)
+        return self._last_eval_results
+
+    def _evaluate(self) -> Mapping[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     @classmethod
     def test(cls, cfg: CfgNode, model: nn.Module, evaluators: Any = None) -> Mapping[str, Any]:
+        """Evaluate the model on each test set, time it and draw its detections.
+
+        Returns:
+            metrics by task and name, such as ``{"bbox": {"AP": 40.1}}``; by data set where there
+            are several. Empty but on the main process.
+        """
         if isinstance(model, DistributedDataParallel):
-            # Statistics of BatchNorm are each process's own; the first's are in the checkpoint.
+            # Each process has its own statistics of BatchNorm; the checkpoint holds the first's.
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
         if evaluators is None:
@@ -123,73 +264,43 @@ class Trainer(ResumableTrainer):
             ]
         results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and cfg.TEST.DETECTION_GRID.NUM_IMAGES > 0:
-            for dataset_name in cfg.DATASETS.TEST:
-                draw_detections(cfg, dataset_name)
+            for name in cfg.DATASETS.TEST:
+                draw_detections(cfg, name)
         return results
 
-    def train(self) -> Mapping[str, Any]:
-        """Train, and return what the last evaluation gave, empty but on the main process."""
-        super().train()
-        return self._last_eval_results
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs besides the weights."""
+        return super().state_dict() | {"data": self.data_loader.state_dict(self.iter + 1)}
 
-    def after_train(self) -> None:
-        if self.iter < self.max_iter:
-            # Detectron2 evaluates a run that failed in its last iteration; other processes may be
-            # gone by then.
-            self._hooks = [hook for hook in self._hooks if not isinstance(hook, hooks.EvalHook)]
-        super().after_train()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Load the state of a run, except for settings of the optimizer, which are the config's.
 
+        Raises:
+            InputError: the run has more iterations than ``SOLVER.MAX_ITER``
+        """
+        groups = self.optimizer.param_groups
+        configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
+        super().load_state_dict(state_dict)
+        if self.iter >= self.max_iter:
+            raise InputError(
+                f"SOLVER.MAX_ITER {self.max_iter} is less than the {self.iter + 1} iterations that "
+                "the checkpoint holds; raise it to go on, or evaluate with --eval-only --resume"
+            )
+        # A checkpoint of Detectron2's trainer says only how many batches there were.
+        data = state_dict.get("data") or self.data_loader.state_dict(self.iter + 1)
+        self.data_loader.load_state_dict(data)
 
-class StrictJSONWriter(JSONWriter):
-    """Detectron2's, but with null for NaN and infinity, which strict readers refuse."""
-
-    def write(self) -> None:
-        with _NullForNonFinite(get_event_storage()):
-            super().write()
-
-
-class _NullForNonFinite(EventStorage):
-    """The latest scalars of a storage, those that are not finite as None."""
-
-    def __init__(self, storage: EventStorage) -> None:
-        super().__init__(storage.iter)
-        self._storage = storage
-
-    def latest_with_smoothing_hint(self, window_size: int = 20) -> dict[str, tuple[Any, int]]:
-        latest = self._storage.latest_with_smoothing_hint(window_size)
-        return {
-            name: (value if math.isfinite(value) else None, iteration)
-            for name, (value, iteration) in latest.items()
+        groups = self.optimizer.param_groups  # loading makes new ones
+        self.scheduler.base_lrs = [group["initial_lr"] for group in configured]
+        for settings, lr in zip(configured, self.scheduler.get_lr(), strict=True):
+            settings["lr"] = lr
+        changed = {
+            f"{name} {group[name]:g} -> {settings[name]:g}": None
+            for group, settings in zip(groups, configured, strict=True)
+            for name in ("lr", "momentum", "weight_decay")
+            if group[name] != settings[name]
         }
-
-
-def inference_dir(cfg: CfgNode, dataset_name: str) -> Path:
-    """Return the folder of a data set's detections: its own where there are several."""
-    folder = Path(cfg.OUTPUT_DIR, "inference")
-    return folder / dataset_name if len(cfg.DATASETS.TEST) > 1 else folder
-
-
-def grid_path(cfg: CfgNode, dataset_name: str) -> Path:
-    """Return the file of a data set's picture."""
-    suffix = f"_{dataset_name}" if len(cfg.DATASETS.TEST) > 1 else ""
-    return Path(cfg.OUTPUT_DIR, f"detections{suffix}.png")
-
-
-def draw_detections(cfg: CfgNode, dataset_name: str) -> None:
-    """Draw the picture of the detections that ``COCOEvaluator`` has written."""
-    file = inference_dir(cfg, dataset_name) / DETECTIONS
-    predictions = json.loads(file.read_text())
-    metadata = MetadataCatalog.get(dataset_name)
-    class_ids = metadata.get("thing_dataset_id_to_contiguous_id")
-    if class_ids is not None:
-        for prediction in predictions:
-            prediction["category_id"] = class_ids[prediction["category_id"]]
-    draw_detection_grid(
-        DatasetCatalog.get(dataset_name),
-        predictions,
-        metadata.thing_classes,
-        grid_path(cfg, dataset_name),
-        num_images=cfg.TEST.DETECTION_GRID.NUM_IMAGES,
-        score_thresh=cfg.TEST.DETECTION_GRID.SCORE_THRESH,
-        reader=ImageReader.from_config(cfg),
-    )
+        if changed:
+            logger.warning("Settings other than the checkpoint's: %s", ", ".join(changed))
+        for group, settings in zip(groups, configured, strict=True):
+            group.update(settings)

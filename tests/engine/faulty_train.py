@@ -9,8 +9,9 @@ import sys
 
 from detectron2.utils import comm
 
-from retinanet_ext.engine import main, non_finite
+from retinanet_ext.engine import non_finite
 from retinanet_ext.engine.train_step import AccumulatingTrainer
+from training import run_train_net
 
 PASS = non_finite.InstrumentedPass
 FAULTS = dict(fault.split(":") for fault in sys.argv[1].split(","))
@@ -47,4 +48,4 @@ def plant(fault: str, inputs: dict) -> None:
 AccumulatingTrainer.run_step = run_faulty_step
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[2:]))
+    sys.exit(run_train_net(*sys.argv[2:]))

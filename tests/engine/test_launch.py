@@ -1,10 +1,10 @@
-"""What is refused before any process starts: one line, exit code 2, nothing written."""
+"""What is refused before a run starts: one line, exit code 2, nothing written."""
 
 import pytest
 import torch
 
 from detectors import make_model
-from retinanet_ext.engine import main
+from training import run_train_net
 
 CONFIG = ["--config-file", "tests/engine/tiny.yaml"]
 
@@ -17,7 +17,7 @@ def refuse(capsys, tmp_path):
 
     def run(*argv):
         before = contents(tmp_path)
-        assert main(argv) == 2
+        assert run_train_net(*argv) == 2
         assert contents(tmp_path) == before
         message = capsys.readouterr().err
         assert "Traceback" not in message
@@ -38,8 +38,11 @@ def contents(folder):
         ([], "--config-file is needed"),
         ([*CONFIG, "--num-gpus", "0"], "--num-gpus must be at least 1"),
         ([*CONFIG, "--num-machines", "2"], "needs --dist-url tcp://"),
-        ([*CONFIG, "--num-machines", "2", "--machine-rank", "2"], "--machine-rank 2"),
-        ([*CONFIG, "--num-gpus", "2"], "IMS_PER_BATCH 3 must be a multiple"),
+        (
+            [*CONFIG, "--num-machines", "2", "--dist-url", "tcp://host"],
+            "needs --dist-url tcp://HOST:PORT",
+        ),
+        ([*CONFIG, "--num-machines", "2", "--machine-rank", "2"], "--machine-rank must be from 0"),
         ([*CONFIG, "--eval-only"], "--eval-only needs weights"),
         ([*CONFIG, "--eval-only", "--resume"], "which holds none"),
     ],
@@ -50,22 +53,43 @@ def test_flags(flags, expected, refuse, tmp_path, monkeypatch):
     assert expected in refuse(*flags, *opts)
 
 
+def test_more_processes_than_devices(refuse, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    assert "--num-gpus 4: this machine has 1 CUDA" in refuse(*CONFIG, "--num-gpus", "4")
+
+
+@pytest.mark.parametrize(
+    ("local_world_size", "flags", "expected"),
+    [
+        ("4", ["--num-gpus", "8"], "--num-gpus 8: torchrun has started 4 processes per machine"),
+        ("", [], "LOCAL_WORLD_SIZE"),
+        ("4", [], "the processes of torchrun did not meet: "),
+    ],
+)
+def test_torchruns_variables(local_world_size, flags, expected, refuse, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world_size)
+    assert expected in refuse(*CONFIG, *flags)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "expected"),
     [
         ("MODEL.RETINANET.CLS_LOSS.NAME", "focale", "focal_star"),
         ("MODEL.RETINANET.SELECTION.NAME", "hard", "ohem"),
         ("MODEL.RETINANET.FOCAL_LOSS_GAMMA", "-1", "FOCAL_LOSS_GAMMA"),
-        ("MODEL.RETINANET.NUM_CLASSES", "80", "NUM_CLASSES is 80"),
+        ("MODEL.RETINANET.NUM_CLASSES", "81", "NUM_CLASSES is 81"),
         (
             "MODEL.BACKBONE.NAME",
             "resnet",
-            "no model or optimizer can be built from this config: KeyError",
+            "no model, optimizer or loader can be built from this config: KeyError",
         ),
         (
             "MODEL.RESNETS.DEPTH",
             "19",
-            "no model or optimizer can be built from this config: KeyError: 19",
+            "no model, optimizer or loader can be built from this config: KeyError: 19",
         ),
         ("SOLVER.LR_SCHEDULER_NAME", "Cosine", "Cosine"),
         ("DATASETS.CUSTOM.TRAIN_JSON", "none.json", "none.json"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import stress_kills
-from retinanet_ext.engine.resume import archive_superseded_metrics, saved_seed
+from retinanet_ext.engine.metrics import archive_superseded_metrics
 from retinanet_ext.errors import InputError
 from training import make_trainer, start_train_net
 
@@ -75,21 +75,15 @@ def test_a_random_seed_travels_in_the_checkpoint(tmp_path):
     load = trainer._trainer.model.forward
     trainer._trainer.model.forward = lambda batch: batches.append(batch) or load(batch)
     trainer.train()
-    assert saved_seed(tmp_path / SAVED) == trainer.data_loader.seed
+    assert torch.load(tmp_path / SAVED)["trainer"]["data"]["seed"] == trainer.data_loader.seed
     (tmp_path / "last_checkpoint").write_text(SAVED)
     resumed = make_trainer(tmp_path, "SEED", -1, resume=True)
-    assert resumed.data_loader.seed == trainer.data_loader.seed
+    assert resumed.cfg.SEED == resumed.data_loader.seed == trainer.data_loader.seed
     for expected, batch in zip(batches[5:], resumed.data_loader, strict=False):
         assert [i["file_name"] for i in batch] == [i["file_name"] for i in expected]
         assert all(
             torch.equal(a["image"], b["image"]) for a, b in zip(batch, expected, strict=True)
         )
-
-
-@pytest.mark.parametrize("data", [{}, {"data": 3}, {"data": {}}, {"data": {"seed": "x"}}])
-def test_a_checkpoint_of_another_trainer_has_no_seed(data, tmp_path):
-    torch.save({"trainer": {"iteration": 4, **data}}, tmp_path / SAVED)
-    assert saved_seed(tmp_path / SAVED) == -1
 
 
 def test_random_numbers_of_an_iteration_do_not_depend_on_those_before(tmp_path):
@@ -124,7 +118,7 @@ def test_settings_are_the_configs_from_the_first_iteration_on(tmp_path, caplog):
     for _ in range(5):
         fresh.optimizer.step()
         fresh.scheduler.step()
-    logger = logging.getLogger("retinanet_ext.engine.resume")
+    logger = logging.getLogger("retinanet_ext.engine.trainer")
     logger.addHandler(caplog.handler)
     resumed = make_trainer(tmp_path, *changed, resume=True)
     logger.removeHandler(caplog.handler)
@@ -159,15 +153,11 @@ def test_lines_set_aside_are_kept_and_never_lost(tmp_path):
     metrics = tmp_path / "metrics.json"
     lines = [f'{{"iteration": {number}, "total_loss": 1}}\n' for number in (19, 14, 39)]
     metrics.write_text("".join(lines) + '{"iteration": 5')  # a kill in the middle
-    with open(metrics, "a") as writer:
+    for _ in range(2):
         archive_superseded_metrics(metrics, 15)
         assert metrics.read_text() == lines[1]
         aside = tmp_path / "metrics_superseded.json"
         assert aside.read_text() == lines[0] + lines[2] + '{"iteration": 5'
-        writer.write(lines[0])
-    assert metrics.read_text() == lines[1] + lines[0]
-    archive_superseded_metrics(metrics, 20)
-    assert metrics.read_text() == lines[1] + lines[0]
 
 
 @pytest.mark.parametrize("is_extended", [False, True])

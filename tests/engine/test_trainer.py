@@ -17,8 +17,8 @@ from torch.testing import assert_close
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine import Trainer, load_config
 from retinanet_ext.engine.config_check import check_config
+from retinanet_ext.engine.metrics import StrictJSONWriter
 from retinanet_ext.engine.summary import summarize
-from retinanet_ext.engine.trainer import StrictJSONWriter
 from retinanet_ext.errors import InputError, explain
 
 IMAGES = Path("tests/fixtures/bccd_mini/images")
@@ -26,8 +26,8 @@ IMAGES = Path("tests/fixtures/bccd_mini/images")
 
 def make_cfg(output_dir, *opts):
     values = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output_dir), *opts]
-    cfg, num_classes_is_set = load_config("tests/engine/tiny.yaml", values)
-    prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=False)
+    cfg = load_config("tests/engine/tiny.yaml", values)
+    prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
     return cfg
 
 
