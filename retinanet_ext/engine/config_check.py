@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import logging
 import math
@@ -10,7 +11,7 @@ import re
 import reprlib
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,11 @@ def load_config(config_file: str | os.PathLike[str], opts: Sequence[str] = ()) -
         raise InputError("--config-file is needed, such as configs/quickstart.yaml")
     cfg = get_cfg()
     add_retinanet_ext_config(cfg)
-    for source, read in (
-        (str(config_file), lambda: _read_file(str(config_file), cfg)),
-        ("command line", lambda: _read_opts(opts, cfg)),
+    for source, values in (
+        (str(config_file), _read_file(str(config_file), cfg)),
+        ("command line", _read_opts(opts, cfg)),
     ):
         with _yacs_errors(source, cfg):
-            values = read()
             _convert(values, cfg)
             cfg.merge_from_other_cfg(CfgNode(values))
     return cfg
@@ -145,6 +145,9 @@ def _read_opts(opts: Sequence[str], cfg: CfgNode) -> dict[str, Any]:
             else f"config values come as pairs KEY VALUE, with a space; {opts[-1]!r} stands alone"
         )
     values: dict[str, Any] = {}
+    for key in opts[::2]:
+        if "=" in key:
+            raise InputError(f"{key}: write KEY VALUE, with a space")
     for key, text in zip(opts[::2], opts[1::2], strict=True):
         *groups, name = key.split(".")
         node, default = values, cfg
@@ -154,15 +157,19 @@ def _read_opts(opts: Sequence[str], cfg: CfgNode) -> dict[str, Any]:
         default = default.get(name) if isinstance(default, Mapping) else None
         is_list = str(text).startswith("[")
         is_text = isinstance(default, str) and not (key in PATHS and is_list)
-        if not isinstance(text, str) or is_text or not isinstance(node, dict):
-            value = text
-        else:
-            try:
-                value = yaml.safe_load(text)
-            except (yaml.YAMLError, ValueError):
-                value = text
-        node[name] = value
+        node[name] = text if is_text or not isinstance(text, str) else _parse(text)
     return values
+
+
+def _parse(text: str) -> Any:
+    """Return the Python literal or else the YAML value that a text is, such as [a, b]."""
+    for parse, errors in (
+        (ast.literal_eval, (ValueError, SyntaxError, MemoryError, RecursionError)),
+        (yaml.safe_load, (ValueError, yaml.YAMLError, RecursionError)),
+    ):
+        with suppress(*errors):
+            return parse(text)
+    return text
 
 
 def _convert(values: dict[Any, Any], cfg: CfgNode, prefix: str = "") -> None:
@@ -171,6 +178,8 @@ def _convert(values: dict[Any, Any], cfg: CfgNode, prefix: str = "") -> None:
         key, default = f"{prefix}{name}", cfg.get(name)
         if isinstance(default, CfgNode) and isinstance(value, dict):
             _convert(value, default, f"{key}.")
+        elif value is None and default is not None:
+            raise InputError(f"{key} has no value; leave it out for its default, {default!r}")
         elif isinstance(default, float) and type(value) is int:
             values[name] = float(value)
         elif isinstance(default, list) and isinstance(value, dict):
@@ -198,7 +207,7 @@ def _yacs_errors(source: str, cfg: CfgNode) -> Iterator[None]:
         raise InputError(f"{source}: unknown key {name}{_suggestion(key, cfg)}") from None
     except (AssertionError, AttributeError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
-            raise
+            raise InputError(f"{source}: {error}") from None
         text = str(error)
         found = re.search(r"with values \(.*? vs\. (.*)\) for config key: (\S+)", text, re.DOTALL)
         if not found:
@@ -216,8 +225,6 @@ def _yacs_errors(source: str, cfg: CfgNode) -> Iterator[None]:
 
 
 def _suggestion(key: str, cfg: CfgNode) -> str:
-    if "=" in key:
-        return "; write KEY VALUE, with a space"
     known = [name for name in all_keys(cfg) if not name.startswith(FOREIGN_GROUPS)]
     last = key.rpartition(".")[2]
     alike = [name for name in known if last in name.rpartition(".")[2]]

@@ -182,7 +182,7 @@ def test_no_more_steps_are_skipped_than_allowed(tmp_path):
         ("non_finite.diagnose", torch.OutOfMemoryError("no room")),
         ("non_finite.compute_losses", RuntimeError("of a hook")),
         ("non_finite.InstrumentedPass.describe_images", KeyError("P3")),
-        ("step.save_step", TypeError("no such type")),
+        ("train_step.save_step", TypeError("no such type")),
     ],
 )
 def test_a_failed_explanation_changes_no_verdict(fails, error, tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_failed_explanation_changes_no_verdict(fails, error, tmp_path, monkeyp
     opts = ("OUTPUT_DIR", str(tmp_path), *SKIP, "SOLVER.NON_FINITE.MAX_SKIPPED", 1)
     trainer = make_trainer(*opts, batches=batches)
     monkeypatch.setattr(f"retinanet_ext.engine.{fails}", fail)
-    what = "it cannot be saved" if fails == "step.save_step" else "the explanation failed"
+    what = "it cannot be saved" if fails == "train_step.save_step" else "the explanation failed"
     expected = f"diverged at iteration 2: .*; {what}: {type(error).__name__}: .*1 steps were"
     with pytest.raises(NonFiniteError, match=expected):
         run(trainer, steps=3)
@@ -287,6 +287,7 @@ def faulty_train(faults, folder, *opts):
     command += ["--config-file", "tests/engine/resume.yaml", "--num-gpus", "2"]
     command += ["OUTPUT_DIR", str(folder), "SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "5"]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env["PYTHONPATH"] = f"{ROOT}:{ROOT}/tests"
     done = subprocess.run(
         [*command, *opts], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300,
         check=False,
