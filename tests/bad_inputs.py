@@ -511,7 +511,11 @@ CONFIG = [
         "SIZE_DIVISIBILITY 3 must be a multiple of the backbone's 32",
         opts("INPUT.SIZE_DIVISIBILITY", 3),
     ),
-    ("no training size", "INPUT.MIN_SIZE_TRAIN must be short sides in pixels", opts("INPUT.MIN_SIZE_TRAIN", "()")),
+    (
+        "no training size",
+        "INPUT.MIN_SIZE_TRAIN must be short sides in pixels",
+        opts("INPUT.MIN_SIZE_TRAIN", "()"),
+    ),
     (
         "a training size below 0",
         "MIN_SIZE_TRAIN must be a number in [1,",

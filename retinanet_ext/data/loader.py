@@ -49,7 +49,9 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> TrainLoader:
     Raises:
         InputError: the sampler is unknown, or the data have no order to go on in
     """
-    return TrainLoader(cfg, mapper)
+    loader = TrainLoader(cfg, mapper)
+    iter(loader)  # for the errors of the sampler and of the workers' settings; starts no worker
+    return loader
 
 
 class TrainLoader(Iterable[list[dict[str, Any]]]):

@@ -84,7 +84,7 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
 
 
 def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
-    """Do Detectron2's ``default_setup``, print warnings about the config and write run_info.json.
+    """Print warnings about the config, do Detectron2's ``default_setup`` and write run_info.json.
 
     The first files of a run are written here, once nothing can be refused any more: the model is
     built and its weights are loaded.
@@ -92,6 +92,10 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     Raises:
         InputError: OUTPUT_DIR cannot be written
     """
+    if comm.is_main_process():
+        warnings = config_warnings(cfg, args.weights, eval_only=args.eval_only)
+        for line in [*warnings, *([] if args.eval_only else warn_of_unreached_boxes(cfg))]:
+            logger.warning("%s", line)
     try:
         Path(cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -106,10 +110,6 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     _early_records.setTarget(own_logger.handlers[-1])  # log.txt
     _early_records.close()
     if comm.is_main_process():
-        for line in config_warnings(cfg, args.weights, eval_only=args.eval_only):
-            logger.warning("%s", line)
-        for line in [] if args.eval_only else warn_of_unreached_boxes(cfg):
-            logger.warning("%s", line)
         write_run_info(
             cfg,
             command=sys.argv,

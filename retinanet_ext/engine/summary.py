@@ -11,7 +11,7 @@ from detectron2.config import CfgNode
 from tabulate import tabulate
 
 from retinanet_ext.evaluation import COCO_MAX_DETECTIONS
-from retinanet_ext.evaluation.results import DETECTIONS, grid_path, inference_dir
+from retinanet_ext.evaluation.outputs import DETECTIONS, grid_path, inference_dir
 
 CLASS_COLUMNS = 4
 

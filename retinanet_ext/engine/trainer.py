@@ -38,7 +38,7 @@ from retinanet_ext.engine.setup import report_results
 from retinanet_ext.engine.train_step import AccumulatingTrainer
 from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation import BoxEvaluator, InferenceTime
-from retinanet_ext.evaluation.results import draw_detections, inference_dir
+from retinanet_ext.evaluation.outputs import draw_detections, inference_dir
 
 EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 """The data sets' ``evaluator_type`` that have an evaluator of boxes."""
