@@ -25,7 +25,7 @@ from retinanet_ext.losses import LOSSES, Interval
 from retinanet_ext.losses.dense import dense_loss
 from retinanet_ext.losses.functional import Alpha, class_weights, upcast_to_float32
 from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, BoundLoss, check_alpha
-from retinanet_ext.modeling.matching import is_foreground, shapes_may_follow_values
+from retinanet_ext.modeling.matching import is_foreground
 from retinanet_ext.sampling import OHEM, SELECTIONS, SelectAll
 
 NORMALIZERS = ("foreground_ema", "foreground", "foreground_batch", "selected")
@@ -50,7 +50,6 @@ class RetinaNetCriterion(nn.Module):
         num_classes: int,
         cls_loss: BoundLoss,
         alpha: Alpha = UNBALANCED,
-        compile_cls_loss: bool = False,
         selection: SelectAll | OHEM | None = None,
         normalizer: str = "foreground_ema",
         box2box_transform: Box2BoxTransform,
@@ -62,7 +61,6 @@ class RetinaNetCriterion(nn.Module):
             num_classes: K
             cls_loss: a loss of x_t, see :mod:`retinanet_ext.losses`
             alpha: its class-balancing weight, one or K numbers; -1 for none
-            compile_cls_loss: generate code for it, unless anchors are selected by their loss
             selection: which anchors count; all that are not ignored by default
             normalizer: one of :data:`NORMALIZERS`, explained in ``config.py``
             box2box_transform: anchors and boxes to regression targets
@@ -80,14 +78,8 @@ class RetinaNetCriterion(nn.Module):
                 f"{('smooth_l1', *BOX_IOUS)}, got {box_reg_loss_type!r}"
             )
         Interval("[0, inf)").check("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", smooth_l1_beta)
-        if compile_cls_loss and cls_loss.loss.value_and_grad is None:
-            raise InputError(
-                "MODEL.RETINANET.CLS_LOSS.COMPILE needs the derivative of the loss, which "
-                f"{cls_loss.loss.name} is registered without; set it False or register one"
-            )
         self.num_classes = num_classes
         self.cls_loss = cls_loss
-        self.compile_cls_loss = compile_cls_loss
         self.register_buffer("alpha_weights", class_weights(alpha, num_classes), persistent=False)
         self.selection = selection or SelectAll()
         self.normalizer = normalizer
@@ -112,7 +104,6 @@ class RetinaNetCriterion(nn.Module):
             num_classes=node.NUM_CLASSES,
             cls_loss=cls_loss,
             alpha=alpha,
-            compile_cls_loss=node.CLS_LOSS.COMPILE,
             selection=build_selection(cfg),
             normalizer=node.LOSS_NORMALIZER,
             box2box_transform=box2box_transform,
@@ -157,18 +148,12 @@ class RetinaNetCriterion(nn.Module):
                 weights,
                 self.alpha_weights,
                 num_classes=self.num_classes,
-                compiled=self.compile_cls_loss,
             )
         else:
             per_image = torch.where(selected, cls_losses, 0).sum(1)
             loss_cls = (per_image * weights.to(per_image.dtype)).sum()
 
-        box_loss = (
-            self._box_loss_per_image
-            if shapes_may_follow_values(deltas)
-            else self._box_loss_per_image_of_fixed_shape
-        )
-        per_image = box_loss(
+        per_image = self._box_loss_per_image(
             anchors, upcast_to_float32(deltas), foreground & selected, matched_idxs, gt_boxes
         )
         loss_box_reg = (per_image * weights.to(per_image.dtype)).sum()
@@ -201,24 +186,10 @@ class RetinaNetCriterion(nn.Module):
         matched_idxs: Tensor,
         gt_boxes: Tensor,
     ) -> Tensor:
-        """Return the regression loss of each image, (N,), over anchors that ``counts`` marks."""
-        image, anchor = counts.nonzero(as_tuple=True)
-        losses = self.box_losses(
-            anchors[anchor], deltas[image, anchor], gt_boxes[matched_idxs[image, anchor]]
-        )
-        return losses.new_zeros(len(deltas)).index_add(0, image, losses)
+        """Return the regression loss of each image, (N,), over the anchors in ``counts``, (N, R).
 
-    def _box_loss_per_image_of_fixed_shape(
-        self,
-        anchors: Tensor,
-        deltas: Tensor,
-        counts: Tensor,
-        matched_idxs: Tensor,
-        gt_boxes: Tensor,
-    ) -> Tensor:
-        """Return the same over all anchors: the host need not know how many count.
-
-        The others are given their anchor as prediction and as target.
+        It is computed for every anchor, because listing those that count would make the host wait
+        for a GPU. The others get their own anchor as prediction and as target.
         """
         if not len(gt_boxes):
             return deltas[:, :0].sum((1, 2))
