@@ -17,6 +17,8 @@ from torchvision.ops import box_iou, nms
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses.registry import Interval
 
+__all__ = ["OHEM", "SELECTIONS", "SelectAll"]
+
 NMS_BOXES = ("anchors", "predictions")
 SCOPES = ("image", "process")
 

@@ -40,9 +40,27 @@ def sigmoid_focal_loss_star(
     beta: float = 1.0,
     reduction: str = "none",
 ) -> Tensor:
-    """Return the alpha-balanced FL* (appendix A; gamma is the steepness, beta the shift).
+    """Return FL* = -alpha_t log(sigmoid(gamma x_t + beta)) / gamma (appendix A).
 
-    Arguments, result and errors: see :func:`~retinanet_ext.losses.functional.elementwise_loss`.
+    Args:
+        inputs: logits of any shape and float dtype
+        targets: 1 for the object's class and 0 otherwise, in the shape of ``inputs``
+        alpha: weight in [0, 1] of targets that are 1 (others get 1 - alpha), or K weights for the
+            last dimension; -1 for no balancing
+        gamma: steepness, above 0
+        beta: shift
+        reduction: ``"none"``, ``"mean"`` or ``"sum"``
+
+    Returns:
+        float32 (float64 for float64 inputs), in the shape of ``inputs`` or a scalar
+
+    Raises:
+        InputError: if shapes differ, a target is neither 0 nor 1, or a parameter is out of range
+
+    Example:
+        >>> import torch
+        >>> sigmoid_focal_loss_star(torch.zeros(2), torch.tensor([1.0, 0.0]))
+        tensor([0.0392, 0.1175])
     """
     formula = LOSSES["focal_star"].bind(gamma=gamma, beta=beta)
     return elementwise_loss(formula, inputs, targets, alpha, reduction)
