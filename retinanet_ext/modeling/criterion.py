@@ -1,7 +1,7 @@
-"""From labels and predictions to the two losses (sections 3 and 4.1).
+"""The two training losses, from labels and predictions (sections 3 and 4.1).
 
-Shapes: N images, R anchors over all levels, K classes, F foreground anchors that count. Boxes:
-XYXY in input pixels. Labels: -1 ignore, 0..K-1 class, K background.
+Shapes: N images, R anchors over all levels, A anchors per cell, K classes, M boxes, F pairs of an
+anchor and its box. Boxes: XYXY in input pixels. Labels: -1 ignore, 0..K-1 class, K background.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
@@ -30,15 +31,30 @@ from retinanet_ext.sampling import OHEM, SELECTIONS, SelectAll
 
 NORMALIZERS = ("foreground_ema", "foreground", "foreground_batch", "selected")
 BOX_IOUS = {"giou": generalized_box_iou, "diou": distance_box_iou, "ciou": complete_box_iou}
-LOG_PERIOD = 20  # iterations; Detectron2's writers' own
+LOG_PERIOD = 20  # iterations, as in Detectron2's PeriodicWriter
 
 
 class RetinaNetCriterion(nn.Module):
-    """The training loss: classification of the selected anchors, regression of the foreground.
+    """Classification loss of the selected anchors and box regression loss of the foreground.
 
-    Its one state is the moving average of ``foreground_ema``, a buffer, so that a resumed run
-    goes on with it. Weights that come without it (Detectron2's) leave it as it is. Batches count
-    whole, over all processes and micro-batches: how they are divided changes nothing.
+    The only state is the moving average of the normaliser ``foreground_ema``, a buffer, so that a
+    resumed run continues with it. Loading weights without it (Detectron2's) keeps its value. The
+    normaliser counts the anchors of the whole batch, over all processes and micro-batches, so that
+    the result does not depend on how a batch is divided.
+
+    Example:
+        >>> from retinanet_ext.losses import bind_loss
+        >>> criterion = RetinaNetCriterion(
+        ...     num_classes=2, cls_loss=bind_loss("focal", gamma=2.0), alpha=0.25,
+        ...     box2box_transform=Box2BoxTransform((1.0, 1.0, 1.0, 1.0)), normalizer="foreground",
+        ... )
+        >>> anchors = torch.tensor([[0.0, 0, 8, 8], [8.0, 0, 16, 8]])  # R = 2: one row of two cells
+        >>> losses = criterion(
+        ...     anchors, [torch.zeros(1, 2, 1, 2)], torch.zeros(1, 2, 4),
+        ...     torch.tensor([[1, 2]]), torch.tensor([[0, 0]]), torch.tensor([[0.0, 0, 8, 9]]),
+        ... )
+        >>> {name: round(loss.item(), 3) for name, loss in losses.items()}
+        {'loss_cls': 0.433, 'loss_box_reg': 0.18}
     """
 
     loss_normalizer: Tensor
@@ -59,13 +75,17 @@ class RetinaNetCriterion(nn.Module):
         """
         Args:
             num_classes: K
-            cls_loss: a loss of x_t, see :mod:`retinanet_ext.losses`
-            alpha: its class-balancing weight, one or K numbers; -1 for none
-            selection: which anchors count; all that are not ignored by default
-            normalizer: one of :data:`NORMALIZERS`, explained in ``config.py``
-            box2box_transform: anchors and boxes to regression targets
+            cls_loss: a loss of x_t, see :func:`~retinanet_ext.losses.bind_loss`
+            alpha: class-balancing weight, one number or K; -1 for none
+            selection: which anchors count; by default all that are not ignored
+            normalizer: ``foreground_ema``, ``foreground``, ``foreground_batch`` or ``selected``;
+                docs/keys.md explains them under ``MODEL.RETINANET.LOSS_NORMALIZER``
+            box2box_transform: turns anchors and boxes into regression targets
             box_reg_loss_type: ``smooth_l1`` on the targets, or ``giou``, ``diou``, ``ciou``
             smooth_l1_beta: where smooth L1 turns from quadratic to linear; 0 for L1
+
+        Raises:
+            InputError: if an argument is invalid; the message names its config key
         """
         super().__init__()
         if normalizer not in NORMALIZERS:
@@ -86,18 +106,14 @@ class RetinaNetCriterion(nn.Module):
         self.box2box_transform = box2box_transform
         self.box_reg_loss_type = box_reg_loss_type
         self.smooth_l1_beta = smooth_l1_beta
-        # Detectron2's initial value; double, so that a count is averaged as by Python's floats.
+        # Detectron2's initial value; float64, so that averages equal those of Python's floats.
         self.register_buffer("loss_normalizer", torch.tensor(100.0, dtype=torch.float64))
         self._num_micro_batches = 1
         self._micro_counts: list[Tensor] = []
 
     @classmethod
     def from_config(cls, cfg: CfgNode, box2box_transform: Box2BoxTransform) -> RetinaNetCriterion:
-        """Build the criterion that ``cfg`` names.
-
-        Raises:
-            InputError: an unknown name or a value out of range, with its key
-        """
+        """Build the criterion from a config; an ``InputError`` names the key it rejects."""
         node = cfg.MODEL.RETINANET
         cls_loss, alpha = build_cls_loss(cfg)
         return cls(
@@ -120,12 +136,12 @@ class RetinaNetCriterion(nn.Module):
         matched_idxs: Tensor,
         gt_boxes: Tensor,
     ) -> dict[str, Tensor]:
-        """Return ``loss_cls`` and ``loss_box_reg``, two scalars.
+        """Return the scalars ``loss_cls`` and ``loss_box_reg``.
 
         Args:
             anchors: (R, 4)
-            logits: of each level as the head gives them, (N, A K, H, W)
-            deltas: predicted regression, (N, R, 4)
+            logits: logits of each level, (N, A K, H, W)
+            deltas: predicted box regression, (N, R, 4)
             labels: (N, R)
             matched_idxs: index of each anchor's box in ``gt_boxes``, (N, R)
             gt_boxes: boxes of all images, (M, 4)
@@ -162,9 +178,12 @@ class RetinaNetCriterion(nn.Module):
     def anchor_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the classification loss of each anchor, summed over classes, (N, R).
 
-        The plain form of :func:`~retinanet_ext.losses.dense.dense_loss`, for a selection by loss.
-        Every entry is taken as a negative, then each foreground anchor's own class is replaced: no
-        one-hot targets are made. Ignored anchors get the loss of background.
+        OHEM selects by it. Every entry is treated as background; then the entries of the foreground
+        anchors' own classes are recomputed. Ignored anchors get the loss of background.
+
+        Args:
+            logits: (N, R, K)
+            labels: (N, R)
         """
         logits = upcast_to_float32(logits)
         negative = self.cls_loss(-logits)
@@ -202,7 +221,7 @@ class RetinaNetCriterion(nn.Module):
         return torch.where(counts, losses.view_as(counts), 0).sum(1)
 
     def box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor) -> Tensor:
-        """Return the regression loss of each of F anchors, summed over coordinates, (F,)."""
+        """Return the box regression loss of each pair, (F,), from three tensors (F, 4)."""
         if self.box_reg_loss_type == "smooth_l1":
             targets = self._box_targets(anchors, gt_boxes)
             return smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta).sum(1)
@@ -210,7 +229,7 @@ class RetinaNetCriterion(nn.Module):
         return 1 - _iou_of_pairs(self.box_reg_loss_type, boxes, gt_boxes)
 
     def _box_targets(self, anchors: Tensor, gt_boxes: Tensor) -> Tensor:
-        """Return ``Box2BoxTransform.get_deltas``, whose assertion waits for a GPU."""
+        """Compute ``Box2BoxTransform.get_deltas`` without its assertion, which waits for a GPU."""
         sizes, gt_sizes = (boxes[:, 2:] - boxes[:, :2] for boxes in (anchors, gt_boxes))
         offsets = (gt_boxes[:, :2] + 0.5 * gt_sizes - (anchors[:, :2] + 0.5 * sizes)) / sizes
         targets = (*offsets.unbind(1), *(gt_sizes / sizes).log().unbind(1))
@@ -223,29 +242,29 @@ class RetinaNetCriterion(nn.Module):
         return torch.stack(boxes)
 
     def begin_batch(self, num_micro_batches: int) -> None:
-        """Take the next ``num_micro_batches`` forward passes as one batch, until :meth:`end_batch`.
+        """Treat the forward passes until :meth:`end_batch` as micro-batches of one batch.
 
-        Meanwhile the losses are divided by the last normaliser: the batch's own is not known.
+        Their losses are divided by the last normaliser, because the batch's own is not known yet.
         """
         self._num_micro_batches = num_micro_batches
         self._micro_counts = []
 
     @torch.no_grad()
     def end_batch(self) -> Tensor:
-        """Return what to multiply the micro-batches' losses and summed gradients by, a scalar.
+        """Return the factor, a scalar, for the micro-batches' losses and summed gradients.
 
-        They are then those of one forward pass over all images, to rounding.
+        Multiplied by it, they equal those of one forward pass over all images, up to rounding.
         """
         counts, self._micro_counts = self._micro_counts, []
         self._num_micro_batches = 1
-        if self.normalizer == "foreground":  # an image's normaliser is its own
+        if self.normalizer == "foreground":  # counted per image
             return torch.ones_like(self.loss_normalizer)
         provisional = self.loss_normalizer.clone()
         return provisional * self._batch_weight(torch.stack(counts).sum())
 
     @torch.no_grad()
     def _image_weights(self, num_foreground: Tensor, num_selected: Tensor) -> Tensor:
-        """Return what each image's summed loss is multiplied by, (N,), from counts of anchors."""
+        """Return the factor of each image's summed loss, (N,), from its counts of anchors, (N,)."""
         log_mean_count("num_pos_anchors", num_foreground)
         num_images = len(num_foreground)
         if self.normalizer == "foreground":
@@ -260,18 +279,20 @@ class RetinaNetCriterion(nn.Module):
         return weight.expand(num_images)
 
     def _batch_weight(self, count: Tensor) -> Tensor:
-        """Return what this process's loss is multiplied by, from its count of anchors.
+        """Return the factor of this process's loss, from its count of anchors.
 
-        Gradients are averaged over processes, so that the mean of the processes' losses is the
-        loss of one process that has all images.
+        DDP averages gradients over processes. With this factor the mean of the processes' losses is
+        the loss of one process with all images.
         """
-        count, num_processes = _sum_over_processes(count.double())
+        count = count.double()
+        if comm.get_world_size() > 1:
+            dist.all_reduce(count)
         count = count.clamp(min=1)
         if self.normalizer == "foreground_ema":
             count = 0.9 * self.loss_normalizer + 0.1 * count
-            # By an alias: torch.compile (2.11) loses what is written to a lone float64 on the CPU.
+            # torch.compile (2.11) loses a write to a float64 CPU scalar, unless it is an alias.
             self.loss_normalizer.detach().copy_(count)
-        return num_processes / count
+        return comm.get_world_size() / count
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         state_dict.setdefault(prefix + "loss_normalizer", self.loss_normalizer)
@@ -279,27 +300,20 @@ class RetinaNetCriterion(nn.Module):
 
 
 def _iou_of_pairs(kind: str, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-    """Return torchvision's IoU of each box with its own ground truth, both (F, 4): (F,).
+    """Return torchvision's IoU of each box with its ground truth, both (F, 4): (F,).
 
-    By the functions for all pairs, mapped over pairs of one box each. Those for losses list the
-    boxes that overlap, which waits for a GPU; fvcore's and Detectron2's assert besides that boxes
-    are valid, which ends a run that diverges without a verdict.
+    Its loss functions index the boxes that overlap, which waits for a GPU. Those of fvcore and
+    Detectron2 also assert that boxes are valid, which would end a diverging run unexplained.
     """
     iou = BOX_IOUS[kind]
     return torch.vmap(lambda box, gt_box: iou(box[None], gt_box[None])[0, 0])(boxes, gt_boxes)
 
 
-def _sum_over_processes(count: Tensor) -> tuple[Tensor, int]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return count, 1
-    dist.all_reduce(count)
-    return count, dist.get_world_size()
-
-
 def log_mean_count(name: str, counts: Tensor) -> None:
-    """Log the mean of counts an image, at the iterations that are written where reading waits.
+    """Log the mean count per image.
 
-    Generated code, which cannot read values, logs nothing.
+    On a GPU, where ``.item()`` synchronises, log only at iterations that the writers flush.
+    Compiled code logs nothing, because it cannot read values.
     """
     if not torch.compiler.is_compiling() and has_event_storage():
         storage = get_event_storage()
@@ -308,7 +322,7 @@ def log_mean_count(name: str, counts: Tensor) -> None:
 
 
 def build_cls_loss(cfg: CfgNode) -> tuple[BoundLoss, Alpha]:
-    """Return the loss of x_t that ``MODEL.RETINANET.CLS_LOSS`` names, and its alpha."""
+    """Return the loss that ``MODEL.RETINANET.CLS_LOSS`` describes, and its alpha."""
     node = cfg.MODEL.RETINANET.CLS_LOSS
     try:
         loss = LOSSES[node.NAME]
@@ -333,14 +347,14 @@ def _class_alpha(given: Sequence[Any], num_classes: int) -> list[float]:
         raise InputError(f"{CLASS_ALPHA} has {len(given)} values for {num_classes} classes")
     if any(isinstance(value, (list, tuple)) for value in given):
         raise InputError(
-            f"{CLASS_ALPHA} names classes, which the data tell: train_net.py makes numbers of "
-            f"them; give {num_classes} numbers, in the order of the classes"
+            f"{CLASS_ALPHA} names classes, which train_net.py resolves from the data; "
+            f"give {num_classes} numbers here, in the order of the classes"
         )
     return [ALPHA_RANGE.check(f"{CLASS_ALPHA}[{i}]", value) for i, value in enumerate(given)]
 
 
 def build_selection(cfg: CfgNode) -> SelectAll | OHEM:
-    """Return the selection that ``MODEL.RETINANET.SELECTION`` names."""
+    """Return the selection that ``MODEL.RETINANET.SELECTION`` describes."""
     node = cfg.MODEL.RETINANET.SELECTION
     if node.NAME not in SELECTIONS:
         raise InputError(
