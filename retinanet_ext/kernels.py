@@ -47,13 +47,8 @@ def _value_and_grad(x_t, gamma, shift, FORMULA: tl.constexpr, GAMMA: tl.constexp
     r = small / (2 + small)
     square = r * r
     series = 1.0 / 17
-    series = series * square + 1.0 / 15
-    series = series * square + 1.0 / 13
-    series = series * square + 1.0 / 11
-    series = series * square + 1.0 / 9
-    series = series * square + 1.0 / 7
-    series = series * square + 1.0 / 5
-    series = series * square + 1.0 / 3
+    for i in tl.static_range(7):
+        series = series * square + 1.0 / (15 - 2 * i)
     log1p = 2 * r * (series * square + 1)
     log_p = tl.minimum(x_t, 0) - log1p
     if FORMULA == 2:

@@ -30,20 +30,8 @@ def sigmoid_cross_entropy_loss(
 ) -> Tensor:
     """Return the cross entropy, CE = -alpha_t log(p_t) (equation 3; equation 1 for alpha = -1).
 
-    The row alpha = .50 of the paper's table 1a carries the factor 1/2.
-
-    Args:
-        inputs: logits of any shape and float dtype
-        targets: 1 for the object's class and 0 otherwise, in the shape of ``inputs``
-        alpha: weight in [0, 1] of targets that are 1 (others get 1 - alpha), or K weights for the
-            last dimension; -1 for no balancing
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``
-
-    Returns:
-        float32 (float64 for float64 inputs), in the shape of ``inputs`` or a scalar
-
-    Raises:
-        InputError: if shapes differ, a target is neither 0 nor 1, or alpha or reduction is invalid
+    Arguments, result and errors are those of :func:`sigmoid_focal_loss`. The row alpha = .50 of the
+    paper's table 1a carries the factor 1/2.
 
     Example:
         >>> import torch

@@ -57,11 +57,10 @@ def dense_loss(
         a scalar, float32 or wider
 
     Raises:
-        InputError: if logits, labels, weights and K do not fit together, or a label is out of
-            range. Labels are not checked on a GPU, where the host would have to wait, nor in
-            compiled code; there -2 means ignore and K + 1 background.
+        InputError: if labels and logits do not fit together, or a label is out of range. The range
+            is not checked on a GPU, where the host would have to wait, nor in compiled code.
     """
-    _check(levels, labels, image_weights, num_classes)
+    _check(levels, labels, num_classes)
     if alpha_weights is None:
         alpha_weights = image_weights.new_ones(2)
     if not torch.compiler.is_compiling():
@@ -74,31 +73,17 @@ def dense_loss(
     return total.to(_sum_dtype(levels))
 
 
-def _check(
-    levels: Sequence[Tensor], labels: Tensor, image_weights: Tensor, num_classes: int
-) -> None:
-    num_anchors = 0
-    for index, logits in enumerate(levels):
-        if logits.dim() != 4 or not logits.is_floating_point() or logits.shape[1] % num_classes:
-            raise InputError(
-                f"logits of level {index} are {tuple(logits.shape)} of {logits.dtype}; floats of "
-                f"(N, A x {num_classes}, H, W) are needed"
-            )
-        num_anchors += logits.shape[1] // num_classes * logits.shape[2:].numel()
-    expected = (len(levels[0]) if levels else 0, num_anchors)
-    if labels.shape != expected or any(len(logits) != len(labels) for logits in levels):
+def _check(levels: Sequence[Tensor], labels: Tensor, num_classes: int) -> None:
+    shapes = [tuple(logits.shape) for logits in levels]
+    num_anchors = sum(a_k // num_classes * h * w for _, a_k, h, w in shapes)
+    expected = (shapes[0][0] if shapes else 0, num_anchors)
+    if labels.shape != expected or any(
+        n != len(labels) or a_k % num_classes for n, a_k, *_ in shapes
+    ):
         raise InputError(
-            f"labels are {tuple(labels.shape)}, but the logits are those of {expected[0]} images "
-            f"with {num_anchors} anchors"
+            f"labels {tuple(labels.shape)} do not fit logits {shapes} of {num_classes} classes; "
+            f"logits (N, A x {num_classes}, H, W) and labels (N, sum of A H W) are needed"
         )
-    if labels.dtype != torch.int64 or image_weights.shape != labels.shape[:1]:
-        raise InputError(
-            f"labels of {labels.dtype} and image weights of shape {tuple(image_weights.shape)}; "
-            f"int64 and a weight for each of {len(labels)} images are needed"
-        )
-    devices = {str(tensor.device) for tensor in (*levels, labels, image_weights)}
-    if len(devices) > 1:
-        raise InputError(f"logits, labels and weights are on {' and '.join(sorted(devices))}")
     if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
         least, most = labels.aminmax()
         if least < -1 or most > num_classes:

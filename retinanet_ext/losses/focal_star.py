@@ -42,20 +42,11 @@ def sigmoid_focal_loss_star(
 ) -> Tensor:
     """Return FL* = -alpha_t log(sigmoid(gamma x_t + beta)) / gamma (appendix A).
 
+    Other arguments, result and errors are those of :func:`sigmoid_focal_loss`.
+
     Args:
-        inputs: logits of any shape and float dtype
-        targets: 1 for the object's class and 0 otherwise, in the shape of ``inputs``
-        alpha: weight in [0, 1] of targets that are 1 (others get 1 - alpha), or K weights for the
-            last dimension; -1 for no balancing
         gamma: steepness, above 0
         beta: shift
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``
-
-    Returns:
-        float32 (float64 for float64 inputs), in the shape of ``inputs`` or a scalar
-
-    Raises:
-        InputError: if shapes differ, a target is neither 0 nor 1, or a parameter is out of range
 
     Example:
         >>> import torch

@@ -32,19 +32,11 @@ def sigmoid_hinge_loss(
 ) -> Tensor:
     """Return the hinge loss on p_t, max(0, margin - p_t) (section 5.1).
 
-    The paper reports that training with it was unstable and gave no meaningful results.
+    The paper reports no meaningful results for it. It takes no alpha; other arguments, result and
+    errors are those of :func:`sigmoid_focal_loss`.
 
     Args:
-        inputs: logits of any shape and float dtype
-        targets: 1 for the object's class and 0 otherwise, in the shape of ``inputs``
         margin: value of p_t from which on the loss is 0, in (0, 1]
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``
-
-    Returns:
-        float32 (float64 for float64 inputs), in the shape of ``inputs`` or a scalar
-
-    Raises:
-        InputError: if shapes differ, a target is neither 0 nor 1, or a parameter is out of range
 
     Example:
         >>> sigmoid_hinge_loss(torch.tensor([-2.0, 0.5]), torch.tensor([1.0, 1.0]))
