@@ -1,4 +1,4 @@
-"""Write docs/api.md: the public names of the plugin's packages, described by their docstrings.
+"""Write docs/api.md: the public names of the plugin's packages, from their docstrings.
 
 Run it as ``python docs/make_api.py`` after a change of a public name, signature or docstring.
 """
@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).with_name("api.md")
-PACKAGES = ["retinanet_ext"] + [
-    f"retinanet_ext.{name}"
-    for name in ("losses", "sampling", "modeling", "data", "engine", "evaluation")
-]
+PACKAGES = ("", ".losses", ".sampling", ".modeling", ".data", ".engine", ".evaluation")
+SECTIONS = r"^(Args|Attributes|Returns|Raises|Example):\n"
 
 INTRODUCTION = """\
 # API
@@ -32,51 +30,43 @@ def make_page() -> str:
     """Return the text of docs/api.md."""
     parts = [INTRODUCTION]
     for package in PACKAGES:
-        module = import_module(package)
-        parts.append(f"## {package}\n\n{to_markdown(inspect.getdoc(module) or '')}\n")
-        parts += [describe(name, getattr(module, name)) for name in sorted(module.__all__)]
+        module = import_module(f"retinanet_ext{package}")
+        parts.append(f"## retinanet_ext{package}\n\n{to_markdown(module.__doc__)}\n")
+        for name in sorted(module.__all__):
+            thing = getattr(module, name)
+            parts.append(f"### {name}\n\n{describe(name, thing)}")
     return "\n".join(parts)
 
 
 def describe(name: str, thing: Any) -> str:
-    """Return the section of a class, with its public methods, of a function or of a constant."""
-    text = f"### {name}\n\n"
+    """Return the text of a class with its public methods, of a function or of a constant."""
     if not (inspect.isclass(thing) or inspect.isfunction(thing)):
-        return text + f"`{thing!r}`\n" if isinstance(thing, int) else text + entry("", type(thing))
-    text += entry(name, thing)
+        return f"`{thing!r}`\n" if isinstance(thing, int) else to_markdown(thing.__doc__) + "\n"
+    text = f"`{name}{signature(thing)}`\n\n{to_markdown(thing.__doc__)}\n"
     for key, member in vars(thing).items() if inspect.isclass(thing) else ():
         method = getattr(member, "__func__", member)
         if not inspect.isfunction(method) or not method.__doc__:
             continue
         if key == "__init__":
             text += f"\n{to_markdown(method.__doc__)}\n"
-        elif key == "__call__":
-            text += "\n" + entry(f"{name}(...)", method)
-        elif not key.startswith("_"):
-            text += "\n" + entry(f"{name}.{key}", method)
+        elif key == "__call__" or not key.startswith("_"):
+            shown = f"{name}(...)" if key == "__call__" else f"{name}.{key}"
+            text += f"\n`{shown}{signature(method)}`\n\n{to_markdown(method.__doc__)}\n"
     return text
 
 
-def entry(name: str, thing: Any) -> str:
-    """Return a name with its signature, without annotations and ``self``, and its docstring."""
-    text = to_markdown(thing.__doc__ or "") + "\n"
-    if not name:
-        return text
+def signature(thing: Any) -> str:
+    """Return a signature without annotations, ``self`` and ``cls``."""
     found = inspect.signature(thing)
-    parameters = [
-        p.replace(annotation=p.empty) for p in found.parameters.values() if p.name != "self"
-    ]
-    shown = found.replace(parameters=parameters, return_annotation=found.empty)
-    return f"`{name}{shown}`\n\n{text}"
+    parameters = [p.replace(annotation=p.empty) for p in found.parameters.values()]
+    kept = [p for p in parameters if p.name not in ("self", "cls")]
+    return str(found.replace(parameters=kept, return_annotation=found.empty))
 
 
-def to_markdown(docstring: str) -> str:
+def to_markdown(docstring: str | None) -> str:
     """Return a docstring as Markdown: sections as lists, the example as a code block."""
-    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", inspect.cleandoc(docstring))
-    text = text.replace("``", "`")
-    head, *sections = re.split(
-        r"^(Args|Attributes|Returns|Raises|Example):\n", text, flags=re.MULTILINE
-    )
+    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", inspect.cleandoc(docstring or ""))
+    head, *sections = re.split(SECTIONS, text.replace("``", "`"), flags=re.MULTILINE)
     parts = [head.strip()]
     for title, body in zip(sections[::2], sections[1::2], strict=True):
         body = inspect.cleandoc("\n" + body)
@@ -84,10 +74,10 @@ def to_markdown(docstring: str) -> str:
             parts.append(f"```python\n{body}\n```")
             continue
         items = [body] if title == "Returns" else re.split(r"\n(?=\S)", body)
-        named = [
-            item if title == "Returns" else re.sub(r"^(.+?): ", r"`\1`: ", item) for item in items
-        ]
-        parts.append(f"{title}:\n\n" + "\n".join("- " + " ".join(item.split()) for item in named))
+        lines = ["- " + " ".join(item.split()) for item in items]
+        if title != "Returns":
+            lines = [re.sub(r"^- (.+?): ", r"- `\1`: ", line) for line in lines]
+        parts.append(f"{title}:\n\n" + "\n".join(lines))
     return "\n\n".join(part for part in parts if part)
 
 

@@ -113,9 +113,9 @@ class OHEM:
     def _survivors(self, losses: Tensor, valid: Tensor, positive: Tensor, boxes: Tensor) -> Tensor:
         """Return the anchors that survive the NMS of one image, hardest first.
 
-        Greedy NMS decides in order of loss, so it can stop as soon as the mini-batch is decided: when
-        it is full and, with a ratio, all positives that it can take are known. The selection is that
-        of a full NMS.
+        Greedy NMS decides in order of loss, so it can stop as soon as the mini-batch is decided:
+        when it is full and, with a ratio, all positives that it can take are known. The selection
+        is that of a full NMS.
         """
         ranked = valid.nonzero().squeeze(1)
         ranked = ranked[losses[ranked].argsort(descending=True, stable=True)]

@@ -16,6 +16,7 @@ from detectron2.utils.colormap import colormap
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 from torchvision.utils import make_grid, save_image
 
 from retinanet_ext.data.images import ImageReader
@@ -86,12 +87,14 @@ def draw_detection_grid(
             (found, f"detections with score >= {score_thresh:.2f} ({len(found)})"),
         ):
             panels.append(_draw_panel(picture, title, boxes, names, families))
+    _save_grid(panels, Path(path))
+
+
+def _save_grid(panels: Sequence[Tensor], path: Path) -> None:
+    """Write panels to a file, one pair or two per row, padded with white to the same height."""
     height = max(panel.shape[1] for panel in panels)
-    panels = [
-        torch.nn.functional.pad(panel, (0, 0, 0, height - panel.shape[1]), value=1.0)
-        for panel in panels
-    ]
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    panels = [pad(panel, (0, 0, 0, height - panel.shape[1]), value=1.0) for panel in panels]
+    path.parent.mkdir(parents=True, exist_ok=True)
     columns = 2 if len(panels) <= 4 else 4
     save_image(make_grid(panels, nrow=columns, padding=GAP, pad_value=1.0), path, format="png")
 

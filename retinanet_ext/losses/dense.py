@@ -68,7 +68,7 @@ def dense_loss(
     total = image_weights.new_zeros((), dtype=torch.float64)
     for logits, level_labels in _by_level(levels, labels, num_classes):
         weights = image_weights.view(-1, 1, 1, 1).expand(level_labels.shape)
-        x_t, weight, _ = _signed_logits(logits, level_labels, weights, alpha_weights)
+        x_t, weight, _ = signed_logits(logits, level_labels, weights, alpha_weights)
         total = total + (loss(x_t) * weight).sum(dtype=torch.float64)
     return total.to(_sum_dtype(levels))
 
@@ -179,7 +179,7 @@ def _value_and_grad_in_blocks(
     for images, anchors, rows in _blocks(labels, logits.shape[2]):
         block = images, anchors, rows
         entries = images, anchors, slice(None), rows
-        x_t, weight, positive = _signed_logits(
+        x_t, weight, positive = signed_logits(
             logits[entries], labels[block], weights[block], alpha_weights
         )
         value, grad = loss.value_and_grad(x_t)
@@ -201,10 +201,12 @@ def _blocks(labels: Tensor, num_classes: int) -> Iterator[tuple[slice, ...]]:
     yield from product(images, anchors, rows)
 
 
-def _signed_logits(
+def signed_logits(
     logits: Tensor, labels: Tensor, weights: Tensor, alpha_weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return x_t, the weight of each entry's loss, and whether its target is 1: (N, A, K, H, W).
+
+    The weight of ignored anchors is 0.
 
     Args:
         logits: (N, A, K, H, W)

@@ -1,4 +1,4 @@
-"""Anchors by octave (section 4)."""
+"""Anchors by octave (section 4). Boxes: XYXY in input pixels."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from torchvision.ops import complete_box_iou, distance_box_iou, generalized_box_
 from retinanet_ext.config_keys import CLASS_ALPHA, loss_parameter_keys, read_key
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES, Interval
-from retinanet_ext.losses.dense import dense_loss
+from retinanet_ext.losses.dense import dense_loss, signed_logits
 from retinanet_ext.losses.functional import Alpha, class_weights, upcast_to_float32
 from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, BoundLoss, check_alpha
 from retinanet_ext.modeling.matching import is_foreground
@@ -178,24 +178,17 @@ class RetinaNetCriterion(nn.Module):
     def anchor_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the classification loss of each anchor, summed over classes, (N, R).
 
-        OHEM selects by it. Every entry is treated as background; then the entries of the foreground
-        anchors' own classes are recomputed. Ignored anchors get the loss of background.
+        OHEM selects by it. The loss of ignored anchors is 0.
 
         Args:
             logits: (N, R, K)
             labels: (N, R)
         """
-        logits = upcast_to_float32(logits)
-        negative = self.cls_loss(-logits)
-        if self.alpha_weights is not None:
-            alpha, one_minus_alpha = self.alpha_weights.to(logits.dtype).unbind()
-            negative = one_minus_alpha * negative
-        image, anchor = is_foreground(labels, self.num_classes).nonzero(as_tuple=True)
-        label = labels[image, anchor]
-        positive = self.cls_loss(logits[image, anchor, label])
-        if self.alpha_weights is not None:
-            positive = alpha.expand(self.num_classes)[label] * positive
-        return negative.index_put((image, anchor, label), positive).sum(2)
+        labels = labels[..., None, None]
+        alpha_weights = logits.new_ones(2) if self.alpha_weights is None else self.alpha_weights
+        ones = torch.ones_like(labels, dtype=logits.dtype)
+        x_t, weight, _ = signed_logits(logits[..., None, None], labels, ones, alpha_weights)
+        return (self.cls_loss(x_t) * weight).flatten(2).sum(2)
 
     def _box_loss_per_image(
         self,

@@ -1,4 +1,7 @@
-"""The two subnets (section 4) and their initialisation (sections 3.3 and 4.1)."""
+"""The two subnets (section 4) and their initialisation (sections 3.3 and 4.1).
+
+Shapes: N images, A anchors per cell, K classes, H x W cells per level.
+"""
 
 from __future__ import annotations
 

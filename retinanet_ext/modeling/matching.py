@@ -197,7 +197,7 @@ def label_anchors(
     labels, matched_idxs = [], []
     first = 0
     for instances in gt_instances:
-        if len(instances) and len(anchors):
+        if len(instances):
             match, match_labels = matcher(instances.gt_boxes.tensor, anchors.tensor)
             match += first
             label = instances.gt_classes[match - first]

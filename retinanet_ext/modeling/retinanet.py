@@ -96,12 +96,9 @@ class RetinaNetExt(DenseDetector):
             test_topk_candidates: candidates per level before non-maximum suppression
             test_nms_thresh: IoU above which the lower score of the same class is suppressed
             max_detections_per_image: number of detections kept, the highest scores
-            test_precision: autocast dtype of backbone and head in inference; ``float32`` keeps the
-                caller's autocast
-            pixel_mean: mean of each channel, 0 to 255, in the order of ``INPUT.FORMAT``
-            pixel_std: standard deviation of each channel, likewise
-            ignore_ioa_thresh: background anchors with at least this share of their area in a region
-                to ignore are ignored; 0: no anchor is
+            test_precision: autocast dtype in inference; ``float32`` keeps the caller's autocast
+            pixel_mean, pixel_std: per channel in the order of ``INPUT.FORMAT``, 0 to 255
+            ignore_ioa_thresh: lowest IoA, with a region to ignore, of ignored anchors; 0: off
             channels_last: memory format of images, features and weights
             size_divisibility: training images are padded to sides that are multiples of it; 0: off
             compile_network: compile backbone and head with ``torch.compile``
@@ -121,10 +118,12 @@ class RetinaNetExt(DenseDetector):
         self.test_precision = test_precision
         self.ignore_ioa_thresh = ignore_ioa_thresh
         self.size_divisibility = size_divisibility
+        self._set_execution(channels_last, compile_network)
+
+    def _set_execution(self, channels_last: bool, compile_network: bool) -> None:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
         if compile_network:
-            # Compiled for the first image size, then once more for all sizes.
             self.backbone.compile(fullgraph=True)
             self.head.compile(fullgraph=True)
 

@@ -157,11 +157,12 @@ def test_ignored_anchors_count_nothing_whatever_their_logits(gamma, value):
     assert total == 0 and not any(g.any() for g in torch.autograd.grad(total, levels))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
 @pytest.mark.usefixtures("way")
-def test_a_logit_that_is_not_finite_is_not_hidden(gamma, value):
-    levels, labels, weights = make_case(3)
+def test_a_logit_that_is_not_finite_is_not_hidden(gamma, value, dtype):
+    levels, labels, weights = make_case(3, dtype=dtype)
     labels[:] = 3
     with torch.no_grad():
         levels[0][0, 0, 0, 0] = value
@@ -186,16 +187,6 @@ def test_a_sure_positive_leaves_what_its_other_classes_lose(name, values, own):
     x_t = torch.full((80,), 9.0, dtype=torch.float64)
     x_t[5] = min(own, 1e5)  # of infinity, the limit
     assert_close(total.double(), loss(x_t).sum(), rtol=1e-5, atol=0)
-
-
-@pytest.mark.usefixtures("way")
-def test_no_anchors_and_no_images():
-    loss = LOSSES["focal"].bind()
-    empty = torch.zeros(2, 6, 0, 4, requires_grad=True)
-    labels = torch.zeros(2, 0, dtype=torch.int64)
-    total = dense.dense_loss(loss, [empty], labels, torch.ones(2), num_classes=3)
-    (gradient,) = torch.autograd.grad(total, empty)
-    assert total == 0 and gradient.shape == empty.shape
 
 
 def test_backward_runs_once():
@@ -250,14 +241,3 @@ def test_inputs_that_do_not_fit_are_refused(change, said):
     levels, labels = change(levels, labels)
     with pytest.raises(InputError, match=said):
         dense.dense_loss(LOSSES["focal"].bind(), levels, labels, weights, num_classes=3)
-
-
-def test_float16_logits_beyond_its_range_are_not_hidden():
-    levels, labels, weights = make_case(3)
-    labels[:] = 3
-    with torch.no_grad():
-        levels[0][0, 0, 0, 0] = 1e5
-    half = [level.detach().half().requires_grad_() for level in levels]
-    assert half[0].isinf().any()
-    total = dense.dense_loss(LOSSES["focal"].bind(), half, labels, weights, num_classes=3)
-    assert total == torch.inf
