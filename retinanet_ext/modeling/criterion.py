@@ -151,8 +151,10 @@ class RetinaNetCriterion(nn.Module):
         else:
             rows = [permute_to_N_HWA_K(level, self.num_classes) for level in logits]
             cls_losses = self.anchor_losses(torch.cat(rows, dim=1), labels)
-            predicted = self.selection.nms_boxes == "predictions"
-            boxes = self._predicted_boxes(anchors, deltas) if predicted else anchors
+            boxes = anchors
+            if self.selection.nms_boxes == "predictions":
+                decode = self.box2box_transform.apply_deltas
+                boxes = torch.stack([decode(image, anchors) for image in deltas.detach()])
             selected = self.selection(cls_losses.detach(), labels, boxes, self.num_classes)
         foreground = is_foreground(labels, self.num_classes)
         weights = self._image_weights(foreground.sum(1), selected.sum(1))
@@ -228,11 +230,6 @@ class RetinaNetCriterion(nn.Module):
         targets = (*offsets.unbind(1), *(gt_sizes / sizes).log().unbind(1))
         weights = self.box2box_transform.weights
         return torch.stack([w * t for w, t in zip(weights, targets, strict=True)], dim=1)
-
-    @torch.no_grad()
-    def _predicted_boxes(self, anchors: Tensor, deltas: Tensor) -> Tensor:
-        boxes = [self.box2box_transform.apply_deltas(delta, anchors) for delta in deltas]
-        return torch.stack(boxes)
 
     def begin_batch(self, num_micro_batches: int) -> None:
         """Treat the forward passes until :meth:`end_batch` as micro-batches of one batch.

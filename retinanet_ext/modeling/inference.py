@@ -72,14 +72,21 @@ def decode_candidates(
         topk: maximum number of candidates per level and image
         box2box_transform: turns deltas and anchors into boxes
     """
+
+    def best_of_levels(logits: Sequence[Tensor]) -> list[Tensor]:
+        levels = zip(logits, deltas, anchors, strict=True)
+        found = [_best_of_level(*level, num_classes, topk) for level in levels]
+        return [torch.cat(values, dim=1) for values in zip(*found, strict=True)]
+
     # Top-k sorts NaN before every number, so a NaN is always seen here. A recorded program cannot
     # branch on it and always replaces NaN.
     recorded = is_recorded()
     if not recorded:
-        top = _best_of_levels(logits, deltas, anchors, num_classes, topk)
+        top = best_of_levels(logits)
     if recorded or top[0].isnan().any():
-        numbers = [level.nan_to_num(-torch.inf, torch.inf, -torch.inf) for level in logits]
-        top = _best_of_levels(numbers, deltas, anchors, num_classes, topk)
+        top = best_of_levels(
+            [level.nan_to_num(-torch.inf, torch.inf, -torch.inf) for level in logits]
+        )
     results = []
     for top_logits, classes, top_deltas, top_anchors in zip(*top, strict=True):
         scores = upcast_to_float32(top_logits).sigmoid()
@@ -116,21 +123,6 @@ def clip(candidates: Candidates, image_size: tuple[int, int]) -> Candidates:
 def _at_most(count: int, size: Any) -> Any:
     """Return min(count, size); ``size`` is an int, a tensor (traced) or a symbol (exported)."""
     return size.clamp(max=count) if isinstance(size, Tensor) else torch.sym_min(count, size)
-
-
-def _best_of_levels(
-    logits: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    anchors: Sequence[Boxes],
-    num_classes: int,
-    topk: int,
-) -> list[Tensor]:
-    """Return the results of :func:`_best_of_level` for all levels, concatenated along C."""
-    levels = [
-        _best_of_level(*level, num_classes, topk)
-        for level in zip(logits, deltas, anchors, strict=True)
-    ]
-    return [torch.cat(values, dim=1) for values in zip(*levels, strict=True)]
 
 
 def _best_of_level(
