@@ -189,7 +189,7 @@ def _value_and_grad_in_blocks(
 
 
 def _blocks(labels: Tensor, num_classes: int) -> Iterator[tuple[slice, ...]]:
-    """Yield slices of labels, (N, A, H, W), along N, A and H that make blocks of equal size."""
+    """Yield slices of labels, (N, A, H, W), along N, A and H: blocks of similar size."""
     size = BLOCK_PER_THREAD * torch.get_num_threads() if labels.device.type == "cpu" else BLOCK_GPU
     entries = max(1, num_classes * labels.shape[3])
     slices = []
