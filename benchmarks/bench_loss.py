@@ -1,6 +1,6 @@
 """The classification loss, forward and backward, beside Detectron2's and torchvision's.
 
-    python benchmarks/bench_loss.py [--height 608 --width 800] [--compiled] [--save]
+    python benchmarks/bench_loss.py [--height 608 --width 800] [--save]
 
 Logits of two images, 80 classes, P3 to P7 with nine anchors a cell, as the head gives them: each
 way starts from them and ends with their gradient, so permuting, concatenating and one-hot targets
@@ -53,16 +53,14 @@ def torchvision(levels: list[Tensor], labels: Tensor, weight: float) -> Tensor:
     return sum(losses) * weight
 
 
-def ours(*, compiled: bool) -> Callable[[list[Tensor], Tensor, float], Tensor]:
-    """The one pass, in blocks or compiled."""
+def ours() -> Callable[[list[Tensor], Tensor, float], Tensor]:
+    """The one pass, by blocks or by the kernel."""
     loss, alpha = LOSSES["focal"].bind(gamma=2.0), class_weights(0.25, K)
 
     def call(levels: list[Tensor], labels: Tensor, weight: float) -> Tensor:
         weights = torch.full((len(labels),), weight, device=labels.device)
         weights_alpha = alpha.to(labels.device)
-        return dense_loss(
-            loss, levels, labels, weights, weights_alpha, num_classes=K, compiled=compiled
-        )
+        return dense_loss(loss, levels, labels, weights, weights_alpha, num_classes=K)
 
     return call
 
@@ -74,7 +72,6 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=800)
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--compiled", action="store_true", help="measure the compiled form too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -91,9 +88,7 @@ def main() -> None:
     labels[chance < 0.001] = 3
     labels[chance > 0.999] = -1
 
-    ways = {BASELINE: detectron2, "torchvision": torchvision, "ours": ours(compiled=False)}
-    if args.compiled:
-        ways["ours, compiled"] = ours(compiled=True)
+    ways = {BASELINE: detectron2, "torchvision": torchvision, "ours": ours()}
     results: dict[str, list[Tensor]] = {}
 
     def run(name: str) -> None:

@@ -32,11 +32,9 @@ OURS = {
     "ours": (),
     "ours, channels last": ("MODEL.CHANNELS_LAST", "True"),
     "ours, fused SGD": ("SOLVER.FUSED_OPTIMIZER", "True"),
-    "ours, compiled loss": ("MODEL.RETINANET.CLS_LOSS.COMPILE", "True"),
     "ours, compiled network": ("MODEL.COMPILE", "True"),
     "ours, all": (
         *("MODEL.CHANNELS_LAST", "True", "SOLVER.FUSED_OPTIMIZER", "True", "MODEL.COMPILE", "True"),
-        *("MODEL.RETINANET.CLS_LOSS.COMPILE", "True"),
     ),
 }
 """The config values of each way to run this detector."""

@@ -67,7 +67,7 @@ def make_parts(args: argparse.Namespace) -> dict[str, Part]:
             },
             150,
         ),
-        "loss": bench("loss", f"--images {images} --dtype bfloat16 --compiled", 60, args.dry_run),
+        "loss": bench("loss", f"--images {images} --dtype bfloat16", 60, args.dry_run),
         "matching": bench("matching", f"--images {images}", 45, args.dry_run),
         "inference": bench("inference", f"--images 1 {several}", 45, args.dry_run),
         "trainings": Part({n: training(n, args) for n in TRAININGS}, 150),

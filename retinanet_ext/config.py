@@ -41,10 +41,6 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # classes; or pairs `[["Platelets", 0.75], ...]`, in YAML also `{Platelets: 0.75}`, where
     # classes that are not named keep the loss's alpha. A run saves names as numbers. `[]`: off.
     cfg.MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA = []
-    # Compile the loss and its gradient with torch.compile at the first iteration (about half a
-    # minute). The loss must be registered with its derivative. On a GPU with Triton the paper's
-    # losses have kernels, which are faster and used all the same.
-    cfg.MODEL.RETINANET.CLS_LOSS.COMPILE = False
     for name, loss in LOSSES.items():
         for parameter, key in loss_parameter_keys(loss).items():
             if not key.startswith("MODEL.RETINANET.CLS_LOSS."):  # Detectron2 has it

@@ -67,7 +67,6 @@ COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
         for name, loss in LOSSES.items()
         for key in loss_parameter_keys(loss).values()
     },
-    "MODEL.RETINANET.CLS_LOSS.COMPILE": ("MODEL.RETINANET.SELECTION.NAME", ("all",)),
     "MODEL.RETINANET.SELECTION.OHEM.": ("MODEL.RETINANET.SELECTION.NAME", ("ohem",)),
     "MODEL.RETINANET.PRIOR_PROB": ("MODEL.RETINANET.PRIOR_INIT", (True,)),
     "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA": (

@@ -1,12 +1,12 @@
 """Triton kernels for a GPU: the dense loss with its gradient, and the labels of anchors.
 
-Each is one pass over what it reads and writes; the plain torch of :mod:`retinanet_ext.losses.dense`
-and :mod:`retinanet_ext.modeling.matching` says the same in words and is what they are tested
-against, in Triton's interpreter and on a device. Needs Triton, which comes with torch for CUDA.
+They compute what plain torch does in :mod:`retinanet_ext.losses.dense` and
+:mod:`retinanet_ext.modeling.matching`, and are tested against it in Triton's interpreter and on a
+device. Triton comes with torch for CUDA.
 
-Shapes: N images, A anchors per cell, K classes, H x W cells of a level, R anchors over all levels,
-M boxes of the image that has most. Boxes: XYXY in input pixels. Labels: -1 ignore, 0..K-1 class,
-K background.
+Shapes: N images, A anchors per cell, K classes, H x W cells per level, R anchors over all levels,
+M boxes per image (the largest number in the batch). Boxes: XYXY in input pixels. Labels: -1 ignore,
+0..K-1 class, K background.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from torch import Tensor
 from retinanet_ext.losses.registry import LOSSES, BoundLoss
 
 FORMULAS = {"focal": 0, "cross_entropy": 1, "focal_star": 2, "hinge": 3}
-"""The losses that there is code for, by their number in :func:`_value_and_grad`."""
-
+"""Losses with a kernel, and their number in :func:`_value_and_grad`."""
 
 BLOCK_CELLS_FIRST, BLOCK_CLASSES_FIRST = (128, 4), (32, 16)
-"""Cells and classes of a block, for logits that are contiguous and for channels last."""
+"""Cells and classes per block, for contiguous logits and for channels last."""
 
 
 @triton.jit
 def _value_and_grad(x_t, gamma, shift, FORMULA: tl.constexpr, GAMMA: tl.constexpr):
-    """Return a loss and its derivative by x_t, as the ``value_and_grad`` of each loss does.
+    """Return a loss and its derivative, as the ``value_and_grad`` of each loss does.
 
-    GAMMA is gamma where that is 0, 1 or 2, and -1 otherwise. ``shift`` is beta or the margin.
+    GAMMA is gamma if that is 0, 1 or 2, else -1. ``shift`` is beta or the margin.
     """
     if FORMULA == 2:
         x_t = gamma * x_t + shift
@@ -42,18 +41,13 @@ def _value_and_grad(x_t, gamma, shift, FORMULA: tl.constexpr, GAMMA: tl.constexp
     q = tl.where(x_t >= 0, small * large, large)
     if FORMULA == 3:
         return tl.maximum(shift - p, 0), tl.where(p <= shift, -p * q, 0)
-    # log1p(small) = 2 artanh(r), r <= 1/3: the series is exact to float32 at the ninth term,
-    # and keeps the digits that 1 + small would round away.
+    # log1p(small) = 2 artanh(r), r <= 1/3. Nine terms of the series are exact to float32 and keep
+    # the digits that 1 + small would round away.
     r = small / (2 + small)
     square = r * r
     series = 1.0 / 17
-    series = series * square + 1.0 / 15
-    series = series * square + 1.0 / 13
-    series = series * square + 1.0 / 11
-    series = series * square + 1.0 / 9
-    series = series * square + 1.0 / 7
-    series = series * square + 1.0 / 5
-    series = series * square + 1.0 / 3
+    for i in tl.static_range(7):
+        series = series * square + 1.0 / (15 - 2 * i)
     log1p = 2 * r * (series * square + 1)
     log_p = tl.minimum(x_t, 0) - log1p
     if FORMULA == 2:
@@ -132,7 +126,7 @@ def _dense_loss_kernel(
 
 
 def can_compute(loss: BoundLoss, logits: Tensor) -> bool:
-    """Tell whether :func:`dense_loss_of_level` has code for a loss and the logits' type."""
+    """Tell whether :func:`dense_loss_of_level` supports a loss and the logits' dtype."""
     has_code = loss.loss.name in FORMULAS and loss.loss is LOSSES[loss.loss.name]
     return has_code and logits.dtype in (torch.float16, torch.bfloat16, torch.float32)
 
@@ -145,20 +139,17 @@ def dense_loss_of_level(
     alpha_weights: Tensor,
     gradient_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return the weighted sum of a level's loss, and its gradient by the logits.
+    """Return a level's weighted loss, a float64 scalar, and its gradient.
 
-    The sum is taken in a fixed order, so that equal inputs give equal bits.
+    The sum has a fixed order, so that equal inputs give equal bits.
 
     Args:
-        loss: one that :func:`can_compute` is true for
+        loss: a loss that :func:`can_compute` supports
         logits: (N, A, K, H, W), contiguous or channels last
         labels: (N, A, H, W) int64, a view of (N, R)
-        image_weights: what each image's sum is multiplied by, (N,)
+        image_weights: factor of each image's loss, (N,)
         alpha_weights: alpha and 1 - alpha, (2,) or (2, K)
-        gradient_dtype: type of the gradient
-
-    Returns:
-        a float64 scalar, and a tensor with the logits' shape and memory format
+        gradient_dtype: dtype of the gradient, which has the logits' shape and memory format
     """
     gradient = torch.empty_like(logits, dtype=gradient_dtype)
     num_images, num_anchors, num_classes, height, width = logits.shape
@@ -166,7 +157,7 @@ def dense_loss_of_level(
         logits = logits.contiguous()
         gradient = torch.empty_like(logits, dtype=gradient_dtype)
     num_cells = height * width
-    # Neighbours in memory are neighbours in a block: cells, or the classes of a cell.
+    # Neighbours in memory, cells or the classes of a cell, are neighbours in a block.
     cells, classes = BLOCK_CELLS_FIRST if logits.stride(4) == 1 else BLOCK_CLASSES_FIRST
     cells = min(triton.next_power_of_2(num_cells), cells)
     classes = min(triton.next_power_of_2(num_classes), classes)
@@ -201,14 +192,14 @@ def dense_loss_of_level(
 
 @triton.jit
 def _iou(left, top, right, bottom, area, box):
-    """Return the IoU of anchors with the box at a pointer, in Detectron2's order of operations."""
+    """Return the IoU of anchors with the box at a pointer, rounded as Detectron2 does."""
     box_left, box_top = tl.load(box), tl.load(box + 1)
     box_right, box_bottom = tl.load(box + 2), tl.load(box + 3)
     width = tl.maximum(tl.minimum(box_right, right) - tl.maximum(box_left, left), 0)
     height = tl.maximum(tl.minimum(box_bottom, bottom) - tl.maximum(box_top, top), 0)
     common = width * height
     union = (box_right - box_left) * (box_bottom - box_top) + area - common
-    # A box without area overlaps nothing; it must not make 0 / 0.
+    # Two boxes without area would give 0 / 0.
     return tl.div_rn(common, tl.maximum(union, 1.1754943508222875e-38))
 
 
@@ -225,13 +216,13 @@ def _load_anchors(anchors, anchor, inside):
 def _best_ious_kernel(
     anchors, boxes, counts, best_ious, num_anchors, num_boxes, ANCHORS: tl.constexpr
 ):
-    """Raise each box's best IoU to that within ANCHORS anchors."""
+    """Update the best IoU of each box with ANCHORS anchors."""
     image = tl.program_id(1).to(tl.int64)
     anchor = tl.program_id(0) * ANCHORS + tl.arange(0, ANCHORS)
     left, top, right, bottom, area = _load_anchors(anchors, anchor, anchor < num_anchors)
     box = image * num_boxes
     end = box + tl.load(counts + image)
-    while box < end:  # not a range, which Triton's interpreter cannot take from an argument
+    while box < end:  # Triton's interpreter has no range over a loaded value
         best = tl.max(_iou(left, top, right, bottom, area, boxes + 4 * box), axis=0)
         if best > 0:
             tl.atomic_max(best_ious + box, best)
@@ -300,21 +291,18 @@ def label_anchors(
     threshold_labels: Sequence[int],
     low_quality: int,
 ) -> tuple[Tensor, Tensor]:
-    """Label every anchor of every image.
+    """Compute :func:`retinanet_ext.modeling.matching.label_anchors`.
 
     Args:
         anchors: (R, 4) float32
-        boxes: (N, M, 4) float32, padded where an image has fewer
-        classes: (N, M) int64
-        counts: (N,) int64, boxes of each image
+        boxes: (N, M, 4) float32, padded
+        classes: (N, M) int64, padded
+        counts: number of boxes of each image, (N,) int64
         num_classes: K
-        thresholds: IoU limits in rising order
-        threshold_labels: 0 background, -1 ignore, 1 foreground; one more than thresholds
-        low_quality: whether a box's best anchor is foreground whatever its IoU: 0 no, 1 if it
-            would be ignored, 2 yes
-
-    Returns:
-        labels and matched indices as :func:`retinanet_ext.modeling.matching.label_anchors` does
+        thresholds: IoU thresholds in rising order
+        threshold_labels: label of each interval: 0 background, -1 ignore, 1 foreground
+        low_quality: 2: a box's best anchor is foreground at any IoU; 1: if it would be ignored
+            otherwise; 0: never
     """
     num_images, num_boxes = classes.shape
     anchors, boxes, classes = anchors.contiguous(), boxes.contiguous(), classes.contiguous()
@@ -323,7 +311,7 @@ def label_anchors(
     block = 512
     grid = (triton.cdiv(len(anchors), block), num_images)
     best_ious = torch.zeros(num_images, num_boxes, device=anchors.device)
-    # Fused multiply-adds would round otherwise than Detectron2, and than the other kernel.
+    # Fused multiply-adds would round differently from Detectron2 and from the other kernel.
     options = {"ANCHORS": block, "enable_fp_fusion": False}
     if low_quality:
         _best_ious_kernel[grid](

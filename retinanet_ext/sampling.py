@@ -1,7 +1,7 @@
 """Which anchors count in the loss: all of them, or the hardest (OHEM, sections 3 and 5.3).
 
-Shapes: N images, R anchors over all levels, K classes. Labels: -1 ignore, 0..K-1 class,
-K background. Boxes: XYXY in input pixels.
+Shapes: N images, R anchors over all levels, K classes. Boxes: XYXY in input pixels. Labels:
+-1 ignore, 0..K-1 class, K background.
 """
 
 from __future__ import annotations
@@ -17,40 +17,55 @@ from torchvision.ops import box_iou, nms
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses.registry import Interval
 
+__all__ = ["OHEM", "SELECTIONS", "SelectAll"]
+
 NMS_BOXES = ("anchors", "predictions")
 SCOPES = ("image", "process")
 
-# Candidates a block of the NMS, and boxes they are compared with at a time: large enough to fill a
-# device, small enough that their IoU stays in the tens of megabytes.
+# Candidates per block of the NMS, and kept boxes compared with them at a time: large enough to fill
+# a device, small enough that their IoU matrix stays in the tens of megabytes.
 _FIRST_BLOCK, _LARGEST_BLOCK, _COMPARED = 1024, 4096, 1024
 
 
 @dataclass(frozen=True)
 class SelectAll:
-    """Every anchor that is not ignored counts, easy ones too (the focal loss's choice)."""
+    """Select every anchor that is not ignored, easy ones too, as the focal loss does.
+
+    Example:
+        >>> labels = torch.tensor([[0, -1, 80]])  # foreground, ignored, background
+        >>> SelectAll()(torch.zeros(1, 3), labels, torch.zeros(3, 4), num_classes=80)
+        tensor([[ True, False,  True]])
+    """
 
     nms_boxes: ClassVar[str] = "anchors"
 
     def __call__(self, losses: Tensor, labels: Tensor, boxes: Tensor, num_classes: int) -> Tensor:
-        """Return the mask of the anchors that count, (N, R)."""
+        """Return the mask of the selected anchors, (N, R)."""
         return labels >= 0
 
 
 @dataclass(frozen=True)
 class OHEM:
-    """Online hard example mining for a dense detector (section 5.3).
+    """Online hard example mining for a dense detector (sections 3 and 5.3).
 
-    Anchors are scored by their loss, non-maximum suppression is applied, and the ``batch_size``
-    anchors of highest loss make the mini-batch; all others are discarded.
+    Anchors are scored by their loss and pass non-maximum suppression (NMS). The ``batch_size``
+    anchors with the highest loss form the mini-batch; all others are discarded. An ``InputError``
+    names an argument that is out of range.
 
     Attributes:
-        batch_size: anchors in a mini-batch
-        nms_thresh: IoU above which the anchor of lower loss is suppressed
-        neg_pos_ratio: 0 for no constraint; r > 0 builds the mini-batch from positives and
-            negatives in the ratio 1:r (SSD's variant, r = 3). Where positives are few, negatives
-            are fewer too; an image without positives keeps r negatives.
-        nms_boxes: which boxes stand for the anchors in the NMS, ``anchors`` or the ``predictions``
-        scope: one mini-batch an ``image``, or one for all images of a ``process``
+        batch_size: number of anchors in a mini-batch, 1 or more
+        nms_thresh: IoU above which the anchor with the lower loss is suppressed, in (0, 1]
+        neg_pos_ratio: 0 for no constraint; r > 0 selects positives and negatives in the ratio 1:r
+            (SSD's variant, r = 3). With few positives there are fewer negatives too; an image
+            without positives keeps r negatives.
+        nms_boxes: boxes that the NMS compares, the ``anchors`` or the ``predictions``
+        scope: one mini-batch per ``image``, or one for all images of a ``process``
+
+    Example:
+        >>> losses = torch.tensor([[0.9, 0.8, 0.1, 0.2]])
+        >>> boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8], [20, 0, 29, 9], [40, 0, 49, 9]])
+        >>> OHEM(batch_size=2)(losses, torch.tensor([[0, 0, 1, 1]]), boxes, num_classes=1)
+        tensor([[ True, False, False,  True]])
     """
 
     batch_size: int = 128
@@ -68,19 +83,16 @@ class OHEM:
         if self.scope not in SCOPES:
             raise InputError(f"OHEM scope must be one of {SCOPES}, got {self.scope!r}")
 
-    @torch.compiler.disable  # the search goes by values
+    @torch.compiler.disable  # the search branches on values
     @torch.no_grad()
     def __call__(self, losses: Tensor, labels: Tensor, boxes: Tensor, num_classes: int) -> Tensor:
-        """Return the mask of the anchors that count.
+        """Return the mask of the selected anchors, (N, R).
 
         Args:
             losses: classification loss of each anchor, summed over classes, (N, R)
             labels: (N, R)
             boxes: boxes for the NMS, (N, R, 4), or the same for every image, (R, 4)
             num_classes: K
-
-        Returns:
-            boolean mask, (N, R)
         """
         num_images, num_anchors = labels.shape
         boxes = boxes.expand(num_images, num_anchors, 4)
@@ -99,15 +111,15 @@ class OHEM:
         return mask.view(num_images, num_anchors)
 
     def _survivors(self, losses: Tensor, valid: Tensor, positive: Tensor, boxes: Tensor) -> Tensor:
-        """Return what survives the NMS of one image, hardest first, as far down as it matters.
+        """Return the anchors that survive the NMS of one image, hardest first.
 
-        Greedy NMS decides in order of score, so it can stop as soon as the mini-batch is full, or,
-        where positives are counted, as soon as all positives further down are suppressed. The
-        result is that of a full NMS.
+        Greedy NMS decides in order of loss, so it can stop as soon as the mini-batch is decided:
+        when it is full and, with a ratio, all positives that it can take are known. The selection
+        is that of a full NMS.
         """
         ranked = valid.nonzero().squeeze(1)
         ranked = ranked[losses[ranked].argsort(descending=True, stable=True)]
-        pending = positive[ranked].nonzero().squeeze(1)  # ranks of positives not decided yet
+        pending = positive[ranked].nonzero().squeeze(1)  # ranks of the undecided positives
         boxes, losses = boxes.float(), losses.float()
 
         kept = ranked[:0]
@@ -124,7 +136,7 @@ class OHEM:
         return kept
 
     def _suppressed(self, boxes: Tensor, kept: Tensor) -> Tensor:
-        """Tell which boxes overlap one of those kept by more than the threshold."""
+        """Return the mask of the boxes whose IoU with a kept box exceeds the threshold."""
         suppressed = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
         for part in kept.split(_COMPARED):
             if len(part):
@@ -132,7 +144,7 @@ class OHEM:
         return suppressed
 
     def _is_full(self, positive: Tensor, num_pending: int) -> bool:
-        """Tell whether the survivors so far decide the mini-batch, whatever comes after them."""
+        """Tell whether the survivors so far decide the mini-batch."""
         if self.neg_pos_ratio == 0:
             return len(positive) >= self.batch_size
         num_positive = int(positive.sum())
@@ -143,7 +155,7 @@ class OHEM:
         return max(1, floor(self.batch_size / (1 + self.neg_pos_ratio)))
 
     def _hardest(self, group: Tensor, positive: Tensor) -> Tensor:
-        """Return the mini-batch out of survivors ordered by loss."""
+        """Return the mini-batch from survivors sorted by loss."""
         if self.neg_pos_ratio == 0:
             return group[: self.batch_size]
         positives = group[positive][: self._most_positives()]

@@ -195,7 +195,7 @@ values = st.recursive(
 )
 
 # Kept from the draw: where results go, whether code is generated (minutes), who reads images.
-FIXED_KEYS = ("OUTPUT_DIR", "MODEL.COMPILE", "MODEL.RETINANET.CLS_LOSS.COMPILE", "MODEL.WEIGHTS")
+FIXED_KEYS = ("OUTPUT_DIR", "MODEL.COMPILE", "MODEL.WEIGHTS")
 # A training of few images and iterations, in this process.
 TRAINED_KEYS = ("SOLVER.MAX_ITER", "DATALOADER.NUM_WORKERS", "SOLVER.IMS_PER_BATCH")
 

@@ -43,7 +43,9 @@ def check(loss, logits, labels, alpha):
     total, gradient = kernels.dense_loss_of_level(
         loss, logits, labels, weights, alpha, torch.float32
     )
-    wanted = dense._level_by_entry(loss, logits.double(), labels, weights.double(), alpha.double())
+    wanted = dense._value_and_grad_in_blocks(
+        loss, logits.double(), labels, weights.double(), alpha.double(), torch.float64
+    )
     assert_close(total, wanted[0], rtol=1e-6, atol=0)
     assert_close(gradient.double(), wanted[1], rtol=1e-5, atol=1e-30)
     assert gradient.stride() == logits.stride()

@@ -111,29 +111,6 @@ def test_the_whole_training_forward_compiles(box_loss):
         assert_close(gradients[name], gradient, rtol=0, atol=1e-2 * scale, msg=name)
 
 
-def test_box_losses_of_fixed_shape_take_milliseconds(record_property):
-    """Of 120,000 anchors in each of 8 images, with backward."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    corner = torch.rand(120_000, 2, generator=generator, device="cuda") * 900
-    anchors = torch.cat([corner, corner + 64], 1)
-    deltas = 0.1 * torch.randn(8, 120_000, 4, generator=generator, device="cuda")
-    counts = torch.rand(8, 120_000, generator=generator, device="cuda") < 0.002
-    arguments = anchors, deltas.requires_grad_(), counts, torch.zeros_like(counts).long(), anchors
-    for kind in ("smooth_l1", "giou", "diou", "ciou"):
-        criterion = make_model("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", kind).criterion.cuda()
-        times = []
-        for _ in range(5):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            criterion._box_loss_per_image_of_fixed_shape(*arguments).sum().backward()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end))
-        record_property(kind, min(times))
-        print(f"{kind}: {min(times):.2f} ms")
-        assert min(times) < 100
-
-
 @pytest.mark.parametrize("num_images", [1, 2])
 def test_a_traced_model_gives_eagers_detections_at_another_size(num_images):
     model = make_detecting_model("MODEL.DEVICE", "cuda")

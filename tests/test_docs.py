@@ -1,10 +1,12 @@
 """What the documents promise is tried."""
 
+import doctest
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -25,9 +27,20 @@ def plugin_config():
     return cfg
 
 
-def test_page_of_keys_is_made_from_the_code():
-    page = runpy.run_path(str(ROOT / "docs/make_keys.py"))["make_page"]()
-    assert KEYS_PAGE.read_text(encoding="utf-8") == page, "run python docs/make_keys.py"
+@pytest.mark.parametrize("name", ["keys", "api"])
+def test_generated_page_is_made_from_the_code(name):
+    page = runpy.run_path(str(ROOT / f"docs/make_{name}.py"))["make_page"]()
+    written = (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
+    assert written == page, f"run python docs/make_{name}.py"
+
+
+@pytest.mark.parametrize(
+    "file", [f for f in sorted(ROOT.glob("retinanet_ext/**/*.py")) if ">>> " in f.read_text()],
+    ids=lambda file: str(file.relative_to(ROOT)),
+)  # fmt: skip
+def test_examples_in_docstrings_run(file):
+    name = ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    assert doctest.testmod(import_module(name)).failed == 0
 
 
 def test_page_of_keys_has_a_row_per_key_with_default_description_and_conditions():

@@ -1,4 +1,4 @@
-"""Evaluation: only what Detectron2's ``COCOEvaluator`` lacks."""
+"""Evaluation: what Detectron2's ``COCOEvaluator`` lacks."""
 
 from retinanet_ext.evaluation.coco import COCO_MAX_DETECTIONS, BoxEvaluator
 from retinanet_ext.evaluation.pictures import draw_detection_grid

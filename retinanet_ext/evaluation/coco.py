@@ -1,4 +1,4 @@
-"""COCO's box AP, also of more than 100 detections per image and of none at all."""
+"""COCO's box AP, also with more than 100 detections per image and with none at all."""
 
 from __future__ import annotations
 
@@ -11,27 +11,33 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 COCO_MAX_DETECTIONS = 100
-"""Detections per image and class that COCO's AP counts, the highest scores first."""
+"""Maximum number of detections per image and class that COCO's AP counts, by score."""
 
 logger = logging.getLogger(__name__)
 
 
 class BoxEvaluator(COCOEvaluator):
-    """Detectron2's ``COCOEvaluator``, except for the following.
+    """Detectron2's ``COCOEvaluator`` with two differences.
 
-    - Where the detector may return more than COCO's 100 detections per image, AP counts as many.
-    - Without any detection, AP is 0 and not NaN. NaN is left to what has no objects.
+    If the detector may return more than 100 detections per image, AP counts as many; COCO's counts
+    100. Without any detection, AP is 0 instead of NaN; NaN means that there are no objects.
+
+    Example:
+        >>> from detectron2.data import MetadataCatalog
+        >>> file = "tests/fixtures/bccd_mini/instances_train_raw.json"
+        >>> _ = MetadataCatalog.get("bccd_mini").set(json_file=file)
+        >>> evaluator = BoxEvaluator("bccd_mini", max_detections=300, output_dir="output/mini")
     """
 
     def __init__(self, dataset_name: str, *, max_detections: int, output_dir: str) -> None:
         """
         Args:
-            dataset_name: in Detectron2's catalogs
+            dataset_name: name in Detectron2's catalogs
             max_detections: ``TEST.DETECTIONS_PER_IMAGE``; up to 100 the AP is COCO's
-            output_dir: folder of the detections
+            output_dir: folder that the detections are written to
         """
         is_cocos = max_detections <= COCO_MAX_DETECTIONS
-        # Detectron2 takes its official implementation for another limit, whatever is asked for.
+        # With another limit Detectron2 always uses pycocotools.
         super().__init__(
             dataset_name,
             output_dir=output_dir,
@@ -52,7 +58,7 @@ class BoxEvaluator(COCOEvaluator):
         iou_type: str,
         class_names: Sequence[str] | None = None,
     ) -> dict[str, Any]:
-        if coco_eval is None:  # no detections: Detectron2 does not evaluate them
+        if coco_eval is None:  # without detections Detectron2 evaluates nothing
             coco_eval = COCOeval(self._coco_api, COCO(), iou_type)
             coco_eval.evaluate()
             coco_eval.accumulate()

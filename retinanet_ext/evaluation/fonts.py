@@ -1,110 +1,57 @@
-"""Fonts for class names in any script, found on this machine."""
+"""Fonts for class names of any script, among those installed on this machine."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
-from typing import NamedTuple
 
-from matplotlib import get_data_path
-from matplotlib.font_manager import findSystemFonts
+from matplotlib.font_manager import findSystemFonts, fontManager
 from matplotlib.ft2font import FT2Font
-from PIL import ImageFont
 
 from retinanet_ext.data.coco_json import join_some, printable
 
-DEFAULT_FONT = str(Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
-"""Comes with matplotlib; Latin, Greek, Cyrillic and more."""
-
-SCORE = "0123456789. "
-"""Characters that are written beside a name."""
+DEFAULT_FAMILY = "DejaVu Sans"
+"""Comes with matplotlib and has Latin, Greek, Cyrillic and more."""
 
 logger = logging.getLogger(__name__)
 
 
-class Label(NamedTuple):
-    """How a class is named in a picture.
+def choose_fonts(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return how to write class names, and the font families to draw them with.
 
-    Attributes:
-        text: beside a box.
-        legend: in the legend.
-        font: file of a font that has all characters of both.
-    """
+    matplotlib takes each glyph from the first family that has it.
 
-    text: str
-    legend: str
-    font: str
-
-
-def label_classes(names: Sequence[str]) -> list[Label]:
-    """Return how to write each name: as it is where an installed font has all its characters.
-
-    Other names are numbered ("class 2") and written with escapes (``\\u4e2d``) in the legend, and a
-    warning says which font to install.
+    Where no installed font has a character of a name, the name is replaced by the class's number
+    ("class 2"), and a warning says which package to install.
     """
     names = [printable(name) for name in names]
-    fonts = _find_fonts(names)
-    labels = []
-    for index, name in enumerate(names):
-        if name in fonts:
-            labels.append(Label(name, name, fonts[name]))
-        else:
-            number = f"class {index}"
-            labels.append(Label(number, f"{number}: {escape(name)}", DEFAULT_FONT))
-    if missing := [name for name in names if name not in fonts]:
+    missing = {ord(character) for name in names for character in name}
+    families = [DEFAULT_FAMILY]
+    missing -= FT2Font(fontManager.findfont(DEFAULT_FAMILY)).get_charmap().keys()
+    for file in sorted(findSystemFonts(), key=_rank) if missing else []:
+        try:
+            font = FT2Font(file)
+            found = missing & font.get_charmap().keys()
+            if found:
+                # matplotlib's list of fonts may be older than this font.
+                fontManager.addfont(file)
+                families.append(font.family_name)
+                missing -= found
+        except (OSError, RuntimeError, ValueError):  # damaged, or bitmaps such as coloured emoji
+            continue
+    unwritable = [index for index, name in enumerate(names) if missing & set(map(ord, name))]
+    if unwritable:
         logger.warning(
-            "No installed font has the characters of %s, so the picture numbers such classes; "
-            "install one that has, for Chinese, Japanese and Korean the package fonts-noto-cjk "
+            "No installed font has all characters of %s, so the picture shows numbers instead; "
+            "install one that does, for Chinese, Japanese and Korean the package fonts-noto-cjk "
             "(Debian, Ubuntu) or google-noto-sans-cjk-fonts (Fedora)",
-            join_some(missing, 3),
+            join_some((f"{names[index]} (class {index})" for index in unwritable), 3),
         )
-    return labels
+    for index in unwritable:
+        names[index] = f"class {index}"
+    return names, families
 
 
-def escape(text: str) -> str:
-    """Return a text with escapes in place of the characters that the default font lacks."""
-    known = _characters(DEFAULT_FONT)
-    return "".join(
-        c if ord(c) in known else c.encode("ascii", "backslashreplace").decode()
-        for c in printable(text)
-    )
-
-
-@cache
-def load_font(file: str, size: int) -> ImageFont.FreeTypeFont:
-    """Return a font of that height in pixels."""
-    return ImageFont.truetype(file, size)
-
-
-def _find_fonts(texts: Sequence[str]) -> dict[str, str]:
-    """Return text -> file of the first font that has all its characters, where there is one."""
-    found: dict[str, str] = {}
-    missing = set(texts)
-    for file in [DEFAULT_FONT, *_system_fonts()]:
-        if not missing:
-            break
-        characters = _characters(file)
-        covered = {text for text in missing if characters.issuperset(map(ord, text + SCORE))}
-        found.update(dict.fromkeys(covered, file))
-        missing -= covered
-    return found
-
-
-def _system_fonts() -> list[str]:
-    """Return the files of installed fonts, regular ones without serifs first."""
-
-    def rank(file: str) -> tuple[bool, bool, str]:
-        return "Regular" not in file, "Serif" in file, file
-
-    return sorted(findSystemFonts(), key=rank)
-
-
-def _characters(file: str) -> frozenset[int]:
-    """Return the code points that a font has; none if it cannot be used at any size."""
-    try:
-        load_font(file, 12)  # refuses fonts of bitmaps, such as those of coloured emoji
-        return frozenset(FT2Font(file).get_charmap())
-    except (OSError, RuntimeError, ValueError):
-        return frozenset()
+def _rank(file: str) -> tuple[bool, bool, str]:
+    """Sort regular fonts first, those without serifs before the others."""
+    return "Regular" not in file, "Serif" in file, file

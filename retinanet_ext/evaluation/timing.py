@@ -1,4 +1,4 @@
-"""How long the model takes for an image, measured while it is evaluated."""
+"""Inference time per image, measured during an evaluation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,22 @@ from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
 NUM_WARMUP = 3
-"""First calls, left out where there are more: memory is allocated, kernels are chosen."""
+"""First calls, which allocate memory and choose kernels; they are left out if there are more."""
 
 
 class InferenceTime(DatasetEvaluator):
-    """The median milliseconds an image takes, from the image tensor to its detections.
+    """Median time per image (ms), from the image tensor to its detections.
 
-    Reading, resizing and the evaluation itself are left out; a CUDA device is waited for.
+    Reading and resizing images and the evaluation itself do not count. A CUDA device is
+    synchronised before each reading of the clock.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> timer = InferenceTime(model)
+        >>> timer.reset()
+        >>> _ = model(torch.zeros(4, 2))
+        >>> timer.evaluate()["inference"]["ms_per_image"] > 0
+        True
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -32,7 +41,7 @@ class InferenceTime(DatasetEvaluator):
         ]
 
     def process(self, inputs: Any, outputs: Any) -> None:
-        """Nothing to do: the hooks see each call."""
+        """Do nothing: hooks of the model measure each call."""
 
     def evaluate(self) -> dict[str, dict[str, float]]:
         for hook in self._hooks:

@@ -1,7 +1,8 @@
 """Classification losses of the paper, in pure torch.
 
-Every module of this folder is imported, so that a file with a registered loss is all it takes to
-add one (docs/add_a_loss.md).
+Every module in this folder is imported, so that adding a loss takes one file that registers it
+(docs/add_a_loss.md). x_t is the logit signed by the target (appendix A): x_t = x for the object's
+class and -x otherwise, so that p_t = sigmoid(x_t).
 """
 
 from importlib import import_module

@@ -28,9 +28,14 @@ def cross_entropy(x_t: Tensor) -> Tensor:
 def sigmoid_cross_entropy_loss(
     inputs: Tensor, targets: Tensor, alpha: Alpha = UNBALANCED, reduction: str = "none"
 ) -> Tensor:
-    """Return -alpha_t log(p_t) (equation 3), or -log(p_t) for alpha = -1 (equation 1).
+    """Return the cross entropy, CE = -alpha_t log(p_t) (equation 3; equation 1 for alpha = -1).
 
-    The paper's table 1a, row alpha = .50, carries the factor 1/2. Arguments, result and errors:
-    see :func:`~retinanet_ext.losses.functional.elementwise_loss`.
+    Arguments, result and errors are those of :func:`sigmoid_focal_loss`. The row alpha = .50 of the
+    paper's table 1a carries the factor 1/2.
+
+    Example:
+        >>> import torch
+        >>> sigmoid_cross_entropy_loss(torch.zeros(2), torch.tensor([1.0, 0.0]), alpha=0.25)
+        tensor([0.1733, 0.5199])
     """
     return elementwise_loss(LOSSES["cross_entropy"].bind(), inputs, targets, alpha, reduction)

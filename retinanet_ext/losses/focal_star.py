@@ -40,9 +40,18 @@ def sigmoid_focal_loss_star(
     beta: float = 1.0,
     reduction: str = "none",
 ) -> Tensor:
-    """Return the alpha-balanced FL* (appendix A; gamma is the steepness, beta the shift).
+    """Return FL* = -alpha_t log(sigmoid(gamma x_t + beta)) / gamma (appendix A).
 
-    Arguments, result and errors: see :func:`~retinanet_ext.losses.functional.elementwise_loss`.
+    Other arguments, result and errors are those of :func:`sigmoid_focal_loss`.
+
+    Args:
+        gamma: steepness, above 0
+        beta: shift
+
+    Example:
+        >>> import torch
+        >>> sigmoid_focal_loss_star(torch.zeros(2), torch.tensor([1.0, 0.0]))
+        tensor([0.0392, 0.1175])
     """
     formula = LOSSES["focal_star"].bind(gamma=gamma, beta=beta)
     return elementwise_loss(formula, inputs, targets, alpha, reduction)

@@ -1,4 +1,4 @@
-"""From a formula in x_t to a loss of logits and targets: signs, alpha-balancing, reduction."""
+"""What turns a formula of x_t into a loss of logits and targets: sign, alpha and reduction."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Alpha = float | Sequence[float] | Tensor
 
 
 def upcast_to_float32(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 or wider: half precision has too few digits for long sums."""
+    """Return ``x`` in float32 or wider, because half precision has too few digits for long sums."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def log_sigmoid(x: Tensor) -> Tensor:
-    """Return log(sigmoid(x)) outside of autograd, in half the time of torch's on the CPU."""
+    """Return log(sigmoid(x)) without autograd, in half the time of torch's on the CPU."""
     return x.clamp(max=0).sub_(x.abs().neg_().exp_().log1p_())
 
 
@@ -30,23 +30,10 @@ def elementwise_loss(
     alpha: Alpha = UNBALANCED,
     reduction: str = "none",
 ) -> Tensor:
-    """Apply ``alpha_t * formula(x_t)`` to each entry.
+    """Return ``alpha_t * formula(x_t)``; the public losses document arguments and result.
 
-    Args:
-        formula: a loss of x_t
-        inputs: logits of any shape and any float type
-        targets: 1 for the object's class and 0 otherwise, same shape
-        alpha: weight of targets 1 (targets 0 get 1 - alpha); -1 for no balancing. K numbers weigh
-            the K classes in the last dimension.
-        reduction: ``"none"``, ``"mean"`` or ``"sum"``
-
-    Returns:
-        float32 (float64 for float64 inputs): the shape of ``inputs``, or a scalar
-
-    Raises:
-        InputError: shapes differ, a target other than 0 and 1, alpha or reduction not allowed. In
-            generated code, which cannot look at values and raise, a target other than 0 and 1
-            gives NaN, and so does a tensor ``alpha`` that is not allowed.
+    Compiled code cannot raise an error that depends on values. There a target other than 0 and 1
+    gives NaN, and so does a tensor ``alpha`` that is out of range.
     """
     if reduction not in ("none", "mean", "sum"):
         raise InputError(f'reduction must be "none", "mean" or "sum", got {reduction!r}')
@@ -73,17 +60,17 @@ def elementwise_loss(
 
 
 def class_weights(alpha: Alpha, num_classes: int) -> Tensor | None:
-    """Return alpha and 1 - alpha, checked.
+    """Return alpha and 1 - alpha after checking them.
 
     Args:
-        alpha: one number for all classes, or one a class; -1 for no balancing
+        alpha: one number for all classes, or one per class; -1 for no balancing
         num_classes: K
 
     Returns:
-        float64 (in float32, 1 - .999 would be off by 1e-5), (2,) or (2, K); None for no balancing
+        (2,) or (2, K) in float64, because 1 - .999 is off by 1e-5 in float32; None for no balancing
     """
     if isinstance(alpha, Tensor) and torch.compiler.is_compiling():
-        return _class_weights_unseen(alpha, num_classes)
+        return _compiled_class_weights(alpha, num_classes)
     values = alpha.tolist() if isinstance(alpha, Tensor) else alpha
     if isinstance(values, (int, float)):
         if check_alpha("alpha", values) == UNBALANCED:
@@ -99,8 +86,8 @@ def class_weights(alpha: Alpha, num_classes: int) -> Tensor | None:
     return torch.stack([alphas, 1 - alphas])
 
 
-def _class_weights_unseen(alpha: Tensor, num_classes: int) -> Tensor:
-    """Return :func:`class_weights` without a look at the values: NaN for what is not allowed."""
+def _compiled_class_weights(alpha: Tensor, num_classes: int) -> Tensor:
+    """Return :func:`class_weights`, but NaN for values that are out of range."""
     if alpha.dim() and alpha.shape != (num_classes,):
         raise InputError(f"alpha has {alpha.numel()} values for {num_classes} classes")
     alpha = alpha.double()

@@ -22,7 +22,7 @@ def hinge_value_and_grad(x_t: Tensor, *, margin: float = 0.5) -> tuple[Tensor, T
 def hinge(x_t: Tensor, *, margin: Annotated[float, Interval("(0, 1]")] = 0.5) -> Tensor:
     """max(0, margin - p_t): no loss above a certain value of p_t.
 
-    The paper gives no margin; one half asks for the right side of the decision boundary.
+    The paper gives no margin. The default is the decision boundary, p_t = 1/2.
     """
     return (margin - x_t.sigmoid()).clamp(min=0)
 
@@ -30,9 +30,17 @@ def hinge(x_t: Tensor, *, margin: Annotated[float, Interval("(0, 1]")] = 0.5) ->
 def sigmoid_hinge_loss(
     inputs: Tensor, targets: Tensor, margin: float = 0.5, reduction: str = "none"
 ) -> Tensor:
-    """Return max(0, margin - p_t), with which the paper got no meaningful results (section 5.1).
+    """Return the hinge loss on p_t, max(0, margin - p_t) (section 5.1).
 
-    Arguments, result and errors: see :func:`~retinanet_ext.losses.functional.elementwise_loss`.
+    The paper reports no meaningful results for it. It takes no alpha; other arguments, result and
+    errors are those of :func:`sigmoid_focal_loss`.
+
+    Args:
+        margin: value of p_t from which on the loss is 0, in (0, 1]
+
+    Example:
+        >>> sigmoid_hinge_loss(torch.tensor([-2.0, 0.5]), torch.tensor([1.0, 1.0]))
+        tensor([0.3808, 0.0000])
     """
     formula = LOSSES["hinge"].bind(margin=margin)
     return elementwise_loss(formula, inputs, targets, reduction=reduction)

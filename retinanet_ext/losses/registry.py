@@ -1,8 +1,8 @@
-"""The registry of classification losses and what a loss states about itself.
+"""The registry of classification losses, and what a registered loss states about itself.
 
-A loss is one function of x_t, the logit signed by the label (appendix A: x_t = y x with
-y = +1 for the object's class and -1 otherwise, so that p_t = sigmoid(x_t)). Which anchors count,
-alpha-balancing, the sum and the normaliser are other people's business.
+A loss is one function of x_t, the logit signed by the target (appendix A): x_t = x for the object's
+class and -x otherwise, so that p_t = sigmoid(x_t). The criterion chooses which anchors count,
+balances by alpha, sums and normalises.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import reprlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -25,9 +25,11 @@ ValueAndGrad = Callable[..., tuple[Tensor, Tensor]]
 
 @dataclass(frozen=True)
 class Interval:
-    """The allowed values of a number, in the usual notation: ``Interval("(0, 1]")``.
+    """The range of a number in the usual notation; infinity and NaN are never inside.
 
-    Infinity and NaN are never inside.
+    Example:
+        >>> 0 in Interval("(0, 1]"), 1 in Interval("(0, 1]"), float("inf") in Interval("(0, inf)")
+        (False, True, False)
     """
 
     text: str
@@ -39,14 +41,16 @@ class Interval:
         object.__setattr__(self, "low", float(low))
         object.__setattr__(self, "high", float(high))
 
-    def __contains__(self, value: float) -> bool:
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
         above = value >= self.low if self.text[0] == "[" else value > self.low
         below = value <= self.high if self.text[-1] == "]" else value < self.high
         return abs(value) <= sys.float_info.max and above and below
 
     def check(self, name: str, value: float) -> float:
-        """Return ``value``, or raise :class:`InputError` naming ``name`` and the allowed range."""
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value not in self:
+        """Return ``value``; if it is outside, raise an ``InputError`` that names ``name``."""
+        if value not in self:
             raise InputError(f"{name} must be a number in {self.text}, got {reprlib.repr(value)}")
         return value
 
@@ -56,20 +60,15 @@ UNBALANCED = -1.0  # the alpha that means "no balancing", as in fvcore and torch
 
 
 def check_alpha(name: str, value: float) -> float:
-    """Return ``value`` if it is in [0, 1] or -1 (no balancing), else raise :class:`InputError`."""
-    if value == UNBALANCED:
-        return value
-    try:
-        return ALPHA_RANGE.check(name, value)
-    except InputError as error:
-        raise InputError(f"{name} must be in [0, 1], or -1 for no balancing, got {value!r}") from (
-            error
-        )
+    """Return ``value`` if it is in [0, 1] or -1 (no balancing), else raise ``InputError``."""
+    if value != UNBALANCED and value not in ALPHA_RANGE:
+        raise InputError(f"{name} must be in [0, 1], or -1 for no balancing, got {value!r}")
+    return value
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter of a loss: its default and its allowed range."""
+    """A parameter of a loss: its default and its range."""
 
     default: float
     allowed: Interval
@@ -81,11 +80,11 @@ class Loss:
 
     Attributes:
         name: the name in a config, e.g. ``focal_star``
-        formula: x_t of any shape -> the loss of each entry, same shape; keyword-only parameters
+        formula: x_t of any shape -> loss of each entry, same shape; takes keyword-only parameters
         reference: where it is defined, e.g. ``"section 3.2, equation 4"``
         parameters: name -> default and range, read from the formula's signature
-        alpha: default of the class-balancing weight (-1: none), or None if it takes no alpha
-        value_and_grad: x_t and the same parameters -> loss and dloss/dx_t in closed form, if given
+        alpha: default class-balancing weight (-1: none); None if the loss is never balanced
+        value_and_grad: closed form, x_t and the same parameters -> loss and dloss/dx_t
     """
 
     name: str
@@ -96,13 +95,13 @@ class Loss:
     value_and_grad: ValueAndGrad | None = None
 
     def bind(self, **values: float) -> BoundLoss:
-        """Return the formula as a function of x_t alone; values out of range are refused."""
+        """Return the loss as a function of x_t; a value out of range raises ``InputError``."""
         for name, value in values.items():
             self.parameters[name].allowed.check(f"{self.name}: {name}", value)
         return BoundLoss(self, values)
 
 
-@dataclass(frozen=True, eq=False)  # torch.compile hashes it, and a dict has no hash
+@dataclass(frozen=True, eq=False)  # by identity, because torch.compile hashes it
 class BoundLoss:
     """A loss with its parameters: a function of x_t."""
 
@@ -114,9 +113,9 @@ class BoundLoss:
         return self.loss.formula(x_t, **self.values)
 
     def value_and_grad(self, x_t: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the loss of each entry and its derivative by x_t, outside of autograd.
+        """Return the loss of each entry and its derivative, neither of them differentiable.
 
-        Without a closed form the derivative is autograd's.
+        Autograd computes the derivative if the loss has no closed form.
         """
         if self.loss.value_and_grad is not None:
             return self.loss.value_and_grad(x_t, **self.values)
@@ -127,41 +126,30 @@ class BoundLoss:
         return value.detach(), grad
 
 
-class LossRegistry(Mapping[str, Loss]):
-    """The losses by name; an unknown name is answered with the known ones."""
+class LossRegistry(dict[str, Loss]):
+    """The registered losses by name; the error for an unknown name lists the known ones."""
 
-    def __init__(self) -> None:
-        self._losses: dict[str, Loss] = {}
-
-    def __getitem__(self, name: str) -> Loss:
-        if name not in self._losses:
-            raise InputError(f"unknown loss {name!r}; known losses: {', '.join(sorted(self))}")
-        return self._losses[name]
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._losses
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._losses)
-
-    def __len__(self) -> int:
-        return len(self._losses)
-
-    def add(self, loss: Loss) -> None:
-        """Add a loss; a name is given once."""
-        if loss.name in self._losses:
-            raise InputError(f"a loss named {loss.name!r} is registered already")
-        self._losses[loss.name] = loss
+    def __missing__(self, name: str) -> Loss:
+        raise InputError(f"unknown loss {name!r}; known losses: {', '.join(sorted(self))}")
 
 
 LOSSES = LossRegistry()
 
 
 def bind_loss(name: str, **values: float) -> BoundLoss:
-    """Return the registered loss of a name as a function of x_t, its parameters set.
+    """Return a registered loss as a function of x_t.
+
+    Args:
+        name: one of :data:`LOSSES`
+        values: parameters of the loss; the others keep their defaults
 
     Raises:
-        InputError: an unknown name, or a value out of range
+        InputError: if the name is unknown or a value is out of range
+
+    Example:
+        >>> loss = bind_loss("focal", gamma=2.0)
+        >>> loss(torch.tensor([-1.0, 0.0, 1.0]))
+        tensor([0.7019, 0.1733, 0.0227])
     """
     return LOSSES[name].bind(**values)
 
@@ -173,24 +161,36 @@ def register_loss(
     alpha: float | None = None,
     value_and_grad: ValueAndGrad | None = None,
 ) -> Callable[[Formula], Formula]:
-    """Register a formula under ``name``.
+    """Register the decorated formula as a loss; docs/add_a_loss.md shows how to add one.
 
-    The formula takes x_t and keyword-only parameters, each annotated with its range and given a
-    default: ``gamma: Annotated[float, Interval("[0, inf)")] = 2.0``. Its config node and contract
-    tests follow from that.
+    The formula takes x_t and keyword-only parameters. Each parameter has a default and is annotated
+    with its range: ``gamma: Annotated[float, Interval("[0, inf)")] = 2.0``. Its config keys and the
+    tests of its contract follow from the signature.
 
     Args:
         name: the name in a config, lower case
         reference: section and equation
         alpha: default class-balancing weight (-1: none); None if the loss is never balanced
-        value_and_grad: loss and dloss/dx_t in closed form, from x_t and the formula's parameters;
-            faster than autograd, and tested against it
+        value_and_grad: closed form of the loss and dloss/dx_t as a function of x_t and the same
+            parameters; faster than autograd, and tested against it
+
+    Raises:
+        InputError: if the name is taken, or a parameter has no default or no range
+
+    Example:
+        >>> @register_loss("squared", reference="none")
+        ... def squared(x_t):
+        ...     return (-x_t).sigmoid() ** 2
+        >>> bind_loss("squared")(torch.zeros(1))
+        tensor([0.2500])
+        >>> del LOSSES["squared"]
     """
 
     def register(formula: Formula) -> Formula:
-        LOSSES.add(
-            Loss(name, formula, reference, _parameters(name, formula), alpha, value_and_grad)
-        )
+        if name in LOSSES:
+            raise InputError(f"a loss named {name!r} is registered already")
+        parameters = _parameters(name, formula)
+        LOSSES[name] = Loss(name, formula, reference, parameters, alpha, value_and_grad)
         return formula
 
     return register

@@ -1,4 +1,4 @@
-"""The detector. Importing this package registers its classes with Detectron2."""
+"""The detector. Importing this package registers its classes in Detectron2's registries."""
 
 from retinanet_ext.modeling.anchor_generator import OctaveAnchorGenerator
 from retinanet_ext.modeling.criterion import RetinaNetCriterion

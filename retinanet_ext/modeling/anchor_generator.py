@@ -1,4 +1,4 @@
-"""Anchors by octave (section 4)."""
+"""Anchors by octave (section 4). Boxes: XYXY in input pixels."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ from retinanet_ext.losses import Interval
 
 @ANCHOR_GENERATOR_REGISTRY.register()
 class OctaveAnchorGenerator(DefaultAnchorGenerator):
-    """Anchors of ``scales_per_octave`` sizes a level, each in every aspect ratio.
+    """Anchors with ``scales_per_octave`` sizes per level, each in every aspect ratio (section 4).
 
-    Sides (square roots of areas) are ``base_scale * stride * 2^(k / scales_per_octave)`` input
-    pixels. The paper's 4, 3 and {1/2, 1, 2} give 9 anchors a cell, 32 to 813 pixels on P3 to P7.
+    The side (square root of the area) is ``base_scale * stride * 2^(k / scales_per_octave)`` input
+    pixels. With the paper's values, 4, 3 and {1/2, 1, 2}, each cell has 9 anchors, with sides from
+    32 to 813 pixels on P3 to P7.
+
+    Example:
+        >>> anchors = OctaveAnchorGenerator(aspect_ratios=[0.5, 1.0, 2.0], strides=[8, 16])
+        >>> [len(level) for level in anchors([torch.zeros(1, 1, 4, 6), torch.zeros(1, 1, 2, 3)])]
+        [216, 54]
     """
 
     @configurable
@@ -36,11 +42,14 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
     ) -> None:
         """
         Args:
-            scales_per_octave: sizes between one level and the next, n
-            base_scale: side of a level's smallest anchor in strides
-            aspect_ratios: height / width; one list for all levels, or a list a level
-            strides: input pixels a cell, a level
-            offset: position of the first anchor's centre in its cell, 0.5 is the middle
+            scales_per_octave: number of sizes from one level to the next, 1 to 64
+            base_scale: side of the smallest anchor of a level, in strides
+            aspect_ratios: height / width; one list for all levels, or one list per level
+            strides: input pixels per cell of each level
+            offset: position of the anchors' centre in its cell, in strides; 0.5 is the middle
+
+        Raises:
+            InputError: if a value is out of range; the message names its config key
         """
         Interval("[1, 64]").check("MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE", scales_per_octave)
         Interval("(0, inf)").check("MODEL.ANCHOR_GENERATOR.BASE_SCALE", base_scale)
@@ -54,11 +63,11 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
         super().__init__(sizes=sizes, aspect_ratios=aspect_ratios, strides=strides, offset=offset)
 
     def forward(self, features: list[Tensor]) -> list[Boxes]:
-        """Return the anchors of each level as Detectron2 does, made on the device.
+        """Return the anchors of each level, ordered by row, column and anchor of the cell.
 
-        Detectron2 makes them on the host: each level's copies have it wait for a GPU.
+        Detectron2 computes them on the host, and each level's copy waits for a GPU.
         """
-        # As torch.jit.script takes it.
+        # Written for torch.jit.script.
         cells: list[Tensor] = [named[1] for named in self.cell_anchors.named_buffers()]
         anchors: list[Tensor] = []
         for level, stride, cell in zip(features, self.strides, cells):  # noqa: B905

@@ -1,7 +1,7 @@
-"""From labels and predictions to the two losses (sections 3 and 4.1).
+"""The two training losses, from labels and predictions (sections 3 and 4.1).
 
-Shapes: N images, R anchors over all levels, K classes, F foreground anchors that count. Boxes:
-XYXY in input pixels. Labels: -1 ignore, 0..K-1 class, K background.
+Shapes: N images, R anchors over all levels, A anchors per cell, K classes, M boxes, F pairs of an
+anchor and its box. Boxes: XYXY in input pixels. Labels: -1 ignore, 0..K-1 class, K background.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage, has_event_storage
 from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
@@ -22,23 +23,38 @@ from torchvision.ops import complete_box_iou, distance_box_iou, generalized_box_
 from retinanet_ext.config_keys import CLASS_ALPHA, loss_parameter_keys, read_key
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES, Interval
-from retinanet_ext.losses.dense import dense_loss
+from retinanet_ext.losses.dense import dense_loss, signed_logits
 from retinanet_ext.losses.functional import Alpha, class_weights, upcast_to_float32
 from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, BoundLoss, check_alpha
-from retinanet_ext.modeling.matching import is_foreground, shapes_may_follow_values
+from retinanet_ext.modeling.matching import is_foreground
 from retinanet_ext.sampling import OHEM, SELECTIONS, SelectAll
 
 NORMALIZERS = ("foreground_ema", "foreground", "foreground_batch", "selected")
 BOX_IOUS = {"giou": generalized_box_iou, "diou": distance_box_iou, "ciou": complete_box_iou}
-LOG_PERIOD = 20  # iterations; Detectron2's writers' own
+LOG_PERIOD = 20  # iterations, as in Detectron2's PeriodicWriter
 
 
 class RetinaNetCriterion(nn.Module):
-    """The training loss: classification of the selected anchors, regression of the foreground.
+    """Classification loss of the selected anchors and box regression loss of the foreground.
 
-    Its one state is the moving average of ``foreground_ema``, a buffer, so that a resumed run
-    goes on with it. Weights that come without it (Detectron2's) leave it as it is. Batches count
-    whole, over all processes and micro-batches: how they are divided changes nothing.
+    The only state is the moving average of the normaliser ``foreground_ema``, a buffer, so that a
+    resumed run continues with it. Loading weights without it (Detectron2's) keeps its value. The
+    normaliser counts the anchors of the whole batch, over all processes and micro-batches, so that
+    the result does not depend on how a batch is divided.
+
+    Example:
+        >>> from retinanet_ext.losses import bind_loss
+        >>> criterion = RetinaNetCriterion(
+        ...     num_classes=2, cls_loss=bind_loss("focal", gamma=2.0), alpha=0.25,
+        ...     box2box_transform=Box2BoxTransform((1.0, 1.0, 1.0, 1.0)), normalizer="foreground",
+        ... )
+        >>> anchors = torch.tensor([[0.0, 0, 8, 8], [8.0, 0, 16, 8]])  # R = 2: one row of two cells
+        >>> losses = criterion(
+        ...     anchors, [torch.zeros(1, 2, 1, 2)], torch.zeros(1, 2, 4),
+        ...     torch.tensor([[1, 2]]), torch.tensor([[0, 0]]), torch.tensor([[0.0, 0, 8, 9]]),
+        ... )
+        >>> {name: round(loss.item(), 3) for name, loss in losses.items()}
+        {'loss_cls': 0.433, 'loss_box_reg': 0.18}
     """
 
     loss_normalizer: Tensor
@@ -50,7 +66,6 @@ class RetinaNetCriterion(nn.Module):
         num_classes: int,
         cls_loss: BoundLoss,
         alpha: Alpha = UNBALANCED,
-        compile_cls_loss: bool = False,
         selection: SelectAll | OHEM | None = None,
         normalizer: str = "foreground_ema",
         box2box_transform: Box2BoxTransform,
@@ -60,14 +75,17 @@ class RetinaNetCriterion(nn.Module):
         """
         Args:
             num_classes: K
-            cls_loss: a loss of x_t, see :mod:`retinanet_ext.losses`
-            alpha: its class-balancing weight, one or K numbers; -1 for none
-            compile_cls_loss: generate code for it, unless anchors are selected by their loss
-            selection: which anchors count; all that are not ignored by default
-            normalizer: one of :data:`NORMALIZERS`, explained in ``config.py``
-            box2box_transform: anchors and boxes to regression targets
+            cls_loss: a loss of x_t, see :func:`~retinanet_ext.losses.bind_loss`
+            alpha: class-balancing weight, one number or K; -1 for none
+            selection: which anchors count; by default all that are not ignored
+            normalizer: ``foreground_ema``, ``foreground``, ``foreground_batch`` or ``selected``;
+                docs/keys.md explains them under ``MODEL.RETINANET.LOSS_NORMALIZER``
+            box2box_transform: turns anchors and boxes into regression targets
             box_reg_loss_type: ``smooth_l1`` on the targets, or ``giou``, ``diou``, ``ciou``
             smooth_l1_beta: where smooth L1 turns from quadratic to linear; 0 for L1
+
+        Raises:
+            InputError: if an argument is invalid; the message names its config key
         """
         super().__init__()
         if normalizer not in NORMALIZERS:
@@ -80,39 +98,28 @@ class RetinaNetCriterion(nn.Module):
                 f"{('smooth_l1', *BOX_IOUS)}, got {box_reg_loss_type!r}"
             )
         Interval("[0, inf)").check("MODEL.RETINANET.SMOOTH_L1_LOSS_BETA", smooth_l1_beta)
-        if compile_cls_loss and cls_loss.loss.value_and_grad is None:
-            raise InputError(
-                "MODEL.RETINANET.CLS_LOSS.COMPILE needs the derivative of the loss, which "
-                f"{cls_loss.loss.name} is registered without; set it False or register one"
-            )
         self.num_classes = num_classes
         self.cls_loss = cls_loss
-        self.compile_cls_loss = compile_cls_loss
         self.register_buffer("alpha_weights", class_weights(alpha, num_classes), persistent=False)
         self.selection = selection or SelectAll()
         self.normalizer = normalizer
         self.box2box_transform = box2box_transform
         self.box_reg_loss_type = box_reg_loss_type
         self.smooth_l1_beta = smooth_l1_beta
-        # Detectron2's initial value; double, so that a count is averaged as by Python's floats.
+        # Detectron2's initial value; float64, so that averages equal those of Python's floats.
         self.register_buffer("loss_normalizer", torch.tensor(100.0, dtype=torch.float64))
         self._num_micro_batches = 1
         self._micro_counts: list[Tensor] = []
 
     @classmethod
     def from_config(cls, cfg: CfgNode, box2box_transform: Box2BoxTransform) -> RetinaNetCriterion:
-        """Build the criterion that ``cfg`` names.
-
-        Raises:
-            InputError: an unknown name or a value out of range, with its key
-        """
+        """Build the criterion from a config; an ``InputError`` names the key it rejects."""
         node = cfg.MODEL.RETINANET
         cls_loss, alpha = build_cls_loss(cfg)
         return cls(
             num_classes=node.NUM_CLASSES,
             cls_loss=cls_loss,
             alpha=alpha,
-            compile_cls_loss=node.CLS_LOSS.COMPILE,
             selection=build_selection(cfg),
             normalizer=node.LOSS_NORMALIZER,
             box2box_transform=box2box_transform,
@@ -129,12 +136,12 @@ class RetinaNetCriterion(nn.Module):
         matched_idxs: Tensor,
         gt_boxes: Tensor,
     ) -> dict[str, Tensor]:
-        """Return ``loss_cls`` and ``loss_box_reg``, two scalars.
+        """Return the scalars ``loss_cls`` and ``loss_box_reg``.
 
         Args:
             anchors: (R, 4)
-            logits: of each level as the head gives them, (N, A K, H, W)
-            deltas: predicted regression, (N, R, 4)
+            logits: logits of each level, (N, A K, H, W)
+            deltas: predicted box regression, (N, R, 4)
             labels: (N, R)
             matched_idxs: index of each anchor's box in ``gt_boxes``, (N, R)
             gt_boxes: boxes of all images, (M, 4)
@@ -144,8 +151,10 @@ class RetinaNetCriterion(nn.Module):
         else:
             rows = [permute_to_N_HWA_K(level, self.num_classes) for level in logits]
             cls_losses = self.anchor_losses(torch.cat(rows, dim=1), labels)
-            predicted = self.selection.nms_boxes == "predictions"
-            boxes = self._predicted_boxes(anchors, deltas) if predicted else anchors
+            boxes = anchors
+            if self.selection.nms_boxes == "predictions":
+                decode = self.box2box_transform.apply_deltas
+                boxes = torch.stack([decode(image, anchors) for image in deltas.detach()])
             selected = self.selection(cls_losses.detach(), labels, boxes, self.num_classes)
         foreground = is_foreground(labels, self.num_classes)
         weights = self._image_weights(foreground.sum(1), selected.sum(1))
@@ -157,18 +166,12 @@ class RetinaNetCriterion(nn.Module):
                 weights,
                 self.alpha_weights,
                 num_classes=self.num_classes,
-                compiled=self.compile_cls_loss,
             )
         else:
             per_image = torch.where(selected, cls_losses, 0).sum(1)
             loss_cls = (per_image * weights.to(per_image.dtype)).sum()
 
-        box_loss = (
-            self._box_loss_per_image
-            if shapes_may_follow_values(deltas)
-            else self._box_loss_per_image_of_fixed_shape
-        )
-        per_image = box_loss(
+        per_image = self._box_loss_per_image(
             anchors, upcast_to_float32(deltas), foreground & selected, matched_idxs, gt_boxes
         )
         loss_box_reg = (per_image * weights.to(per_image.dtype)).sum()
@@ -177,21 +180,17 @@ class RetinaNetCriterion(nn.Module):
     def anchor_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the classification loss of each anchor, summed over classes, (N, R).
 
-        The plain form of :func:`~retinanet_ext.losses.dense.dense_loss`, for a selection by loss.
-        Every entry is taken as a negative, then each foreground anchor's own class is replaced: no
-        one-hot targets are made. Ignored anchors get the loss of background.
+        OHEM selects by it. The loss of ignored anchors is 0.
+
+        Args:
+            logits: (N, R, K)
+            labels: (N, R)
         """
-        logits = upcast_to_float32(logits)
-        negative = self.cls_loss(-logits)
-        if self.alpha_weights is not None:
-            alpha, one_minus_alpha = self.alpha_weights.to(logits.dtype).unbind()
-            negative = one_minus_alpha * negative
-        image, anchor = is_foreground(labels, self.num_classes).nonzero(as_tuple=True)
-        label = labels[image, anchor]
-        positive = self.cls_loss(logits[image, anchor, label])
-        if self.alpha_weights is not None:
-            positive = alpha.expand(self.num_classes)[label] * positive
-        return negative.index_put((image, anchor, label), positive).sum(2)
+        labels = labels[..., None, None]
+        alpha_weights = logits.new_ones(2) if self.alpha_weights is None else self.alpha_weights
+        ones = torch.ones_like(labels, dtype=logits.dtype)
+        x_t, weight, _ = signed_logits(logits[..., None, None], labels, ones, alpha_weights)
+        return (self.cls_loss(x_t) * weight).flatten(2).sum(2)
 
     def _box_loss_per_image(
         self,
@@ -201,24 +200,10 @@ class RetinaNetCriterion(nn.Module):
         matched_idxs: Tensor,
         gt_boxes: Tensor,
     ) -> Tensor:
-        """Return the regression loss of each image, (N,), over anchors that ``counts`` marks."""
-        image, anchor = counts.nonzero(as_tuple=True)
-        losses = self.box_losses(
-            anchors[anchor], deltas[image, anchor], gt_boxes[matched_idxs[image, anchor]]
-        )
-        return losses.new_zeros(len(deltas)).index_add(0, image, losses)
+        """Return the regression loss of each image, (N,), over the anchors in ``counts``, (N, R).
 
-    def _box_loss_per_image_of_fixed_shape(
-        self,
-        anchors: Tensor,
-        deltas: Tensor,
-        counts: Tensor,
-        matched_idxs: Tensor,
-        gt_boxes: Tensor,
-    ) -> Tensor:
-        """Return the same over all anchors: the host need not know how many count.
-
-        The others are given their anchor as prediction and as target.
+        It is computed for every anchor, because listing those that count would make the host wait
+        for a GPU. The others get their own anchor as prediction and as target.
         """
         if not len(gt_boxes):
             return deltas[:, :0].sum((1, 2))
@@ -231,7 +216,7 @@ class RetinaNetCriterion(nn.Module):
         return torch.where(counts, losses.view_as(counts), 0).sum(1)
 
     def box_losses(self, anchors: Tensor, deltas: Tensor, gt_boxes: Tensor) -> Tensor:
-        """Return the regression loss of each of F anchors, summed over coordinates, (F,)."""
+        """Return the box regression loss of each pair, (F,), from three tensors (F, 4)."""
         if self.box_reg_loss_type == "smooth_l1":
             targets = self._box_targets(anchors, gt_boxes)
             return smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta).sum(1)
@@ -239,42 +224,37 @@ class RetinaNetCriterion(nn.Module):
         return 1 - _iou_of_pairs(self.box_reg_loss_type, boxes, gt_boxes)
 
     def _box_targets(self, anchors: Tensor, gt_boxes: Tensor) -> Tensor:
-        """Return ``Box2BoxTransform.get_deltas``, whose assertion waits for a GPU."""
+        """Compute ``Box2BoxTransform.get_deltas`` without its assertion, which waits for a GPU."""
         sizes, gt_sizes = (boxes[:, 2:] - boxes[:, :2] for boxes in (anchors, gt_boxes))
         offsets = (gt_boxes[:, :2] + 0.5 * gt_sizes - (anchors[:, :2] + 0.5 * sizes)) / sizes
         targets = (*offsets.unbind(1), *(gt_sizes / sizes).log().unbind(1))
         weights = self.box2box_transform.weights
         return torch.stack([w * t for w, t in zip(weights, targets, strict=True)], dim=1)
 
-    @torch.no_grad()
-    def _predicted_boxes(self, anchors: Tensor, deltas: Tensor) -> Tensor:
-        boxes = [self.box2box_transform.apply_deltas(delta, anchors) for delta in deltas]
-        return torch.stack(boxes)
-
     def begin_batch(self, num_micro_batches: int) -> None:
-        """Take the next ``num_micro_batches`` forward passes as one batch, until :meth:`end_batch`.
+        """Treat the forward passes until :meth:`end_batch` as micro-batches of one batch.
 
-        Meanwhile the losses are divided by the last normaliser: the batch's own is not known.
+        Their losses are divided by the last normaliser, because the batch's own is not known yet.
         """
         self._num_micro_batches = num_micro_batches
         self._micro_counts = []
 
     @torch.no_grad()
     def end_batch(self) -> Tensor:
-        """Return what to multiply the micro-batches' losses and summed gradients by, a scalar.
+        """Return the factor, a scalar, for the micro-batches' losses and summed gradients.
 
-        They are then those of one forward pass over all images, to rounding.
+        Multiplied by it, they equal those of one forward pass over all images, up to rounding.
         """
         counts, self._micro_counts = self._micro_counts, []
         self._num_micro_batches = 1
-        if self.normalizer == "foreground":  # an image's normaliser is its own
+        if self.normalizer == "foreground":  # counted per image
             return torch.ones_like(self.loss_normalizer)
         provisional = self.loss_normalizer.clone()
         return provisional * self._batch_weight(torch.stack(counts).sum())
 
     @torch.no_grad()
     def _image_weights(self, num_foreground: Tensor, num_selected: Tensor) -> Tensor:
-        """Return what each image's summed loss is multiplied by, (N,), from counts of anchors."""
+        """Return the factor of each image's summed loss, (N,), from its counts of anchors, (N,)."""
         log_mean_count("num_pos_anchors", num_foreground)
         num_images = len(num_foreground)
         if self.normalizer == "foreground":
@@ -289,18 +269,20 @@ class RetinaNetCriterion(nn.Module):
         return weight.expand(num_images)
 
     def _batch_weight(self, count: Tensor) -> Tensor:
-        """Return what this process's loss is multiplied by, from its count of anchors.
+        """Return the factor of this process's loss, from its count of anchors.
 
-        Gradients are averaged over processes, so that the mean of the processes' losses is the
-        loss of one process that has all images.
+        DDP averages gradients over processes. With this factor the mean of the processes' losses is
+        the loss of one process with all images.
         """
-        count, num_processes = _sum_over_processes(count.double())
+        count = count.double()
+        if comm.get_world_size() > 1:
+            dist.all_reduce(count)
         count = count.clamp(min=1)
         if self.normalizer == "foreground_ema":
             count = 0.9 * self.loss_normalizer + 0.1 * count
-            # By an alias: torch.compile (2.11) loses what is written to a lone float64 on the CPU.
+            # torch.compile (2.11) loses a write to a float64 CPU scalar, unless it is an alias.
             self.loss_normalizer.detach().copy_(count)
-        return num_processes / count
+        return comm.get_world_size() / count
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         state_dict.setdefault(prefix + "loss_normalizer", self.loss_normalizer)
@@ -308,27 +290,20 @@ class RetinaNetCriterion(nn.Module):
 
 
 def _iou_of_pairs(kind: str, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-    """Return torchvision's IoU of each box with its own ground truth, both (F, 4): (F,).
+    """Return torchvision's IoU of each box with its ground truth, both (F, 4): (F,).
 
-    By the functions for all pairs, mapped over pairs of one box each. Those for losses list the
-    boxes that overlap, which waits for a GPU; fvcore's and Detectron2's assert besides that boxes
-    are valid, which ends a run that diverges without a verdict.
+    Its loss functions index the boxes that overlap, which waits for a GPU. Those of fvcore and
+    Detectron2 also assert that boxes are valid, which would end a diverging run unexplained.
     """
     iou = BOX_IOUS[kind]
     return torch.vmap(lambda box, gt_box: iou(box[None], gt_box[None])[0, 0])(boxes, gt_boxes)
 
 
-def _sum_over_processes(count: Tensor) -> tuple[Tensor, int]:
-    if not (dist.is_available() and dist.is_initialized()):
-        return count, 1
-    dist.all_reduce(count)
-    return count, dist.get_world_size()
-
-
 def log_mean_count(name: str, counts: Tensor) -> None:
-    """Log the mean of counts an image, at the iterations that are written where reading waits.
+    """Log the mean count per image.
 
-    Generated code, which cannot read values, logs nothing.
+    On a GPU, where ``.item()`` synchronises, log only at iterations that the writers flush.
+    Compiled code logs nothing, because it cannot read values.
     """
     if not torch.compiler.is_compiling() and has_event_storage():
         storage = get_event_storage()
@@ -337,7 +312,7 @@ def log_mean_count(name: str, counts: Tensor) -> None:
 
 
 def build_cls_loss(cfg: CfgNode) -> tuple[BoundLoss, Alpha]:
-    """Return the loss of x_t that ``MODEL.RETINANET.CLS_LOSS`` names, and its alpha."""
+    """Return the loss that ``MODEL.RETINANET.CLS_LOSS`` describes, and its alpha."""
     node = cfg.MODEL.RETINANET.CLS_LOSS
     try:
         loss = LOSSES[node.NAME]
@@ -362,14 +337,14 @@ def _class_alpha(given: Sequence[Any], num_classes: int) -> list[float]:
         raise InputError(f"{CLASS_ALPHA} has {len(given)} values for {num_classes} classes")
     if any(isinstance(value, (list, tuple)) for value in given):
         raise InputError(
-            f"{CLASS_ALPHA} names classes, which the data tell: train_net.py makes numbers of "
-            f"them; give {num_classes} numbers, in the order of the classes"
+            f"{CLASS_ALPHA} names classes, which train_net.py resolves from the data; "
+            f"give {num_classes} numbers here, in the order of the classes"
         )
     return [ALPHA_RANGE.check(f"{CLASS_ALPHA}[{i}]", value) for i, value in enumerate(given)]
 
 
 def build_selection(cfg: CfgNode) -> SelectAll | OHEM:
-    """Return the selection that ``MODEL.RETINANET.SELECTION`` names."""
+    """Return the selection that ``MODEL.RETINANET.SELECTION`` describes."""
     node = cfg.MODEL.RETINANET.SELECTION
     if node.NAME not in SELECTIONS:
         raise InputError(

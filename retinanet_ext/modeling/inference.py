@@ -1,7 +1,7 @@
-"""From predictions to the candidates of non-maximum suppression (section 4.1, inference).
+"""From predictions to detections (section 4.1, inference).
 
-Shapes: N images, A anchors a cell, K classes, C candidates an image, D detections of one. Boxes:
-XYXY in input pixels.
+Shapes: N images, A anchors per cell, K classes, C candidates per image, D detections of one image.
+Boxes: XYXY in input pixels.
 """
 
 from __future__ import annotations
@@ -15,33 +15,29 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes
 from torch import Tensor
 from torch.nn.functional import pad
-from torchvision.ops import nms
+from torchvision.ops import clip_boxes_to_image, nms
 
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses.functional import upcast_to_float32
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-"""What ``TEST.PRECISION`` may be."""
+"""Values of ``TEST.PRECISION``."""
 
 
 class Candidates(NamedTuple):
-    """Boxes, (D, 4), scores, (D,), and classes, (D,), of one image; level by level, best first."""
+    """Boxes, (D, 4), scores, (D,), and classes, (D,), of one image; by level, best first."""
 
     boxes: Tensor
     scores: Tensor
     classes: Tensor
 
     def at(self, index: Tensor) -> Candidates:
-        """Return those at ``index``."""
+        """Return the candidates at ``index``."""
         return Candidates(self.boxes[index], self.scores[index], self.classes[index])
 
 
 def check_precision(precision: str, device: str) -> None:
-    """Refuse a ``TEST.PRECISION`` that is unknown, or that ``MODEL.DEVICE`` has no use for.
-
-    Raises:
-        InputError: names the key, its value and what is allowed
-    """
+    """Raise ``InputError`` if ``TEST.PRECISION`` is unknown or not supported on the device."""
     if precision not in PRECISIONS:
         known = ", ".join(map(repr, PRECISIONS))
         raise InputError(f"TEST.PRECISION {precision!r} is unknown; known: {known}")
@@ -61,29 +57,36 @@ def decode_candidates(
     topk: int,
     box2box_transform: Box2BoxTransform,
 ) -> list[Candidates]:
-    """Return the best scores of each level and image that exceed a threshold, with their boxes.
+    """Return the candidates of each image: the best scores of each level, with their boxes.
 
-    What Detectron2's ``DenseDetector`` does image by image and level by level, for all images
-    together and with a sigmoid of the candidates alone. Of equal scores the higher logit counts.
-    A NaN is no candidate. Boxes and scores are in float32 where predictions are in half precision
-    (``apply_deltas`` widens the deltas).
+    Detectron2's ``DenseDetector`` does this per image and level. Here all images are decoded
+    together, and only the candidates pass the sigmoid. Among equal scores the higher logit wins. A
+    NaN is no candidate. Boxes and scores are float32 if the predictions are in half precision.
 
     Args:
-        logits: of each level as the head gives them, (N, A K, H, W)
-        deltas: (N, A 4, H, W)
-        anchors: of each level, H W A boxes in this order
+        logits: logits of each level, (N, A K, H, W)
+        deltas: box regression of each level, (N, A 4, H, W)
+        anchors: anchors of each level, ordered by row, column and anchor
         num_classes: K
-        score_thresh: candidates score more than this
-        topk: candidates a level and image at most
-        box2box_transform: deltas and anchors to boxes
+        score_thresh: candidates have a score above this
+        topk: maximum number of candidates per level and image
+        box2box_transform: turns deltas and anchors into boxes
     """
-    # NaN sorts before every number: none goes unseen. What is recorded cannot look, and has none.
+
+    def best_of_levels(logits: Sequence[Tensor]) -> list[Tensor]:
+        levels = zip(logits, deltas, anchors, strict=True)
+        found = [_best_of_level(*level, num_classes, topk) for level in levels]
+        return [torch.cat(values, dim=1) for values in zip(*found, strict=True)]
+
+    # Top-k sorts NaN before every number, so a NaN is always seen here. A recorded program cannot
+    # branch on it and always replaces NaN.
     recorded = is_recorded()
     if not recorded:
-        top = _best_of_levels(logits, deltas, anchors, num_classes, topk)
+        top = best_of_levels(logits)
     if recorded or top[0].isnan().any():
-        numbers = [level.nan_to_num(-torch.inf, torch.inf, -torch.inf) for level in logits]
-        top = _best_of_levels(numbers, deltas, anchors, num_classes, topk)
+        top = best_of_levels(
+            [level.nan_to_num(-torch.inf, torch.inf, -torch.inf) for level in logits]
+        )
     results = []
     for top_logits, classes, top_deltas, top_anchors in zip(*top, strict=True):
         scores = upcast_to_float32(top_logits).sigmoid()
@@ -94,57 +97,40 @@ def decode_candidates(
 
 
 def is_recorded() -> bool:
-    """Tell whether the operations are recorded for other inputs: no value may steer Python."""
+    """Tell whether the program is traced or compiled, so that no value may decide a branch."""
     return torch.jit.is_tracing() or torch.compiler.is_compiling()
 
 
 def suppress(candidates: Candidates, iou_thresh: float) -> Tensor:
-    """Return the indices of what class-wise non-maximum suppression keeps, best first."""
+    """Return the indices that class-wise non-maximum suppression keeps, best first."""
     boxes, scores, classes = candidates
     if not torch.compiler.is_compiling():
         return batched_nms(boxes, scores, classes, iou_thresh)
-    # batched_nms steers by the number of boxes. This is its way of one call: each class elsewhere.
-    # torchvision has an exported program expect that two boxes are left: two without area are.
+    # batched_nms branches on the number of boxes. This is its branch that shifts each class apart.
+    # torchvision's exported nms assumes that two boxes remain: two without area are appended.
     boxes, classes = pad(boxes.float(), (0, 0, 0, 2)), pad(classes, (0, 2))
     boxes = boxes + (classes * (boxes.max() - boxes.min() + 1)).unsqueeze(1)
     return nms(boxes, pad(scores, (0, 2), value=-1.0), iou_thresh)[:-2]
 
 
 def clip(candidates: Candidates, image_size: tuple[int, int]) -> Candidates:
-    """Return candidates clipped to an image (height, width), without those that lie outside."""
-    height, width = image_size
-    x, y = candidates.boxes[:, ::2].clamp(0, width), candidates.boxes[:, 1::2].clamp(0, height)
-    clipped = candidates._replace(boxes=torch.stack([x, y], dim=2).flatten(1))
-    return clipped.at(((x[:, 1] > x[:, 0]) & (y[:, 1] > y[:, 0])).nonzero().squeeze(1))
+    """Return candidates clipped to an image (height, width), without those outside it."""
+    boxes = clip_boxes_to_image(candidates.boxes, image_size)
+    inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return candidates._replace(boxes=boxes).at(inside.nonzero().squeeze(1))
 
 
 def _at_most(count: int, size: Any) -> Any:
-    """Return the smaller: of a size that is a number, a tensor (traced) or a symbol (exported)."""
+    """Return min(count, size); ``size`` is an int, a tensor (traced) or a symbol (exported)."""
     return size.clamp(max=count) if isinstance(size, Tensor) else torch.sym_min(count, size)
-
-
-def _best_of_levels(
-    logits: Sequence[Tensor],
-    deltas: Sequence[Tensor],
-    anchors: Sequence[Boxes],
-    num_classes: int,
-    topk: int,
-) -> list[Tensor]:
-    """Return :func:`_best_of_level` of all levels, one after the other along C."""
-    levels = [
-        _best_of_level(*level, num_classes, topk)
-        for level in zip(logits, deltas, anchors, strict=True)
-    ]
-    return [torch.cat(values, dim=1) for values in zip(*levels, strict=True)]
 
 
 def _best_of_level(
     logits: Tensor, deltas: Tensor, anchors: Boxes, num_classes: int, topk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return logits, classes, both (N, C), deltas and anchors, both (N, C, 4), of the top k.
+    """Return logits and classes, (N, C), and deltas and anchors, (N, C, 4), of the top k logits.
 
-    They are found among the k anchors with the highest logits: a pass over the maxima is all
-    that the many others cost.
+    They all belong to the k anchors with the highest maximum over classes.
     """
     height, width = logits.shape[2:]
     logits = logits.unflatten(1, (-1, num_classes))

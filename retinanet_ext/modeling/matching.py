@@ -1,6 +1,6 @@
-"""Labels of anchors by IoU with the ground truth (section 4).
+"""Labels of anchors by their IoU with the ground-truth boxes (section 4).
 
-Shapes: N images, R anchors over all levels, S of a block of them, K classes, M boxes of an image.
+Shapes: N images, R anchors over all levels, S anchors per block, K classes, M boxes per image.
 Boxes: XYXY in input pixels. Labels: -1 ignore, 0..K-1 class, K background.
 """
 
@@ -10,27 +10,36 @@ from collections.abc import Sequence
 
 import torch
 from detectron2.modeling.matcher import Matcher
-from detectron2.structures import Boxes, Instances
+from detectron2.structures import Boxes, Instances, pairwise_ioa
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import clip_boxes_to_image
 
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses.dense import HAS_TRITON
 
 LOW_QUALITY_MATCHES = ("all", "ignored_band", "none")
 
-# Pairs of a box and an anchor looked at together: what a core's cache holds, what fills a GPU.
+# (box, anchor) pairs per block: small enough for a CPU core's cache, large enough to fill a GPU.
 PAIRS_CPU, PAIRS_GPU = 2**18, 2**24
-MIN_BLOCK = 256  # anchors; in smaller blocks the calls cost more than the work
+MIN_BLOCK = 256  # anchors; in smaller blocks the overhead of a call exceeds its work
 
 
 class AnchorMatcher:
-    """Detectron2's ``Matcher`` block of anchors by block, so that no M x R matrix is held.
+    """Detectron2's ``Matcher``, by blocks of anchors so that no M x R matrix is held.
 
-    It has a policy for the boxes that no anchor reaches: ``all`` and ``none`` are Detectron2's
-    ``allow_low_quality_matches``; ``ignored_band`` is the authors' code, in which a box's best
-    anchor becomes foreground only where it would otherwise be ignored. Unlike Detectron2's, a
-    box that overlaps no anchor at all matches none, instead of every anchor it does not overlap.
+    The policy for low-quality matches decides about a box with no anchor at the highest threshold:
+    ``all`` and ``none`` are Detectron2's ``allow_low_quality_matches``. With ``ignored_band``, the
+    rule in the authors' code, its best anchor becomes foreground only if it would be ignored
+    otherwise. A box that overlaps no anchor matches none; in Detectron2 it matches every anchor
+    that it does not overlap.
+
+    Example:
+        >>> matcher = AnchorMatcher([0.4, 0.5], [0, -1, 1], "none")
+        >>> anchors = torch.tensor([[0.0, 0, 10, 10], [5, 0, 15, 10], [20, 0, 30, 10]])
+        >>> matched_idxs, labels = matcher(torch.tensor([[0.0, 0, 10, 9]]), anchors)
+        >>> labels.tolist()
+        [1, 0, 0]
     """
 
     def __init__(
@@ -38,9 +47,12 @@ class AnchorMatcher:
     ) -> None:
         """
         Args:
-            thresholds: IoU limits in rising order, the paper's [0.4, 0.5]
-            labels: 0 background, -1 ignore, 1 foreground; one more than thresholds
-            low_quality_matches: one of :data:`LOW_QUALITY_MATCHES`
+            thresholds: IoU thresholds in rising order, in the paper [0.4, 0.5]
+            labels: label of each interval between them: 0 background, -1 ignore, 1 foreground
+            low_quality_matches: ``all``, ``ignored_band`` or ``none``
+
+        Raises:
+            InputError: if an argument is invalid; the message names its config key
         """
         if low_quality_matches not in LOW_QUALITY_MATCHES:
             raise InputError(
@@ -59,22 +71,21 @@ class AnchorMatcher:
 
     @classmethod
     def from_detectron2(cls, matcher: Matcher) -> AnchorMatcher:
-        """Return the same rule as Detectron2's matcher, whose thresholds end in infinities."""
+        """Return a matcher with the rule of Detectron2's."""
         policy = "all" if matcher.allow_low_quality_matches else "none"
-        return cls(matcher.thresholds[1:-1], matcher.labels, policy)
+        return cls(matcher.thresholds[1:-1], matcher.labels, policy)  # the outer ones are infinite
 
     def __call__(self, boxes: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
-        """Match every anchor to the box it overlaps most, of equals the first.
+        """Match each anchor to the box with the highest IoU, the first among equals.
 
         Args:
-            boxes: (M, 4), one at least
+            boxes: (M, 4), M > 0
             anchors: (R, 4)
 
         Returns:
             indices of boxes, (R,) int64, and 0 background, -1 ignore or 1 foreground, (R,) int8
         """
         pairs = PAIRS_CPU if shapes_may_follow_values(anchors) else PAIRS_GPU
-        # Coordinates as rows, each contiguous.
         blocks = anchors.T.contiguous().split(max(MIN_BLOCK, pairs // len(boxes)), dim=1)
         near = [_boxes_near(boxes, block) for block in blocks]
         ious, matched_idxs, box_ious = [], [], []
@@ -98,19 +109,16 @@ class AnchorMatcher:
 
 
 def shapes_may_follow_values(tensor: Tensor) -> bool:
-    """Tell whether to list what counts, or to compute all of it.
-
-    To list, the host would wait for a GPU; code that torch.compile generates has fixed shapes.
-    """
+    """Tell whether to select by value: a GPU's host would wait, and compiled code cannot."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _boxes_near(boxes: Tensor, block: Tensor) -> Tensor:
-    """Return the indices, rising, of the boxes that may overlap a block of anchors, (4, S).
+    """Return the rising indices of the boxes that may overlap a block of anchors, (4, S).
 
-    The first is always among them: it is the match of anchors that overlap none.
+    They include box 0, because it is the match of anchors that overlap no box.
     """
-    if not shapes_may_follow_values(block):  # how many are near, it would have to wait to know
+    if not shapes_may_follow_values(block):
         return torch.arange(len(boxes), device=boxes.device)
     lower, upper = block[:2].amin(1), block[2:].amax(1)
     near = (torch.minimum(boxes[:, 2:], upper) > torch.maximum(boxes[:, :2], lower)).all(1)
@@ -121,30 +129,30 @@ def _boxes_near(boxes: Tensor, block: Tensor) -> Tensor:
 def _best_of_a_box(
     boxes: Tensor, blocks: Sequence[Tensor], near: list[Tensor], box_ious: list[Tensor]
 ) -> Tensor:
-    """Return which anchors no other overlaps any one box more than, equals included, (R,).
+    """Return the mask of the anchors that are the best of some box, ties included, (R,).
 
     Args:
         boxes: (M, 4)
         blocks: the anchors, (4, S) each
-        near: indices of the boxes looked at in each block
-        box_ious: the best IoU of each of these boxes within the block
+        near: indices of the boxes compared with each block
+        box_ious: highest IoU of each of these boxes within the block
     """
     best = box_ious[0].new_zeros(len(boxes))
     for index, iou in zip(near, box_ious, strict=True):
         best[index] = torch.maximum(best[index], iou)
-    best.masked_fill_(best == 0, torch.inf)  # which no anchor reaches
+    best.masked_fill_(best == 0, torch.inf)  # a box that overlaps no anchor has no best one
     masks = []
     for block, index, iou in zip(blocks, near, box_ious, strict=True):
         if shapes_may_follow_values(block):
-            index = index[iou == best[index]]  # few boxes have their best anchor in this block
+            index = index[iou == best[index]]  # the boxes whose best anchor is in this block
         masks.append((_pairwise_iou(boxes[index], block) == best[index, None]).any(dim=0))
     return torch.cat(masks)
 
 
 def _pairwise_iou(boxes: Tensor, block: Tensor) -> Tensor:
-    """Return the IoU of boxes, (M, 4), and anchors, (4, S): (M, S).
+    """Return the IoU of boxes, (M, 4), with anchors, (4, S): (M, S).
 
-    Equal to Detectron2's ``pairwise_iou`` in every bit, without its (M, S, 2) temporaries.
+    It equals Detectron2's ``pairwise_iou`` bit by bit and has no (M, S, 2) temporaries.
     """
     left, top, right, bottom = boxes.T.unsqueeze(2)
     a_left, a_top, a_right, a_bottom = block
@@ -152,13 +160,13 @@ def _pairwise_iou(boxes: Tensor, block: Tensor) -> Tensor:
     a_areas = (a_right - a_left) * (a_bottom - a_top)
     iou = torch.minimum(right, a_right).sub_(torch.maximum(left, a_left)).clamp_(min=0)
     iou *= torch.minimum(bottom, a_bottom).sub_(torch.maximum(top, a_top)).clamp_(min=0)
-    # Boxes without area, which overlap nothing, must not make 0 / 0.
+    # Two boxes without area would give 0 / 0.
     union = (areas + a_areas).sub_(iou).clamp_(min=torch.finfo(iou.dtype).tiny)
     return iou.div_(union)
 
 
 def is_foreground(labels: Tensor, num_classes: int) -> Tensor:
-    """Return the mask of labels that are a class."""
+    """Return the mask of the labels that are a class."""
     return (labels >= 0) & (labels < num_classes)
 
 
@@ -172,14 +180,14 @@ def label_anchors(
     """Label every anchor of every image.
 
     Args:
-        matcher: IoU to label, this plugin's or Detectron2's
+        matcher: this plugin's matcher or Detectron2's
         anchors: the R anchors of all levels
-        gt_instances: ``gt_boxes`` and ``gt_classes`` of each image; images without boxes are fine
+        gt_instances: ``gt_boxes`` and ``gt_classes`` of each image, which may have no boxes
         num_classes: K
 
     Returns:
-        labels, (N, R) int64, and the box each anchor matches best as an index into the boxes of
-        all images concatenated, (N, R) int64 (of no meaning where the anchor is background)
+        labels, (N, R) int64, and the index of each anchor's matched box among the concatenated
+        boxes of all images, (N, R) int64 (meaningless for background)
     """
     if isinstance(matcher, Matcher):
         matcher = AnchorMatcher.from_detectron2(matcher)
@@ -189,7 +197,7 @@ def label_anchors(
     labels, matched_idxs = [], []
     first = 0
     for instances in gt_instances:
-        if len(instances) and len(anchors):
+        if len(instances):
             match, match_labels = matcher(instances.gt_boxes.tensor, anchors.tensor)
             match += first
             label = instances.gt_classes[match - first]
@@ -199,7 +207,7 @@ def label_anchors(
             match = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
             label = torch.full_like(match, num_classes)
         labels.append(label)
-        matched_idxs.append(match)  # of an image without boxes, the batch's first box
+        matched_idxs.append(match)
         first += len(instances)
     return torch.stack(labels), torch.stack(matched_idxs)
 
@@ -229,40 +237,33 @@ def ignore_anchors(
     regions: Sequence[Tensor | None],
     image_sizes: Sequence[tuple[int, int]],
     num_classes: int,
-    overlap: float,
+    ioa_thresh: float,
 ) -> Tensor:
-    """Return labels with -1 for background anchors that lie in a region to ignore.
+    """Return labels with -1 for background anchors inside a region to ignore.
 
-    As COCO's evaluation forgives a detection there: by the share of its area that one region
-    covers, of an anchor the area inside the image.
+    Like COCO's evaluation, it compares the share of the anchor's area that one region covers (IoA).
+    Only the part of the anchor inside the image counts.
 
     Args:
         labels: (N, R)
         anchors: (R, 4)
-        regions: boxes of each image's regions, (M, 4) on any device, or None
-        image_sizes: (height, width) of each image, unpadded
+        regions: regions of each image, (M, 4) on any device, or None
+        image_sizes: (height, width) of each image before padding
         num_classes: K
-        overlap: share in (0, 1] from which on an anchor is ignored
+        ioa_thresh: lowest IoA of an ignored anchor, in (0, 1]
     """
-    inside = torch.zeros_like(labels, dtype=torch.bool)
-    for image, (boxes, size) in enumerate(zip(regions, image_sizes, strict=True)):
-        if boxes is None or not len(boxes):
-            continue
-        height, width = size
-        # Not by Boxes.clip, which would have the host wait for a GPU.
-        x, y = anchors[:, ::2].clamp(0, width), anchors[:, 1::2].clamp(0, height)
-        clipped = torch.stack([x[:, 0], y[:, 0], x[:, 1], y[:, 1]], dim=1)
-        areas = (clipped[:, 2:] - clipped[:, :2]).prod(1)
-        for box in boxes.to(anchors):
-            left_top = torch.maximum(clipped[:, :2], box[:2])
-            right_bottom = torch.minimum(clipped[:, 2:], box[2:])
-            shared = (right_bottom - left_top).clamp(min=0).prod(1)
-            inside[image] |= (shared >= overlap * areas) & (shared > 0)
-    return labels.masked_fill(inside & (labels == num_classes), -1)
+    labels = labels.clone()
+    for image_labels, boxes, size in zip(labels, regions, image_sizes, strict=True):
+        if boxes is not None and len(boxes):
+            # Boxes.clip would make the host wait for a GPU.
+            visible = Boxes(clip_boxes_to_image(anchors, size))
+            inside = (pairwise_ioa(Boxes(boxes.to(anchors)), visible) >= ioa_thresh).any(0)
+            image_labels.masked_fill_(inside & (image_labels == num_classes), -1)
+    return labels
 
 
 def undefined_targets(instances: Instances, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Return which boxes the loss is not defined on, (M,), and which classes, (M,)."""
+    """Return the masks of the boxes and of the classes that the loss is undefined on, (M,) each."""
     boxes = instances.gt_boxes.tensor
     degenerate = ~((boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1))
     return degenerate, ~is_foreground(instances.gt_classes, num_classes)
@@ -272,11 +273,11 @@ def check_targets(batched_inputs: list[dict], num_classes: int) -> None:
     """Refuse boxes and classes that would make the loss infinite, NaN or silently wrong.
 
     Args:
-        batched_inputs: a batch as Detectron2's ``DatasetMapper`` makes it
+        batched_inputs: a batch from Detectron2's ``DatasetMapper``
         num_classes: K
 
     Raises:
-        InputError: names the image, the box and what is wrong with it
+        InputError: names the image and the box, and says what is wrong with it
     """
     for inputs in batched_inputs:
         degenerate, unknown = undefined_targets(inputs["instances"], num_classes)
@@ -287,7 +288,7 @@ def check_targets(batched_inputs: list[dict], num_classes: int) -> None:
         name = inputs.get("file_name", inputs.get("image_id", "(no file_name)"))
         where = f"image {name}: box {index}, {boxes[index].tolist()} (XYXY, pixels)"
         if degenerate[index]:
-            raise InputError(f"{where}, has no area or is not finite")
+            raise InputError(f"{where}, is degenerate (zero area, inverted or not finite)")
         raise InputError(
             f"{where}, has class {int(classes[index])}; "
             f"MODEL.RETINANET.NUM_CLASSES allows 0 to {num_classes - 1}"

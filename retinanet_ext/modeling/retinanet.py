@@ -1,6 +1,6 @@
 """The meta-architecture.
 
-Shapes: N images, R anchors over all levels, K classes. Boxes: XYXY in input pixels.
+Shapes: N images, A anchors per cell, K classes, M boxes. Boxes: XYXY in input pixels.
 """
 
 from __future__ import annotations
@@ -41,10 +41,23 @@ from retinanet_ext.modeling.matching import (
 
 @META_ARCH_REGISTRY.register()
 class RetinaNetExt(DenseDetector):
-    """RetinaNet whose loss, selection of anchors, normaliser and labels are configuration.
+    """RetinaNet with configurable loss, anchor selection, normaliser and labels.
 
-    Names of parameters equal those of Detectron2's ``RetinaNet``, so that weights load either
-    way; the one addition is the criterion's normaliser (see :func:`to_detectron2_state_dict`).
+    Parameters are named as in Detectron2's ``RetinaNet``, so that weights load in both directions.
+    The only addition is the criterion's normaliser (see :func:`to_detectron2_state_dict`).
+
+    Example:
+        >>> from detectron2.config import get_cfg
+        >>> from detectron2.modeling import build_model
+        >>> from retinanet_ext import add_retinanet_ext_config
+        >>> cfg = get_cfg()
+        >>> add_retinanet_ext_config(cfg)
+        >>> cfg.merge_from_file("configs/small_R18_FPN.yaml")
+        >>> cfg.MODEL.DEVICE = "cpu"
+        >>> model = build_model(cfg).eval()
+        >>> (output,) = model([{"image": torch.zeros(3, 64, 96)}])
+        >>> output["instances"].image_size
+        (64, 96)
     """
 
     @configurable
@@ -67,29 +80,28 @@ class RetinaNetExt(DenseDetector):
         pixel_std: list[float],
         ignore_ioa_thresh: float = 0.0,
         channels_last: bool = False,
-        pad_multiple: int = 0,
+        size_divisibility: int = 0,
         compile_network: bool = False,
     ) -> None:
         """
         Args:
             backbone: Detectron2's ResNet-FPN, P3 to P7
             head: features of each level -> logits (N, A K, H, W) and deltas (N, A 4, H, W)
-            head_in_features: names of the levels, high to low resolution
+            head_in_features: names of the levels, from high to low resolution
             anchor_generator: features -> anchors of each level
             anchor_matcher: IoU -> foreground, background or ignore
             criterion: labels and predictions -> losses; holds the box coder
             num_classes: K
-            test_score_thresh: detections score more than this
-            test_topk_candidates: candidates a level before non-maximum suppression
+            test_score_thresh: detections have a score above this
+            test_topk_candidates: candidates per level before non-maximum suppression
             test_nms_thresh: IoU above which the lower score of the same class is suppressed
-            max_detections_per_image: best detections kept
-            test_precision: autocast of backbone and head in inference; "float32": the caller's
-            pixel_mean, pixel_std: of each channel in the order of ``INPUT.FORMAT``, 0 to 255
-            ignore_ioa_thresh: anchors with at least this share of their area in a region to ignore
-                are not background; 0: such regions are background
+            max_detections_per_image: number of detections kept, the highest scores
+            test_precision: autocast dtype in inference; ``float32`` keeps the caller's autocast
+            pixel_mean, pixel_std: per channel in the order of ``INPUT.FORMAT``, 0 to 255
+            ignore_ioa_thresh: lowest IoA, with a region to ignore, of ignored anchors; 0: off
             channels_last: memory format of images, features and weights
-            pad_multiple: in training, images of a batch are padded to sides that this divides
-            compile_network: generate code for backbone and head, by ``torch.compile``
+            size_divisibility: training images are padded to sides that are multiples of it; 0: off
+            compile_network: compile backbone and head with ``torch.compile``
         """
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -105,11 +117,13 @@ class RetinaNetExt(DenseDetector):
         self.max_detections_per_image = max_detections_per_image
         self.test_precision = test_precision
         self.ignore_ioa_thresh = ignore_ioa_thresh
-        self.pad_multiple = pad_multiple
+        self.size_divisibility = size_divisibility
+        self._set_execution(channels_last, compile_network)
+
+    def _set_execution(self, channels_last: bool, compile_network: bool) -> None:
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
         if compile_network:
-            # Code for the first size, and at the second for all sizes.
             self.backbone.compile(fullgraph=True)
             self.head.compile(fullgraph=True)
 
@@ -149,21 +163,23 @@ class RetinaNetExt(DenseDetector):
             "pixel_std": cfg.MODEL.PIXEL_STD,
             "ignore_ioa_thresh": node.IGNORE_IOA_THRESH,
             "channels_last": cfg.MODEL.CHANNELS_LAST,
-            "pad_multiple": cfg.INPUT.SIZE_DIVISIBILITY,
+            "size_divisibility": cfg.INPUT.SIZE_DIVISIBILITY,
             "compile_network": cfg.MODEL.COMPILE,
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
-        """Return losses in training and detections otherwise, as Detectron2's models do.
+        """Return losses in training and detections in inference, as Detectron2's models do.
 
-        In training an image's ``ignore_regions``, (M, 4), are regions of which nothing is learnt.
+        Args:
+            batched_inputs: a batch in Detectron2's format. In training ``ignore_regions``, (M, 4),
+                are regions of an image whose background anchors are ignored.
 
         Raises:
-            InputError: in training, a box or class that the loss is not defined on. In generated
-                code, which cannot look at values and raise, the losses are NaN.
+            InputError: in training, if the loss is undefined on a box or class. In compiled code,
+                which cannot raise by value, the losses are NaN instead.
         """
         if not self.training:
-            # What autocast narrows, convolutions and products, ends with the head.
+            # What follows the head has no operation that autocast lowers to half precision.
             with self._test_autocast():
                 return super().forward(batched_inputs)
         if not torch.compiler.is_compiling():
@@ -182,23 +198,23 @@ class RetinaNetExt(DenseDetector):
 
     def _test_autocast(self) -> AbstractContextManager:
         if self.test_precision == "float32":
-            return nullcontext()  # a caller's own autocast holds
+            return nullcontext()  # keeps the caller's autocast
         return torch.autocast(self.device.type, getattr(torch, self.test_precision))
 
     def preprocess_image(self, batched_inputs: list[dict[str, Any]]) -> ImageList:
-        """Normalise, pad and batch the images, as Detectron2 does."""
+        """Normalise, pad and batch the images."""
         if torch.compiler.is_compiling():
             images = self._batch_of_known_sizes([inputs["image"] for inputs in batched_inputs])
         else:
             images = super().preprocess_image(batched_inputs)
         tensor = images.tensor
-        if self.training and self.pad_multiple:
-            height, width = (-side % self.pad_multiple for side in tensor.shape[-2:])
+        if self.training and self.size_divisibility:
+            height, width = (-side % self.size_divisibility for side in tensor.shape[-2:])
             tensor = pad(tensor, (0, width, 0, height))
         return ImageList(tensor.contiguous(memory_format=self.memory_format), images.image_sizes)
 
     def _batch_of_known_sizes(self, images: list[Tensor]) -> ImageList:
-        """Do what Detectron2 does by tensors of sizes, by numbers that torch.compile follows."""
+        """Batch images as Detectron2 does, but with int sizes, which torch.compile can trace."""
         sizes = [(image.shape[-2], image.shape[-1]) for image in images]
         constraints = self.backbone.padding_constraints
         divisor = constraints.get("size_divisibility", self.backbone.size_divisibility)
@@ -252,10 +268,10 @@ class RetinaNetExt(DenseDetector):
         )
 
     def detect(self, images: Sequence[Tensor]) -> list[Candidates]:
-        """Return the detections of each image, (C, H, W), clipped to it, as tensors alone.
+        """Return the detections of each image, (C, H, W), as tensors of boxes, scores and classes.
 
-        Those of :meth:`forward`, for ``torch.export``: Detectron2's ``Boxes`` steers by their
-        number, which is not known before the program runs.
+        They are those of :meth:`forward`. ``torch.export`` needs this method, because Detectron2's
+        ``Boxes`` branches on the number of boxes.
         """
         batch = self.preprocess_image([{"image": image} for image in images])
         with self._test_autocast():
@@ -295,5 +311,12 @@ class RetinaNetExt(DenseDetector):
 
 
 def to_detectron2_state_dict(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights that Detectron2's ``RetinaNet`` has: all but the criterion's state."""
+    """Return the weights of Detectron2's ``RetinaNet``: all except the criterion's state.
+
+    Example:
+        >>> weights = {"head.cls_score.bias": torch.zeros(9)}
+        >>> state = {**weights, "criterion.loss_normalizer": torch.tensor(100.0)}
+        >>> list(to_detectron2_state_dict(state))
+        ['head.cls_score.bias']
+    """
     return {key: value for key, value in state_dict.items() if not key.startswith("criterion.")}

@@ -191,7 +191,6 @@ WITHOUT_EFFECT = [
         "MODEL.RETINANET.BBOX_REG_LOSS_TYPE smooth_l1",
     ),
     (["DATASETS.SAMPLE.NUM_TRAIN", "9"], "DATASETS.TRAIN retinanet_ext_sample_train"),
-    ([OHEM + "NAME", "ohem", CLS + "COMPILE", "True"], OHEM + "NAME all"),
     (["DATALOADER.REPEAT_THRESHOLD", "0.5"], "DATALOADER.SAMPLER_TRAIN RepeatFactor"),
     (["DATASETS.CUSTOM.BOX_FORMAT", "xyxy"], "DATASETS.CUSTOM.TRAIN_JSON set"),
     (

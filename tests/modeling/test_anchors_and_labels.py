@@ -101,8 +101,14 @@ def test_matches_index_the_boxes_of_all_images():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda i: i.gt_boxes.tensor[1].copy_(torch.tensor([5.0, 5, 5, 9])), ["box 1", "no area"]),
-        (lambda i: i.gt_boxes.tensor[1].copy_(torch.tensor([9.0, 9, 5, 5])), ["box 1", "no area"]),
+        (
+            lambda i: i.gt_boxes.tensor[1].copy_(torch.tensor([5.0, 5, 5, 9])),
+            ["box 1", "degenerate"],
+        ),
+        (
+            lambda i: i.gt_boxes.tensor[1].copy_(torch.tensor([9.0, 9, 5, 5])),
+            ["box 1", "degenerate"],
+        ),
         (lambda i: i.gt_boxes.tensor[2, 0].fill_(float("nan")), ["box 2", "not finite"]),
         (lambda i: i.gt_classes[0].fill_(4), ["box 0", "class 4", "NUM_CLASSES", "0 to 3"]),
         (lambda i: i.gt_classes[0].fill_(-1), ["box 0", "class -1"]),

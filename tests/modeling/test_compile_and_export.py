@@ -148,19 +148,6 @@ def test_an_exported_model_gives_eagers_detections_at_other_sizes(model, num_ima
         assert num_images == 1 or len(expected[0]["instances"]) > 0
 
 
-def test_detect_is_forward_without_instances(model):
-    images = [*make_images(2, (160, 192)), blank((100, 180))]
-    with torch.no_grad():
-        found = model.detect(images)
-    for (boxes, scores, classes), expected in zip(
-        found, eager_detections(model, images), strict=True
-    ):
-        expected = expected["instances"]
-        assert torch.equal(boxes, expected.pred_boxes.tensor)
-        assert torch.equal(scores, expected.scores)
-        assert torch.equal(classes, expected.pred_classes)
-
-
 def test_detectron2s_model_scripts_with_this_ones_weights():
     """The way round for torch.jit.script, which docs/deviations.md names."""
     ours = make_detecting_model()

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from detectors import build_without_memory, make_batch, make_cfg, make_model
 from retinanet_ext.errors import InputError
-from retinanet_ext.losses import LOSSES, sigmoid_focal_loss
+from retinanet_ext.losses import LOSSES
 from retinanet_ext.losses.functional import elementwise_loss
 from retinanet_ext.modeling import RetinaNetCriterion
 from retinanet_ext.modeling.criterion import NORMALIZERS
@@ -57,20 +57,12 @@ def predictions(num_images=3, num_anchors=200, seed=0):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("alpha", [-1.0, 0.3])
+@pytest.mark.parametrize("alpha", [-1.0, 0.3, [0.1, 0.4, 0.6, 0.99]])
 def test_anchor_losses_equal_the_loss_of_one_hot_targets(name, alpha):
     _, logits, _, labels, _, _ = predictions()
     formula = LOSSES[name].bind()
     losses = criterion(cls_loss=formula, alpha=alpha).anchor_losses(logits, labels)
     expected = elementwise_loss(formula, logits, dense_targets(labels), alpha).sum(2)
-    assert_close(losses[labels >= 0], expected[labels >= 0])
-
-
-def test_alpha_of_each_class_reaches_the_loss():
-    _, logits, _, labels, _, _ = predictions()
-    alphas = [0.1, 0.4, 0.6, 0.99]
-    losses = criterion(alpha=alphas).anchor_losses(logits, labels)
-    expected = sigmoid_focal_loss(logits, dense_targets(labels), alpha=alphas).sum(2)
     assert_close(losses[labels >= 0], expected[labels >= 0])
 
 
@@ -239,25 +231,26 @@ def test_a_bad_value_is_refused_with_its_key(opts, words):
 
 
 @pytest.mark.parametrize("kind", ["smooth_l1", "giou", "diou", "ciou"])
-def test_box_loss_of_fixed_shape_equals_that_of_the_listed_anchors(kind):
-    """What runs on a GPU, run here; predictions that do not count may be anything."""
+def test_box_loss_is_that_of_the_anchors_that_count(kind):
+    """Computed for all anchors; predictions of the others may be anything."""
     anchors, _, deltas, labels, matches, boxes = predictions()
     module = criterion(box_reg_loss_type=kind)
     counts = (labels >= 0) & (labels < K)
-    deltas = (0.3 * deltas).masked_fill(~counts.unsqueeze(2), torch.nan)
-    results = []
-    for method in (module._box_loss_per_image, module._box_loss_per_image_of_fixed_shape):
-        leaf = deltas.clone().requires_grad_()
-        losses = method(anchors, leaf, counts, matches, boxes)
-        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
-        results.append((losses.detach(), gradient))
-    assert results[0][0][1] > 0 and results[0][0][0] == 0
-    assert_close(results[1], results[0])
+    deltas = (0.3 * deltas).masked_fill(~counts.unsqueeze(2), torch.nan).requires_grad_()
+    found = module._box_loss_per_image(anchors, deltas, counts, matches, boxes)
+    image, anchor = counts.nonzero(as_tuple=True)
+    listed = module.box_losses(
+        anchors[anchor], deltas[image, anchor], boxes[matches[image, anchor]]
+    )
+    expected = listed.new_zeros(len(deltas)).index_add(0, image, listed)
+    assert expected[1] > 0 and expected[0] == 0
+    assert_close(found, expected)
+    assert_close(*(torch.autograd.grad(total.sum(), deltas)[0] for total in (found, expected)))
 
 
-@pytest.mark.parametrize("box_counts", [[3, 0], [0, 3], [0, 3, 0, 0]])
-def test_box_loss_of_fixed_shape_takes_images_without_boxes(box_counts):
-    """With the matches as they are made."""
+@pytest.mark.parametrize("box_counts", [[3, 0], [0, 3], [0, 3, 0, 0], [0, 0]])
+def test_box_loss_takes_images_without_boxes(box_counts):
+    """With the matches that are made for them."""
     anchors, _, deltas, *_ = predictions(num_images=len(box_counts))
     boxes = [anchors[:count] + 1 for count in box_counts]
     gt = [
@@ -266,9 +259,7 @@ def test_box_loss_of_fixed_shape_takes_images_without_boxes(box_counts):
     ]
     matcher = AnchorMatcher([0.4, 0.5], [0, -1, 1])
     labels, matches = label_anchors(matcher, Boxes(anchors), gt, K)
-    module, arguments = criterion(), (anchors, deltas, labels == 0, matches, torch.cat(boxes))
-    found = module._box_loss_per_image_of_fixed_shape(*arguments)
-    assert_close(found, module._box_loss_per_image(*arguments))
+    found = criterion()._box_loss_per_image(anchors, deltas, labels == 0, matches, torch.cat(boxes))
     assert [bool(loss) for loss in found] == [bool(count) for count in box_counts]
 
 
@@ -299,10 +290,9 @@ def test_a_prediction_that_diverged_has_a_loss_that_tells(kind, value):
     anchors, _, deltas, labels, matches, boxes = predictions()
     deltas[1, labels[1] == 0, 0] = value
     module, counts = criterion(box_reg_loss_type=kind), (labels >= 0) & (labels < K)
-    for method in (module._box_loss_per_image, module._box_loss_per_image_of_fixed_shape):
-        losses = method(anchors, deltas, counts, matches, boxes)
-        assert losses[[0, 2]].isfinite().all()
-        assert not losses[1].isfinite() or abs(value) != torch.inf
+    losses = module._box_loss_per_image(anchors, deltas, counts, matches, boxes)
+    assert losses[[0, 2]].isfinite().all()
+    assert not losses[1].isfinite() or abs(value) != torch.inf
 
 
 def test_box_targets_are_detectron2s():

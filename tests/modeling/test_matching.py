@@ -158,14 +158,6 @@ def test_detectron2s_matcher_is_taken(anchors):
         assert torch.equal(labels, expected[0]) and torch.equal(matches, expected[1])
 
 
-def test_no_anchors_have_no_labels():
-    gt_instances = [make_gt(torch.tensor([[0.0, 0, 9, 9]]))]
-    labels, matches = label_anchors(
-        AnchorMatcher(*PAPER), Boxes(torch.empty(0, 4)), gt_instances, K
-    )
-    assert labels.shape == matches.shape == (1, 0)
-
-
 def test_memory_does_not_grow_with_boxes(anchors):
     rng = torch.Generator().manual_seed(3)
     matcher = AnchorMatcher(*PAPER)

@@ -113,13 +113,6 @@ def test_detections(dtype, tolerance, monkeypatch):
         assert_same_detections(f["instances"], e["instances"], **tolerances)
 
 
-def test_inference_without_detections():
-    model = make_model().eval()
-    with torch.no_grad():
-        (result,) = model(make_batch([0]))
-    assert len(result["instances"]) == 0
-
-
 def test_r50_has_detectron2s_parameters_and_weights_go_both_ways():
     stock, ours = pair(depth=50, num_classes=80)
     assert sum(p.numel() for p in ours.parameters()) == 37_915_572
