@@ -19,7 +19,7 @@ class Trainer(engine.Trainer):
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name):
-        return COCOEvaluator(dataset_name, tasks=("bbox",), max_dets_per_image=[1, 10, 50])
+        return COCOEvaluator(dataset_name, tasks=("bbox",), max_dets_per_image=50)
 
 
 def main(args):
