@@ -29,7 +29,7 @@ from retinanet_ext.analysis.anchors import (
     count_positives,
     search_octaves,
 )
-from retinanet_ext.data.register import find_sources
+from retinanet_ext.data.sources import find_sources
 from retinanet_ext.errors import InputError
 
 SIZES = {"small": 32**2, "medium": 96**2, "large": math.inf}

@@ -16,7 +16,8 @@ from detectron2.structures import Boxes, BoxMode, Instances
 
 from retinanet_ext.data.anchor_coverage import padded_batch
 from retinanet_ext.data.coco_json import read_coco_json, to_dataset_dicts
-from retinanet_ext.data.validation import check_coco, read_policy
+from retinanet_ext.data.findings import read_policy
+from retinanet_ext.data.validation import check_coco
 from retinanet_ext.modeling.matching import (
     AnchorMatcher,
     ignore_anchors,

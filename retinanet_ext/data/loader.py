@@ -22,8 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts
-from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
+from detectron2.data import (
+    DatasetFromList,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -146,7 +150,9 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
         try:
             with preserve_rng_state():
                 seed_rngs(self.seed)  # where it takes no seed, Detectron2 draws one
-                parts = _train_loader_from_config(cfg, self.mapper, dataset=self.records)
+                parts = build_detection_train_loader.from_config(
+                    cfg, self.mapper, dataset=self.records
+                )
         except (AssertionError, ValueError) as error:
             raise InputError(
                 f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN!r} cannot be used: "

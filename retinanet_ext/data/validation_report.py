@@ -25,20 +25,19 @@ from retinanet_ext.data.anchor_coverage import (
 from retinanet_ext.data.coco_json import (
     class_names,
     contiguous_category_ids,
-    is_region_to_ignore,
+    is_ignore_region,
     join_some,
     printable,
     to_dataset_dicts,
 )
+from retinanet_ext.data.findings import DONE, KINDS, ValidationResult, find_remedy, suggest_objects
 from retinanet_ext.data.register import (
     compare_classes,
     describe_shared_images,
-    find_sources,
     resolve_pixel_range,
     set_num_classes,
 )
-from retinanet_ext.data.sources import Source, check_source
-from retinanet_ext.data.validation import DONE, KINDS, CheckedData, find_remedy, suggest_objects
+from retinanet_ext.data.sources import Source, check_source, find_sources
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import to_json, write_file
 
@@ -152,7 +151,7 @@ def _find_fault_of_keys(
     return None
 
 
-def _check(cfg: CfgNode, source: Source) -> CheckedData:
+def _check(cfg: CfgNode, source: Source) -> ValidationResult:
     if not source.is_ours and MetadataCatalog.get(source.name).get("evaluator_type") != "coco":
         raise InputError(
             f"data set {source.name} is not in COCO's format, which is all that is read"
@@ -160,11 +159,11 @@ def _check(cfg: CfgNode, source: Source) -> CheckedData:
     return check_source(cfg, source, decode_all=True)
 
 
-def _describe(checked: CheckedData) -> dict[str, Any]:
+def _describe(checked: ValidationResult) -> dict[str, Any]:
     """Return the facts about what is used, the notes, and the findings by kind."""
     content = checked.content
     images, categories = content["images"], content["categories"]
-    objects = [a for a in content["annotations"] if not is_region_to_ignore(a)]
+    objects = [a for a in content["annotations"] if not is_ignore_region(a)]
     labels, names = contiguous_category_ids(content), class_names(content)
     counts = Counter(a["image_id"] for a in objects)
     an_image = [counts[image["id"]] for image in images]
@@ -343,7 +342,7 @@ def _conclude(contents: list[dict[str, Any]], difference: str | None) -> tuple[s
         if content["split"] == "TRAIN" and not content["facts"]["boxes"] and not is_refused:
             found = {f["kind"]: f for f in content["findings"]}
             crowd = found.get("crowd", {"policy": "", "count": 0})
-            remedy = suggest_objects({"crowd": crowd["policy"]}, crowd["count"])
+            remedy = suggest_objects(crowd["policy"], crowd["count"])
             reasons.append(f"{content['name']} has no box to learn from{remedy}")
     reasons += [difference] if difference else []
     if reasons:

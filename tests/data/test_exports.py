@@ -19,7 +19,8 @@ from pycocotools import mask as mask_util
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.box_format import BOX_FORMATS
 from retinanet_ext.data.coco_json import class_names
-from retinanet_ext.data.validation import DEFAULT_POLICY, CheckedData, check_coco
+from retinanet_ext.data.findings import DEFAULT_POLICY, ValidationResult
+from retinanet_ext.data.validation import check_coco
 from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine import load_config
 from retinanet_ext.errors import InputError
@@ -82,14 +83,14 @@ def refusal(cfg: CfgNode) -> str:
     return message
 
 
-def check(content: Content, box_format: str = "xywh", **policy: str) -> CheckedData:
+def check(content: Content, box_format: str = "xywh", **policy: str) -> ValidationResult:
     before = copy.deepcopy(content)
-    checked = check_coco("mine.json", content, {**DEFAULT_POLICY, **policy}, (), box_format)
+    checked = check_coco("mine.json", content, {**DEFAULT_POLICY, **policy}, box_format=box_format)
     assert content == before
     return checked
 
 
-def messages(checked: CheckedData) -> dict[str, list[str]]:
+def messages(checked: ValidationResult) -> dict[str, list[str]]:
     return {kind: [f.message for f in found] for kind, found in checked.by_kind().items()}
 
 

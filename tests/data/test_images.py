@@ -18,14 +18,14 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from retinanet_ext.data import CheckedDatasetMapper, prepare_datasets
+from retinanet_ext.data.findings import KINDS
+from retinanet_ext.data.image_facts import inspect_image
 from retinanet_ext.data.images import (
     ImageReader,
     bit_depth,
-    find_image_fault,
     measure_pixel_range,
     parse_pixel_range,
 )
-from retinanet_ext.data.validation import KINDS
 from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine.config_check import load_config
 from retinanet_ext.errors import InputError
@@ -99,15 +99,15 @@ def test_deeper_images_are_those_of_8_bits_once_scaled(name: str, tmp_path: Path
     """All of Detectron2's read as 255 or 0, or by their upper 8 bits."""
     write, has_depth = DEEP[name]
     write(tmp_path / name)
-    record = {"file_name": str(tmp_path / name), "width": 64, "height": 48}
+    path = str(tmp_path / name)
     expected = np.dstack([GREY] * 3)
     if has_depth:
         assert np.array_equal(ImageReader()(tmp_path / name), expected)
-        assert not find_image_fault(record, ImageReader())
+        assert not inspect_image(path, ImageReader(), decode=True).kind
         with Image.open(tmp_path / name) as image:
             assert bit_depth(image) == 16
     else:
-        kind, what = find_image_fault(record, ImageReader())
+        _, kind, what, *_ = inspect_image(path, ImageReader(), decode=True)
         assert kind == "unreadable_image" and "INPUT.PIXEL_RANGE" in what and " here " in what
     white = 65535 // 2 if "signed" in name else 65535
     if "colour" in name:
@@ -298,11 +298,12 @@ def test_a_limit_in_pixels_is_the_keys_alone(
         read_image(tmp_path / "a.png")
     assert np.array_equal(ImageReader("L")(tmp_path / "a.png")[:, :, 0], GREY)
     assert Image.MAX_IMAGE_PIXELS == 1000
-    record = {"file_name": str(tmp_path / "a.png")}
+    path = str(tmp_path / "a.png")
     for limit in (None, 1000, 10**9):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        assert find_image_fault(record, ImageReader(max_pixels=64 * 48)) is None
-        kind, what = find_image_fault(record, ImageReader(max_pixels=64 * 48 - 1))
+        assert not inspect_image(path, ImageReader(max_pixels=64 * 48), decode=True).kind
+        reader = ImageReader(max_pixels=64 * 48 - 1)
+        _, kind, what, *_ = inspect_image(path, reader, decode=True)
         assert kind == "unreadable_image"
         assert what == (
             "it has 64 x 48 = 3,072 pixels, which take 0 MB of memory, and INPUT.MAX_PIXELS "

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from retinanet_ext.data import coco_json, image_files, prepare_datasets, validation
+from retinanet_ext.data import ValidationResult, coco_json, image_files, prepare_datasets
+from retinanet_ext.data.findings import DEFAULT_POLICY, KINDS
 from retinanet_ext.data.image_files import check_images
 from retinanet_ext.data.images import ImageReader
-from retinanet_ext.data.validation import DEFAULT_POLICY, KINDS, check_coco
+from retinanet_ext.data.validation import check_coco
 from retinanet_ext.errors import InputError
 
 from .conftest import BCCD_MINI, Bccd
@@ -214,13 +215,12 @@ FAULTS: dict[str, tuple[Spoil, str, list[str]]] = {
 ZERO_AREA = {"zero_area_box": 1}  # of annotation 2288, in the data as they came
 
 
-def check_train(bccd: Bccd, **policy: str) -> validation.CheckedData:
+def check_train(bccd: Bccd, **policy: str) -> ValidationResult:
     policy = {**DEFAULT_POLICY, **policy}
-    images = check_images(bccd.train, str(bccd.images), ImageReader(), policy)
-    return check_coco("train.json", images.content, policy, images.findings)
+    return check_coco("train.json", bccd.train, policy, image_root=str(bccd.images))
 
 
-def count(checked: validation.CheckedData) -> dict[str, int]:
+def count(checked: ValidationResult) -> dict[str, int]:
     return {kind: len(findings) for kind, findings in checked.by_kind().items()}
 
 
@@ -247,8 +247,7 @@ def test_fault_is_found_named_and_treated_as_its_kind_says(
             assert remedy in str(error.value)
         else:
             keep = dict.fromkeys(KINDS, "keep")
-            images = check_images(done.content, str(bccd.images), ImageReader(), keep)
-            found = count(check_coco("train.json", images.content, keep, images.findings))
+            found = count(check_coco("train.json", done.content, keep, image_root=str(bccd.images)))
             assert (kind in found) == (policy == "keep"), found
     assert str(bccd.train) == str(before)  # nan is not equal to itself
 
@@ -364,9 +363,12 @@ def test_files_outside_the_folder_are_not_opened(
     (bccd.folder / "secret.jpg").write_bytes(b"")
     put("images", 0, file_name="../secret.jpg")(bccd)
     opened = []
-    monkeypatch.setattr(image_files, "find_image_fault", lambda image, _: opened.append(image))
+    inspect = image_files.inspect_image
+    monkeypatch.setattr(
+        image_files, "inspect_image", lambda p, *a, **k: opened.append(p) or inspect(p, *a, **k)
+    )
     check_images(bccd.train, str(bccd.images), ImageReader())
-    assert len(opened) == 2 and not any("secret" in image["file_name"] for image in opened)
+    assert len(opened) == 2 and not any("secret" in path for path in opened)
 
 
 def test_missing_image_folder_is_named(bccd: Bccd, cfg: CfgNode) -> None:
@@ -430,8 +432,7 @@ def test_whatever_a_field_holds_it_is_used_or_refused(
         elif isinstance(content[key][index], dict):
             content[key][index][field] = value
     content = json.loads(json.dumps(content))
-    images = check_images(content, str(BCCD_MINI / "images"), ImageReader(), policy)
-    checked = check_coco("changed.json", images.content, policy, images.findings)
+    checked = check_coco("changed.json", content, policy, image_root=str(BCCD_MINI / "images"))
     assert all(finding.message.isprintable() for finding in checked.findings)
     try:
         checked.raise_refused()
