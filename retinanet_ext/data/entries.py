@@ -68,11 +68,13 @@ def field_faults(key: str, items: Sequence[Any]) -> dict[int, str]:
 
     Columns are checked first, because entries of a large file are rarely at fault.
     """
-    if all(isinstance(item, dict) for item in items) and all(
-        all(rule[1](item.get(field)) for item in items) for field, rule in _REQUIRED[key].items()
-    ):
-        columns = _OPTIONAL.get(key, {}).items()
-        if all(all(r[1](item[f]) for item in items if f in item) for f, r in columns):
+    if all(isinstance(item, dict) for item in items):
+        columns = [(rule, [item.get(f) for item in items]) for f, rule in _REQUIRED[key].items()]
+        columns += [
+            (rule, [item[f] for item in items if f in item])
+            for f, rule in _OPTIONAL.get(key, {}).items()
+        ]
+        if all(all(map(is_valid, values)) for (_, is_valid), values in columns):
             return {}
     return {i: fault for i, item in enumerate(items) if (fault := field_fault(key, item))}
 
@@ -118,4 +120,4 @@ def image_name(image: Mapping[str, Any]) -> str:
 
 def leaves_folder(file_name: str) -> bool:
     """Return whether a file name contains ``..``; absolute paths are used as they are."""
-    return ".." in PurePath(file_name).parts
+    return ".." in file_name and ".." in PurePath(file_name).parts

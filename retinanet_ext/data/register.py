@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -60,7 +62,8 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
             f"DATASETS.CUSTOM.{needed}_JSON and DATASETS.CUSTOM.{needed}_IMAGES"
         )
     resolve_pixel_range(cfg, sources)
-    paths = {source: _register(cfg, source) for source in sources if source.is_ours}
+    with _paused_garbage_collection():
+        paths = {source: _register(cfg, source) for source in sources if source.is_ours}
     for split in {source.split for source in sources}:
         cfg.DATASETS[split] = tuple(source.name for source in sources if source.split == split)
 
@@ -75,6 +78,18 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
         _check_files_exist(source)
     for line in describe_shared_images(paths):
         logger.warning("%s", line)
+
+
+@contextmanager
+def _paused_garbage_collection() -> Iterator[None]:
+    """Pause Python's garbage collector, which takes a third of the time on millions of objects."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def resolve_pixel_range(cfg: CfgNode, sources: Sequence[Source]) -> None:

@@ -194,15 +194,15 @@ def _merge(parts: Sequence[ValidationResult], classes: Sequence[str]) -> Validat
     categories: dict[str, dict[str, Any]] = {}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    origins: list[tuple[str, int | str]] = []  # file and id of the image with id 1, 2, ...
-    for part in parts:
+    origins: list[tuple[int, int | str]] = []  # index of the part and id there, of image 1, 2, ...
+    for place, part in enumerate(parts):
         category_ids = {c["id"]: labels[c["name"]] for c in part.content["categories"]}
         for category in part.content["categories"]:
             new = {**category, "id": labels[category["name"]]}
             categories.setdefault(category["name"], new)
         image_ids = {}
         for image in sorted(part.content["images"], key=lambda image: id_order(image["id"])):
-            origins.append((part.json_file, image["id"]))
+            origins.append((place, image["id"]))
             image_ids[image["id"]] = len(origins)
             path = os.path.join(part.image_root, image["file_name"])
             images.append({**image, "id": len(origins), "file_name": path})
@@ -237,11 +237,13 @@ def _merge(parts: Sequence[ValidationResult], classes: Sequence[str]) -> Validat
         notes=notes,
         original=None,
     )
-    return _merge_same_images(merged, origins)
+    return _merge_same_images(merged, [part.json_file for part in parts], origins)
 
 
 def _merge_same_images(
-    merged: ValidationResult, origins: Sequence[tuple[str, int | str]]
+    merged: ValidationResult,
+    json_files: Sequence[str],
+    origins: Sequence[tuple[int, int | str]],
 ) -> ValidationResult:
     """Find images that several annotation files list, and merge them if the policy says so."""
     same = [
@@ -251,7 +253,7 @@ def _merge_same_images(
     ]
     for group in same:
         places = (origins[image["id"] - 1] for image in group)
-        listed = join_some(f"{json_file} (image id {own_id})" for json_file, own_id in places)
+        listed = join_some(f"{json_files[place]} (image id {own_id})" for place, own_id in places)
         message = f"{printable(group[0]['file_name'])} is listed in {listed}"
         merged.add("duplicate_file", message)
     if merged.policy["duplicate_file"] != "merge":
