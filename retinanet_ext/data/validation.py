@@ -7,21 +7,16 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
+from retinanet_ext.data.annotations import check_annotations
 from retinanet_ext.data.box_format import (
-    BOX_FORMATS,
     check_box_format_name,
-    find_format_fault,
-    is_box,
 )
 from retinanet_ext.data.class_choice import choose_classes, explain_unused_classes
 from retinanet_ext.data.coco_json import (
-    id_order,
     is_ignore_region,
     join_some,
     printable,
@@ -29,27 +24,19 @@ from retinanet_ext.data.coco_json import (
 )
 from retinanet_ext.data.duplicates import find_duplicate_boxes
 from retinanet_ext.data.entries import (
-    Rule,
-    annotation_name,
     entry_name,
     field_faults,
     id_of,
     image_name,
     leaves_folder,
-    rule_fault,
 )
 from retinanet_ext.data.findings import DEFAULT_POLICY, ValidationResult, read_policy
 from retinanet_ext.data.image_files import check_images
 from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.normalize import (
-    Normalized,
     find_crowd_objects,
-    normalize_annotations,
     unify_ids,
 )
-
-MIN_SIDE = 0.01
-"""Pixels; a narrower box has no area after the resize in float32."""
 
 _Items = list[dict[str, Any]]
 _Images = dict[int | str, dict[str, Any]]
@@ -181,26 +168,10 @@ def check_file(
         lost = {file.image_id for file in files.findings if not result.add(**vars(file))}
     categories = _check_categories(content["categories"], result)
     images, listed_ids = _check_images(content["images"], lost, result)
-    normalized = normalize_annotations(content["annotations"], images, box_format)
-    for note in normalized.notes:
-        result.add("filled_field", note)
-    fault = find_format_fault(
-        normalized.boxes,
-        box_format,
-        lambda index: annotation_name(index, normalized.annotations[index], images),
+    category_ids = {category["id"] for category in categories}
+    annotations = check_annotations(
+        content["annotations"], images, listed_ids, category_ids, box_format, result
     )
-    is_format_right = fault is None or result.add("other_box_format", fault)
-    annotations = _check_annotations(
-        normalized,
-        images,
-        listed_ids,
-        {c["id"] for c in categories},
-        box_format,
-        result,
-        with_geometry=is_format_right,
-    )
-    if policy["crowd"] == "object":
-        annotations = [{**a, "iscrowd": 0} if a.get("iscrowd") else a for a in annotations]
     images = {image_id: image for image_id, image in images.items() if image_id not in lost}
     used = {
         "images": list(images.values()),
@@ -315,113 +286,3 @@ def _check_images(
             result.add("duplicate_image_id", message, image_id=image_id)
             del usable[image_id]
     return {image_id: image for image_id, (image,) in usable.items()}, listed_ids
-
-
-def _check_annotations(
-    normalized: Normalized,
-    images: _Images,
-    listed_ids: Collection[int | str | None],
-    category_ids: Collection[int | str],
-    box_format: str,
-    result: ValidationResult,
-    *,
-    with_geometry: bool,
-) -> _Items:
-    """Return the annotations of usable images that the policy keeps."""
-    annotations = normalized.annotations
-    dropped: set[int] = set()
-
-    def add(kind: str, faults: Iterable[tuple[int, str]]) -> None:
-        for index, fault in faults:
-            annotation = annotations[index]
-            message = f"{annotation_name(index, annotation, images)}: {fault}"
-            ids = {"image_id": id_of(annotation, "image_id"), "annotation_id": id_of(annotation)}
-            if not result.add(kind, message, **ids):
-                dropped.add(index)
-
-    malformed = field_faults("annotations", annotations)
-    add("malformed_annotation", malformed.items())
-    rest = [(i, a) for i, a in enumerate(annotations) if i not in malformed]
-    add("duplicate_annotation_id", _repeated_ids(rest))
-    unknown = [(i, a["image_id"]) for i, a in rest if a["image_id"] not in listed_ids]
-    add(
-        "unknown_image",
-        ((i, f"image_id {printable(k)} is not among the images") for i, k in unknown),
-    )
-    known = join_some(map(printable, sorted(category_ids, key=id_order)))
-    unknown = [(i, a["category_id"]) for i, a in rest if a["category_id"] not in category_ids]
-    fault = "category_id {} is not a category ({})"
-    add("unknown_class", ((i, fault.format(printable(k), known)) for i, k in unknown))
-
-    rule: Rule = (f"4 finite numbers {BOX_FORMATS[box_format]}", is_box)
-    valid = set(normalized.boxes.indices)
-    without_box = [(i, a) for i, a in rest if i not in valid and not is_box(a.get("bbox"))]
-    no_mask = ", or a polygon or mask must be there to take it from"
-    add(
-        "malformed_box",
-        (
-            (i, f"{rule_fault(a, 'bbox', rule)}{'' if a.get('bbox') else no_mask}")
-            for i, a in without_box
-        ),
-    )
-    derived = normalized.derived
-    from_mask = [(i, f"bbox is missing and taken from its {derived[i]}") for i in derived]
-    add("derived_box", (fault for fault in from_mask if fault[0] not in malformed))
-    if with_geometry:
-        for kind, faults in _box_faults(normalized, box_format).items():
-            add(kind, (fault for fault in faults if fault[0] not in malformed))
-    for flag, kind in (("iscrowd", "crowd"), ("ignore", "ignore")):
-        add(kind, [(i, f"{flag} is 1") for i, a in rest if a.get(flag)])
-    return [a for i, a in rest if i not in dropped and a["image_id"] in images]
-
-
-def _repeated_ids(annotations: Iterable[tuple[int, Mapping[str, Any]]]) -> list[tuple[int, str]]:
-    seen: set[int | str] = set()
-    repeated = []
-    for index, annotation in annotations:
-        own_id = annotation.get("id")
-        if own_id is None:
-            continue
-        if own_id in seen:
-            repeated.append((index, "the id is used before"))
-        seen.add(own_id)
-    return repeated
-
-
-def _box_faults(normalized: Normalized, box_format: str) -> dict[str, list[tuple[int, str]]]:
-    """Return what is wrong with boxes of four finite numbers.
-
-    Returns:
-        kind of finding -> (index of the annotation, what is wrong)
-    """
-    boxes = normalized.boxes
-    origins = {index: f", taken from its {mask}," for index, mask in normalized.derived.items()}
-    converted = "" if box_format == "xywh" else f", converted from {box_format},"
-    with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest float
-        corners = boxes.to_corners(box_format)
-        low, high = corners[:, :2], corners[:, 2:]
-        sides = boxes.numbers[:, 2:] if box_format == "xywh" else high - low
-        inside = np.minimum(high, boxes.sizes) - np.maximum(low, 0)
-        masks = {
-            "inverted_box": (sides < 0).any(1),
-            "zero_area_box": (sides < MIN_SIDE).any(1),
-            "outside_box": (inside < MIN_SIDE).any(1),
-            # A pixel more may be rounding.
-            "clipped_box": (low < -1).any(1) | (high > boxes.sizes + 1).any(1),
-        }
-    texts: dict[str, Callable[[str], str]] = {
-        "inverted_box": lambda size: " must have width and height >= 0",
-        "zero_area_box": lambda size: " has no area",
-        "outside_box": lambda size: f" is outside its image of {size}",
-        "clipped_box": lambda size: f" reaches outside its image of {size}",
-    }
-    faults: dict[str, list[tuple[int, str]]] = {kind: [] for kind in masks}
-    first = np.select(list(masks.values()), range(1, 1 + len(masks)), 0)
-    for row in np.flatnonzero(first).tolist():
-        kind = list(masks)[first[row] - 1]
-        index = boxes.indices[row]
-        width, height = boxes.sizes[row]
-        text = texts[kind](f"{width:.0f} x {height:.0f}")
-        box = normalized.annotations[index]["bbox"]
-        faults[kind].append((index, f"bbox {box}{origins.get(index, converted)}{text}"))
-    return faults

@@ -1,9 +1,8 @@
-"""The check of a config's data as a report: JSON for programs, text for people, an exit code."""
+"""Report on the check of a config's data: JSON for programs, text for people, an exit code."""
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from retinanet_ext.data.anchor_coverage import (
 )
 from retinanet_ext.data.coco_json import (
     class_names,
-    contiguous_category_ids,
+    id_order,
     is_ignore_region,
     join_some,
     printable,
@@ -47,12 +46,12 @@ SHOWN = 5  # findings of a kind in the text; the JSON has all
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """A report on data.
 
     Attributes:
-        content: for a JSON file, see ``docs/check_data.md``
-        text: the same to read
-        exit_code: 1 if training would refuse the data, else 0
+        content: content of the JSON file, described in ``docs/check_data.md``.
+        text: the same as text.
+        exit_code: 1 if training would refuse the data, otherwise 0.
     """
 
     content: dict[str, Any]
@@ -63,14 +62,14 @@ class Report:
         """Write the JSON file.
 
         Raises:
-            InputError: there is a file of this name, or it cannot be written
+            InputError: the file exists or cannot be written.
         """
         refuse_existing(path)
         write_file(path, to_json(self.content, indent=1) + "\n")
 
 
 def refuse_existing(path: Path) -> None:
-    """Refuse the name of a report that is there: an earlier one is not overwritten."""
+    """Refuse to overwrite an earlier report."""
     if path.exists():
         raise InputError(f"{path} exists; --output takes the name of a new file")
 
@@ -78,16 +77,16 @@ def refuse_existing(path: Path) -> None:
 def check_data(
     cfg: CfgNode, *, search_anchors: bool = False, num_classes_is_set: bool = False
 ) -> Report:
-    """Check the data that a config names for training and testing; all images are decoded.
+    """Check the training and test data that a config names, and decode all images.
 
     Args:
-        cfg: the whole config; not changed
-        search_anchors: look for anchors that cover the training boxes better
-        num_classes_is_set: whether the person set NUM_CLASSES, which is then compared
+        cfg: the whole config; not modified.
+        search_anchors: also search for anchors that cover the training boxes better.
+        num_classes_is_set: whether the user set NUM_CLASSES, which is then compared with the data.
 
     Raises:
-        InputError: what cannot be checked: no data named, a file that is no COCO json, a folder
-            that is missing, a policy that is not allowed
+        InputError: the data cannot be checked: none are named, a file is no COCO json, a folder is
+            missing, or a policy is not allowed.
     """
     sources = list(dict.fromkeys(find_sources(cfg, ["TRAIN", "TEST"])))
     if not sources:
@@ -142,7 +141,7 @@ def check_data(
 def _find_fault_of_keys(
     cfg: CfgNode, classes: Mapping[str, Sequence[str]], num_classes_is_set: bool
 ) -> str | None:
-    """Return what training would refuse of the keys that speak of classes, if anything."""
+    """Return why training would refuse the keys that depend on the classes, or None."""
     try:
         set_num_classes(cfg, classes, num_classes_is_set=num_classes_is_set)
         resolve_class_alpha(cfg, next(iter(classes.values())))
@@ -160,45 +159,25 @@ def _check(cfg: CfgNode, source: Source) -> ValidationResult:
 
 
 def _describe(checked: ValidationResult) -> dict[str, Any]:
-    """Return the facts about what is used, the notes, and the findings by kind."""
+    """Return the facts about the used data, the notes, and the findings by kind."""
     content = checked.content
-    images, categories = content["images"], content["categories"]
     objects = [a for a in content["annotations"] if not is_ignore_region(a)]
-    labels, names = contiguous_category_ids(content), class_names(content)
     counts = Counter(a["image_id"] for a in objects)
-    an_image = [counts[image["id"]] for image in images]
-    classes: dict[str, dict[str, Any]] = {
-        name: {"category_id": None, "boxes": 0, "images": 0, **dict.fromkeys(SIZES, 0)}
-        for name in names
-    }
-    for category in categories:
-        classes[category["name"]]["category_id"] = category["id"]
-    with_class = {(a["image_id"], a["category_id"]) for a in objects}
-    for _, category_id in with_class:
-        classes[names[labels[category_id]]]["images"] += 1
-    for annotation in objects:
-        row = classes[names[labels[annotation["category_id"]]]]
-        row["boxes"] += 1
-        area = annotation["bbox"][2] * annotation["bbox"][3]
-        row[next(name for name, limit in SIZES.items() if area < limit)] += 1
+    per_image = [counts[image["id"]] for image in content["images"]]
+    sizes = Counter(f"{image['width']} x {image['height']}" for image in content["images"])
     return {
         "facts": {
-            "images": len(images),
-            "empty_images": an_image.count(0),
+            "images": len(per_image),
+            "empty_images": per_image.count(0),
             "boxes": len(objects),
             "regions_to_ignore": len(content["annotations"]) - len(objects),
             "boxes_an_image": {
-                "mean": statistics.fmean(an_image) if an_image else 0.0,
-                "min": min(an_image, default=0),
-                "max": max(an_image, default=0),
+                "mean": sum(per_image) / max(len(per_image), 1),
+                "min": min(per_image, default=0),
+                "max": max(per_image, default=0),
             },
-            "image_sizes": {
-                f"{width} x {height}": count
-                for (width, height), count in Counter(
-                    (image["width"], image["height"]) for image in images
-                ).most_common()
-            },
-            "classes": classes,
+            "image_sizes": dict(sizes.most_common()),
+            "classes": _describe_classes(content, objects),
         },
         "notes": list(checked.notes),
         "findings": [
@@ -215,6 +194,27 @@ def _describe(checked: ValidationResult) -> dict[str, Any]:
             }
             for kind, findings in checked.by_kind().items()
         ],
+    }
+
+
+def _describe_classes(
+    content: dict[str, Any], objects: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return class name -> its id, and its numbers of boxes and images."""
+    images = Counter(k for _, k in {(a["image_id"], a["category_id"]) for a in objects})
+    sizes: dict[Any, Counter[str]] = defaultdict(Counter)
+    for annotation in objects:
+        area = annotation["bbox"][2] * annotation["bbox"][3]
+        size = next(name for name, limit in SIZES.items() if area < limit)
+        sizes[annotation["category_id"]][size] += 1
+    return {
+        category["name"]: {
+            "category_id": category["id"],
+            "boxes": sizes[category["id"]].total(),
+            "images": images[category["id"]],
+            **{size: sizes[category["id"]][size] for size in SIZES},
+        }
+        for category in sorted(content["categories"], key=lambda c: id_order(c["id"]))
     }
 
 
@@ -252,18 +252,10 @@ def _format_data(source: Source, content: dict[str, Any]) -> str:
 
 def _format_coverage(coverage: dict[str, Any]) -> str:
     low, high = coverage["thresholds"]
+    ranges = [f"< {low}", f"{low} to {high}", f">= {high}"]
     groups = {**coverage["by_class"], **coverage["by_size"], "all": coverage["all"]}
     table = _table(
-        [
-            "",
-            "boxes",
-            "best IoU",
-            f"< {low}",
-            f"{low} to {high}",
-            f">= {high}",
-            "anchors a box",
-            "least",
-        ],
+        ["", "boxes", "best IoU", *ranges, "anchors a box", "least"],
         (
             [
                 name,
@@ -330,7 +322,7 @@ def _format_suggestion(suggestion: dict[str, Any]) -> str:
 
 
 def _conclude(contents: list[dict[str, Any]], difference: str | None) -> tuple[str, bool]:
-    """Return the last line, and whether training refuses the data."""
+    """Return the last line of the report, and whether training refuses the data."""
     findings = [found for content in contents for found in content["findings"]]
     counts = {
         policy: sum(found["count"] for found in findings if found["policy"] == policy)
