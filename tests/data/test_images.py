@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MapDataset
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -312,21 +312,11 @@ def test_a_limit_in_pixels_is_the_keys_alone(
         assert limit == Image.MAX_IMAGE_PIXELS
 
 
-class Mapped:
-    def __init__(self, mapper: CheckedDatasetMapper) -> None:
-        self.mapper = mapper
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.mapper({"file_name": str(PHOTOS[0]), "image_id": 5})
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_have_the_limit_of_the_config(method: str, cfg: CfgNode) -> None:
     cfg.INPUT.MAX_PIXELS = 640 * 480 - 1
-    data = Mapped(CheckedDatasetMapper(cfg, is_train=False))
+    records = [{"file_name": str(PHOTOS[0]), "image_id": 5}]
+    data = MapDataset(records, CheckedDatasetMapper(cfg, is_train=False))
     loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=method)
     with pytest.raises(InputError, match=r"\(image id 5\).* INPUT\.MAX_PIXELS allows 307,199"):
         list(loader)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from retinanet_ext.data import ValidationResult, coco_json, image_files, prepare_datasets
+from retinanet_ext.data import ValidationResult, coco_json, image_files
 from retinanet_ext.data.findings import DEFAULT_POLICY, KINDS
 from retinanet_ext.data.image_files import check_images
 from retinanet_ext.data.images import ImageReader
@@ -319,12 +319,6 @@ def test_refusal_counts_what_it_does_not_show(bccd: Bccd) -> None:
         check_train(bccd).raise_refused()
 
 
-def test_policy_is_checked(cfg: CfgNode, bccd: Bccd) -> None:
-    cfg.DATASETS.CHECK.ZERO_AREA_BOX = "keep"
-    with pytest.raises(InputError, match=r"CHECK\.ZERO_AREA_BOX must be drop or refuse, got 'ke"):
-        prepare_datasets(bccd.use(cfg), num_classes_is_set=False, eval_only=False)
-
-
 @pytest.mark.parametrize("case", ["no image", "no bytes", "other size", "turned by EXIF"])
 def test_headers_show_faults_of_a_large_set(
     case: str, bccd: Bccd, monkeypatch: pytest.MonkeyPatch
@@ -333,14 +327,6 @@ def test_headers_show_faults_of_a_large_set(
     spoil, kind, _ = FAULTS[case]
     spoil(bccd)
     assert count(check_train(bccd)) == {kind: 1, **ZERO_AREA}
-
-
-def test_large_set_is_decoded_on_request_alone(bccd: Bccd, monkeypatch: pytest.MonkeyPatch) -> None:
-    spoil_image(None, 9000)(bccd)
-    monkeypatch.setattr(image_files, "MAX_DECODED_IMAGES", 2)
-    assert not check_images(bccd.train, str(bccd.images), ImageReader()).findings
-    decoded = check_images(bccd.train, str(bccd.images), ImageReader(), decode_all=True)
-    assert len(decoded.findings) == 1
 
 
 @pytest.mark.parametrize("max_decoded", [2, 3], ids=["headers", "decoded"])
@@ -369,12 +355,6 @@ def test_files_outside_the_folder_are_not_opened(
     )
     check_images(bccd.train, str(bccd.images), ImageReader())
     assert len(opened) == 2 and not any("secret" in path for path in opened)
-
-
-def test_missing_image_folder_is_named(bccd: Bccd, cfg: CfgNode) -> None:
-    bccd.use(cfg).DATASETS.CUSTOM.TRAIN_IMAGES = str(bccd.folder / "pictures")
-    with pytest.raises(InputError, match=r"image folder .*/pictures does not exist"):
-        prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
 
 
 def test_hundred_thousand_annotations_take_seconds(bccd: Bccd) -> None:
