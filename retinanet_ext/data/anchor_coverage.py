@@ -188,6 +188,7 @@ def measure_coverage(
         "low_quality_matches": cfg.MODEL.RETINANET.LOW_QUALITY_MATCHES,
         "images": len(data.padded),
         "anchors_an_image": float(grid.num_anchors(data.padded).double().mean()),
+        "foreground_an_image": float(positives.sum()) / len(data.padded),
         "all": describe(everything),
         **{
             by: {name: describe(mask) for name, mask in masks.items() if mask.any()}

@@ -93,16 +93,10 @@ def validate_coco(
         >>> result.is_refused, len(result.content["annotations"])
         (False, 1)
     """
+    options = {"image_root": image_root, "box_format": box_format, "reader": reader}
     content = read_coco_json(json_file, needs_annotations=False)
-    return check_coco(
-        json_file,
-        content,
-        read_policy(policy or {}),
-        image_root=image_root,
-        box_format=box_format,
-        reader=reader,
-        decode_all=decode_all,
-    )
+    policy = read_policy(policy or {})
+    return check_coco(json_file, content, policy, **options, decode_all=decode_all)
 
 
 def check_coco(
@@ -156,14 +150,8 @@ def check_file(
         notes.append("there is no list of annotations: detections are written, AP is not computed")
     lost: set[int | str | None] = set()
     if image_root is not None:
-        files = check_images(
-            content,
-            image_root,
-            reader or ImageReader(),
-            policy,
-            folder_key=folder_key,
-            decode_all=decode_all,
-        )
+        how = {"folder_key": folder_key, "decode_all": decode_all}
+        files = check_images(content, image_root, reader or ImageReader(), policy, **how)
         content, notes = files.content, [*notes, *files.notes]
         lost = {file.image_id for file in files.findings if not result.add(**vars(file))}
     categories = _check_categories(content["categories"], result)

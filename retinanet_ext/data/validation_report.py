@@ -271,7 +271,8 @@ def _format_coverage(coverage: dict[str, Any]) -> str:
     sides = join_some(coverage["short_sides"])
     lines = [
         f"Anchors at the training resize (short side {sides}, long side at most "
-        f"{coverage['max_size']}): {coverage['anchors_an_image']:.0f} an image",
+        f"{coverage['max_size']}): {coverage['anchors_an_image']:.0f} an image, "
+        f"{coverage['foreground_an_image']:.0f} of them foreground",
         "",
         table,
     ]

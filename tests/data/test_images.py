@@ -175,6 +175,10 @@ def deepen(bccd: Bccd, convert: Callable[[np.ndarray], np.ndarray], suffix: str 
         Image.fromarray(convert(grey)).save(bccd.images / image["file_name"])
 
 
+def small(bccd: Bccd) -> CfgNode:
+    return bccd.use(load_config("configs/small_R18_FPN.yaml")[0])
+
+
 def prepare(cfg: CfgNode, *, eval_only: bool = False) -> None:
     prepare_datasets(cfg, num_classes_is_set=False, eval_only=eval_only)
 
@@ -182,9 +186,9 @@ def prepare(cfg: CfgNode, *, eval_only: bool = False) -> None:
 def test_percentiles_become_two_numbers_of_the_training_images(
     bccd: Bccd, log: pytest.LogCaptureFixture
 ) -> None:
-    cfg, _ = load_config("configs/small_R18_FPN.yaml")
     deepen(bccd, lambda grey: 1000 + 8 * grey.astype(np.int32), ".tif")
-    bccd.use(cfg).INPUT.PIXEL_RANGE = ["percentiles"]
+    cfg = small(bccd)
+    cfg.INPUT.PIXEL_RANGE = ["percentiles"]
     before = cfg.clone()
     with pytest.raises(InputError, match=r"PIXEL_RANGE percentiles .* config\.yaml of that run"):
         prepare(cfg.clone(), eval_only=True)
@@ -284,6 +288,7 @@ def test_images_without_a_range_or_too_large_are_refused_before_training(
     Image.fromarray(np.ones((480, 640), np.float32)).save(bccd.images / "float.tif")
     with pytest.raises(InputError, match=r"float\.tif \(image id 80\): .* floats, here 1 to 1"):
         prepare(bccd.use(cfg))
+    assert "INPUT.PIXEL_RANGE percentiles, or two" in check_data(small(bccd)).content["conclusion"]
     cfg.INPUT.PIXEL_RANGE = [0, 2]
     prepare(cfg)
 

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retinanet_ext.analysis.anchors import count_positives
 from retinanet_ext.data import SampleSet, make_sample_set
-from retinanet_ext.data.anchor_coverage import build_grid, training_boxes
+from retinanet_ext.data.anchor_coverage import build_grid, measure_coverage, training_boxes
 from retinanet_ext.data.coco_json import read_coco_json, to_dataset_dicts
 from retinanet_ext.data.sample_set import IMBALANCE_DIAL
 from retinanet_ext.engine import load_config
@@ -42,13 +41,12 @@ def test_points_are_as_imbalanced_as_they_are_called(name: str, folders: dict[st
     records = to_dataset_dicts(read_coco_json(str(folders[name] / "train.json")), "")
     backbone, grid = build_grid(cfg)
     data = training_boxes(cfg, records, backbone)
-    positives = count_positives(data.boxes, data.images, data.padded[data.images], grid)
-    foreground = int(positives.clamp(min=1).sum())  # a box without any gets its best anchor
-    background = int(grid.num_anchors(data.padded).sum()) - foreground
+    coverage = measure_coverage(cfg, data, grid, [])
     nominal = int(name.removeprefix("1:"))
-    assert nominal / 1.25 < background / foreground < nominal * 1.25
+    ratio = coverage["anchors_an_image"] / coverage["foreground_an_image"] - 1
+    assert nominal / 1.25 < ratio < nominal * 1.25
     # Objects are alike on all points, with as many anchors each.
-    assert foreground / len(positives) == pytest.approx(8.6, rel=0.1)
+    assert coverage["all"]["positives_mean"] == pytest.approx(8.6, rel=0.1)
 
 
 def test_points_differ_in_their_objects_alone(folders: dict[str, Path]) -> None:
