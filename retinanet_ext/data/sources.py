@@ -218,12 +218,6 @@ def _merge(parts: Sequence[ValidationResult], classes: Sequence[str]) -> Validat
         "categories": [categories[name] for name in names if name in categories],
         "annotations": annotations,
     }
-    notes = [f"{part.json_file}: {note}" for part in parts for note in part.notes]
-    if any(set(class_names(part.content)) != set(names) for part in parts):
-        notes.append(
-            f"the classes of {len(parts)} files are united ({join_some(map(printable, names))}); "
-            "what a file does not list is background in its images"
-        )
     merged = replace(
         parts[0],
         json_file=", ".join(part.json_file for part in parts),
@@ -234,10 +228,20 @@ def _merge(parts: Sequence[ValidationResult], classes: Sequence[str]) -> Validat
         ],
         content={**parts[0].content, **lists},
         image_root="",
-        notes=notes,
+        notes=_merge_notes(parts, names),
         original=None,
     )
     return _merge_same_images(merged, [part.json_file for part in parts], origins)
+
+
+def _merge_notes(parts: Sequence[ValidationResult], names: Sequence[str]) -> list[str]:
+    notes = [f"{part.json_file}: {note}" for part in parts for note in part.notes]
+    if any(set(class_names(part.content)) != set(names) for part in parts):
+        notes.append(
+            f"the classes of {len(parts)} files are united ({join_some(map(printable, names))}); "
+            "what a file does not list is background in its images"
+        )
+    return notes
 
 
 def _merge_same_images(
