@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,8 +57,9 @@ def check_annotations(
     add("malformed_annotation", malformed.items())
     rest = [(i, a) for i, a in enumerate(annotations) if i not in malformed]
     add("duplicate_annotation_id", _repeated_ids(rest))
-    for kind, fault in _unknown_ids(rest, listed_ids, category_ids).items():
-        add(kind, fault)
+    add("unknown_image", _unknown_ids(rest, "image_id", listed_ids, "among the images"))
+    ids = join_some(map(printable, sorted(category_ids, key=id_order)))
+    add("unknown_class", _unknown_ids(rest, "category_id", category_ids, f"a category ({ids})"))
     add("malformed_box", _missing_boxes(rest, normalized, box_format))
     derived = ((i, mask) for i, mask in normalized.derived.items() if i not in malformed)
     add("derived_box", ((i, f"bbox is missing and taken from its {mask}") for i, mask in derived))
@@ -76,25 +77,11 @@ def check_annotations(
 
 
 def _unknown_ids(
-    annotations: Sequence[tuple[int, dict[str, Any]]],
-    image_ids: Collection[int | str | None],
-    category_ids: Collection[int | str],
-) -> dict[str, Faults]:
-    """Return references to images and categories that are not listed, by kind of finding."""
-    known = join_some(map(printable, sorted(category_ids, key=id_order)))
-    no_image = [(i, a["image_id"]) for i, a in annotations if a["image_id"] not in image_ids]
-    no_class = [
-        (i, a["category_id"]) for i, a in annotations if a["category_id"] not in category_ids
-    ]
-    return {
-        "unknown_image": [
-            (i, f"image_id {printable(value)} is not among the images") for i, value in no_image
-        ],
-        "unknown_class": [
-            (i, f"category_id {printable(value)} is not a category ({known})")
-            for i, value in no_class
-        ],
-    }
+    annotations: Sequence[tuple[int, dict[str, Any]]], field: str, known: Collection[Any], what: str
+) -> Faults:
+    """Yield annotations whose ``field`` is not among the known ids."""
+    unknown = [(i, a[field]) for i, a in annotations if a[field] not in known]
+    return ((i, f"{field} {printable(value)} is not {what}") for i, value in unknown)
 
 
 def _missing_boxes(
@@ -136,26 +123,21 @@ def _box_faults(normalized: Normalized, box_format: str) -> dict[str, list[tuple
         low, high = corners[:, :2], corners[:, 2:]
         sides = boxes.numbers[:, 2:] if box_format == "xywh" else high - low
         inside = np.minimum(high, boxes.sizes) - np.maximum(low, 0)
-        masks = {
-            "inverted_box": (sides < 0).any(1),
-            "zero_area_box": (sides < MIN_SIDE).any(1),
-            "outside_box": (inside < MIN_SIDE).any(1),
-            # A pixel more may be rounding.
-            "clipped_box": (low < -1).any(1) | (high > boxes.sizes + 1).any(1),
-        }
-    texts: dict[str, Callable[[str], str]] = {
-        "inverted_box": lambda size: " must have width and height >= 0",
-        "zero_area_box": lambda size: " has no area",
-        "outside_box": lambda size: f" is outside its image of {size}",
-        "clipped_box": lambda size: f" reaches outside its image of {size}",
-    }
-    faults: dict[str, list[tuple[int, str]]] = {kind: [] for kind in masks}
-    first = np.select(list(masks.values()), range(1, 1 + len(masks)), 0)
-    for row in np.flatnonzero(first).tolist():
-        kind = list(masks)[first[row] - 1]
+        rules = (  # of several faults, the first is named
+            ("inverted_box", (sides < 0).any(1), " must have width and height >= 0"),
+            ("zero_area_box", (sides < MIN_SIDE).any(1), " has no area"),
+            ("outside_box", (inside < MIN_SIDE).any(1), " is outside its image of {} x {}"),
+            (
+                "clipped_box",
+                (low < -1).any(1) | (high > boxes.sizes + 1).any(1),  # a pixel may be rounding
+                " reaches outside its image of {} x {}",
+            ),
+        )
+    faults: dict[str, list[tuple[int, str]]] = {kind: [] for kind, _, _ in rules}
+    first = np.select([mask for _, mask, _ in rules], range(len(rules)), -1)
+    for row in np.flatnonzero(first >= 0).tolist():
+        kind, _, text = rules[first[row]]
         index = boxes.indices[row]
-        width, height = boxes.sizes[row]
-        text = texts[kind](f"{width:.0f} x {height:.0f}")
-        box = normalized.annotations[index]["bbox"]
-        faults[kind].append((index, f"bbox {box}{origins.get(index, converted)}{text}"))
+        box = f"bbox {normalized.annotations[index]['bbox']}{origins.get(index, converted)}"
+        faults[kind].append((index, box + text.format(*boxes.sizes[row].astype(int))))
     return faults

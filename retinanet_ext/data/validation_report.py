@@ -104,19 +104,15 @@ def check_data(
         checked = _check(cfg, source)
         names = class_names(checked.content)
         classes[source.name] = names
+        records = to_dataset_dicts(checked.content, checked.image_root)
+        paths[source] = [record["file_name"] for record in records]
         place = {key: getattr(source, key) for key in ("name", "split", "json_file", "image_root")}
         content = {**place, **_describe(checked)}
         text = [_format_data(source, content)]
-        records = to_dataset_dicts(checked.content, checked.image_root)
-        paths[source] = [record["file_name"] for record in records]
         if source.split == "TRAIN" and content["facts"]["boxes"]:
-            backbone, grid = build_grid(cfg)
-            data = training_boxes(cfg, records, backbone)
-            content["coverage"] = measure_coverage(cfg, data, grid, names)
-            text.append(_format_coverage(content["coverage"]))
-            if search_anchors:
-                content["suggestion"] = suggest_anchors(cfg, data, grid)
-                text.append(_format_suggestion(content["suggestion"]))
+            found = _measure_anchors(cfg, records, names, search_anchors=search_anchors)
+            content |= found
+            text += [_FORMATS[key](value) for key, value in found.items()]
         contents.append(content)
         texts.append("\n\n".join(text))
 
@@ -136,6 +132,18 @@ def check_data(
         "\n\n\n".join([*texts, conclusion]),
         int(refused),
     )
+
+
+def _measure_anchors(
+    cfg: CfgNode, records: list[dict[str, Any]], names: list[str], *, search_anchors: bool
+) -> dict[str, Any]:
+    """Return the anchor coverage of training data and, on request, better anchors."""
+    backbone, grid = build_grid(cfg)
+    data = training_boxes(cfg, records, backbone)
+    found = {"coverage": measure_coverage(cfg, data, grid, names)}
+    if search_anchors:
+        found["suggestion"] = suggest_anchors(cfg, data, grid)
+    return found
 
 
 def _find_fault_of_keys(
@@ -320,6 +328,9 @@ def _format_suggestion(suggestion: dict[str, Any]) -> str:
         )
     lines += ["To use them, add to the command:", "", pairs]
     return "\n".join(lines)
+
+
+_FORMATS = {"coverage": _format_coverage, "suggestion": _format_suggestion}
 
 
 def _conclude(contents: list[dict[str, Any]], difference: str | None) -> tuple[str, bool]:

@@ -81,8 +81,6 @@ FAULTS: dict[str, tuple[Spoil, str, list[str]]] = {
         ["images[1] (id 125): file_name is missing"],
     ),
     "width 0": (put("images", 0, width=0), "malformed_image", ["width is 0", "above 0"]),
-    "id null": (put("images", 0, id=None), "malformed_image", ["images[0]", "id is None"]),
-    "file_name null": (put("images", 0, file_name=None), "malformed_image", ["is None"]),
     "image id twice": (
         put("images", 1, id=80),
         "duplicate_image_id",
@@ -110,7 +108,6 @@ FAULTS: dict[str, tuple[Spoil, str, list[str]]] = {
     ),
     "image truncated": (spoil_image(None, 9000), "unreadable_image", [FIRST, "id 80", "truncated"]),
     "no image": (spoil_image(b"<html>"), "unreadable_image", [FIRST, "id 80", "not an image"]),
-    "no bytes": (spoil_image(b""), "unreadable_image", [FIRST, "id 80"]),
     "other size": (
         put("images", 0, width=641),
         "image_size",
@@ -143,7 +140,6 @@ FAULTS: dict[str, tuple[Spoil, str, list[str]]] = {
         ["annotation 1181 of image 80 (BloodImage_00164.jpg): iscrowd is 2; it must be 0 or 1"],
     ),
     "ignore text": (put("annotations", 0, ignore="yes"), "malformed_annotation", ["ignore", "yes"]),
-    "area text": (put("annotations", 0, area="9"), "malformed_annotation", ["1181", "area is '9'"]),
     "no image_id": (
         remove("annotations", 0, "image_id"),
         "malformed_annotation",
@@ -174,16 +170,12 @@ FAULTS: dict[str, tuple[Spoil, str, list[str]]] = {
         "malformed_box",
         ["annotation 1181 of image 80", "bbox is [1, 2, nan, 4]", "4 finite numbers"],
     ),
-    "infinite": (box(1, 2, 3, float("inf")), "malformed_box", ["1181", "inf"]),
     "huge": (box(1, 2, 3, 10**400), "malformed_box", ["1181", "finite"]),
     "text": (box("NaN", 2, 3, 4), "malformed_box", ["1181", "'NaN'"]),
     "of 3": (box(1, 2, 3), "malformed_box", ["1181", "[1, 2, 3]"]),
-    "of 5": (box(1, 2, 3, 4, 5), "malformed_box", ["1181"]),
     "true": (box(True, 2, 3, 4), "malformed_box", ["1181", "True"]),
     "width negative": (box(9, 9, -3, 4), "inverted_box", ["1181", "[9, 9, -3, 4]", ">= 0"]),
-    "height negative": (box(9, 9, 3, -4), "inverted_box", ["1181"]),
     "no width": (box(100, 100, 0, 20), "zero_area_box", ["1181", "[100, 100, 0, 20]"]),
-    "no height": (box(100, 100, 20, 0), "zero_area_box", ["1181"]),
     "no width in float32": (box(600, 100, 1e-5, 20), "zero_area_box", ["1181"]),
     "right of the image": (
         box(640, 100, 20, 20),
@@ -319,7 +311,7 @@ def test_refusal_counts_what_it_does_not_show(bccd: Bccd) -> None:
         check_train(bccd).raise_refused()
 
 
-@pytest.mark.parametrize("case", ["no image", "no bytes", "other size", "turned by EXIF"])
+@pytest.mark.parametrize("case", ["no image", "other size", "turned by EXIF"])
 def test_headers_show_faults_of_a_large_set(
     case: str, bccd: Bccd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
