@@ -298,8 +298,8 @@ def _find_shared_files(train: Sequence[str], test: Sequence[str]) -> dict[str, s
     seen = FileCache("digests", *sorted({os.path.dirname(os.path.abspath(p)) for p in left}))
     steps: tuple[Callable[[str], Any], ...] = (
         os.path.getsize,
-        lambda path: seen.get(path, "block", lambda: _digest_block(path)),
-        lambda path: seen.get(path, "digest", lambda: _digest(path)),
+        lambda path: seen.get(os.path.abspath(path), "block", lambda: _digest_block(path)),
+        lambda path: seen.get(os.path.abspath(path), "digest", lambda: _digest(path)),
     )
     # A file is read only if another file on the other side has the same size, and it is read
     # whole only if a block in the middle is the same too.

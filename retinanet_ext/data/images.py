@@ -45,7 +45,7 @@ Range = tuple[float, float]
 class NoPixelRangeError(InputError):
     """An image whose bit depth does not say which levels are black and white."""
 
-    remedy = f"{RANGE_KEY} percentiles, or two numbers, makes them readable"
+    remedy = f"{RANGE_KEY} percentiles measures both on the training data"
 
 
 @dataclass(frozen=True)

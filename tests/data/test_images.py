@@ -288,7 +288,7 @@ def test_images_without_a_range_or_too_large_are_refused_before_training(
     Image.fromarray(np.ones((480, 640), np.float32)).save(bccd.images / "float.tif")
     with pytest.raises(InputError, match=r"float\.tif \(image id 80\): .* floats, here 1 to 1"):
         prepare(bccd.use(cfg))
-    assert "INPUT.PIXEL_RANGE percentiles, or two" in check_data(small(bccd)).content["conclusion"]
+    assert "INPUT.PIXEL_RANGE percentiles measures" in check_data(small(bccd)).content["conclusion"]
     cfg.INPUT.PIXEL_RANGE = [0, 2]
     prepare(cfg)
 
