@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
@@ -19,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # No cache of an earlier run, and none in the home of whoever runs the tests.
 os.environ["RETINANET_EXT_CACHE"] = tempfile.mkdtemp(prefix="retinanet_ext_cache_")
+atexit.register(shutil.rmtree, os.environ["RETINANET_EXT_CACHE"], ignore_errors=True)
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 

@@ -184,18 +184,7 @@ def search_octaves(
 
     log_ratios = (_sides(some)[:, 1] / _sides(some)[:, 0]).log()
     middle = round(float(log_ratios.median().exp()), 2)
-    candidates = [
-        (n, ratios)
-        for ratios in _ratio_sets(middle)
-        for n in range(1, 5)
-        if n * len(ratios) <= max_anchors
-    ]
-    coarse = [2 ** (k / 3) for k in range(-3, 10)]  # 0.5 to 8 strides
-    ranked = sorted(
-        (Octaves(base, n, ratios) for n, ratios in candidates for base in coarse),
-        key=score,
-        reverse=True,
-    )
+    ranked = sorted(_coarse_candidates(middle, max_anchors), key=score, reverse=True)
     fine = [
         Octaves(round(octaves.base_scale * 2 ** (k / 12), 2), *shape)
         for octaves in ranked[:10]
@@ -212,6 +201,17 @@ def search_octaves(
         float((before >= REACHED).double().mean()),
         float(before.mean()),
     )
+
+
+def _coarse_candidates(middle: float, max_anchors: int) -> list[Octaves]:
+    """Return candidates with base scales from 0.5 to 8 strides and 1 to 4 scales per octave."""
+    return [
+        Octaves(2 ** (k / 3), n, ratios)
+        for ratios in _ratio_sets(middle)
+        for n in range(1, 5)
+        if n * len(ratios) <= max_anchors
+        for k in range(-3, 10)
+    ]
 
 
 def _ratio_sets(middle: float) -> list[tuple[float, ...]]:

@@ -168,7 +168,7 @@ class ValidationResult:
     findings: list[Finding] = field(default_factory=list)
     content: dict[str, Any] = field(default_factory=dict)
     image_root: str = ""
-    notes: Sequence[str] = ()
+    notes: list[str] = field(default_factory=list)
     is_labelled: bool = True
     original: Mapping[str, Any] | None = None
 

@@ -7,7 +7,6 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -19,7 +18,7 @@ from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.data.entries import field_fault, id_of, leaves_folder
 from retinanet_ext.data.file_cache import FileCache
 from retinanet_ext.data.file_names import MisnamedFiles, Replacement
-from retinanet_ext.data.findings import DEFAULT_POLICY, KINDS, Finding
+from retinanet_ext.data.findings import KINDS, Finding, ValidationResult
 from retinanet_ext.data.image_facts import ImageFacts, inspect_image
 from retinanet_ext.data.images import ImageReader, find_size_fault
 from retinanet_ext.errors import InputError
@@ -34,44 +33,33 @@ _BLOCK = 1 << 16  # bytes
 _Image = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class CheckedImages:
-    """The content of an annotation file after a check of its image files.
-
-    Attributes:
-        content: the json, with missing sizes filled in from the files, and with the file names and
-            ids that the policy repairs.
-        findings: findings about the files.
-        notes: one sentence for each thing that was filled in or read in its obvious meaning.
-    """
-
-    content: dict[str, Any]
-    findings: list[Finding]
-    notes: list[str]
-
-
 def check_images(
     content: dict[str, Any],
     image_root: str,
     reader: ImageReader,
-    policy: Mapping[str, str] = DEFAULT_POLICY,
+    result: ValidationResult,
     *,
     folder_key: str = "",
     decode_all: bool = False,
-) -> CheckedImages:
+) -> dict[str, Any]:
     """Find and inspect the image files of an annotation file.
 
     Args:
         content: of the json, unchecked; not modified. Malformed images are passed over.
         image_root: folder that ``file_name`` entries are relative to.
         reader: reads the images as training does.
-        policy: kind of finding -> policy.
+        result: gets the findings and notes.
         folder_key: config key of ``image_root``; a message may suggest another value.
         decode_all: decode data sets of more than :data:`MAX_DECODED_IMAGES` images too.
+
+    Returns:
+        the json, with missing sizes filled in from the files, and with the file names and ids that
+        the policy repairs.
 
     Raises:
         InputError: the folder does not exist.
     """
+    policy = result.policy
     if not os.path.isdir(image_root):
         raise InputError(f"the image folder {image_root} does not exist")
     images = {i: image for i, image in enumerate(content["images"]) if _is_usable(image, policy)}
@@ -80,7 +68,8 @@ def check_images(
 
     missing = {i: image for i, image in images.items() if i not in facts}
     replacements = _find_replacements(missing, image_root)
-    findings = _describe_missing(missing, replacements, image_root, folder_key, len(images))
+    described = _describe_missing(missing, replacements, image_root, folder_key, len(images))
+    result.findings.extend(described)
     if policy["misnamed_file"] == "mend":
         mended = {i: {**images[i], "file_name": r.path} for i, r in replacements.items() if r.path}
         images.update(mended)
@@ -89,25 +78,21 @@ def check_images(
 
     filled = []
     for i, seen in facts.items():
-        findings += _describe_fault(images[i], seen, image_root)
+        result.findings.extend(_describe_fault(images[i], seen, image_root))
         if seen.size and None in (images[i].get("width"), images[i].get("height")):
             images[i] = {**images[i], "width": seen.size[0], "height": seen.size[1]}
             filled.append(images[i])
     all_images = [images.get(i, image) for i, image in enumerate(content["images"])]
     content = {**content, "images": all_images}
     same = find_same_files([images[i] for i in facts], image_root)
-    findings += [
-        Finding(
-            "duplicate_file",
-            f"{printable(os.path.join(image_root, entries[0]['file_name']))} is listed under "
-            f"{len(entries)} image ids: {join_some(image['id'] for image in entries)}",
-        )
-        for entries in same
-    ]
+    for entries in same:
+        path = printable(os.path.join(image_root, entries[0]["file_name"]))
+        ids = join_some(image["id"] for image in entries)
+        result.add("duplicate_file", f"{path} is listed under {len(entries)} image ids: {ids}")
     if policy["duplicate_file"] == "merge":
         content = merge_images(content, same)
-    notes = [*_describe_filled(filled), *_describe_facts(images, facts, reader)]
-    return CheckedImages(content, findings, notes)
+    result.notes.extend(_describe_filled(filled) + _describe_facts(images, facts, reader))
+    return content
 
 
 def _is_usable(image: Any, policy: Mapping[str, str]) -> bool:
@@ -189,13 +174,11 @@ def _describe_facts(
 
 
 def _describe_filled(images: Sequence[_Image]) -> list[str]:
-    if not images:
-        return []
-    first = images[0]
     return [
         f"images without width and height, which are taken from their files: {len(images)}, such "
         f"as {printable(first['file_name'])} (image id {first['id']}) of {first['width']} x "
         f"{first['height']}"
+        for first in images[:1]
     ]
 
 

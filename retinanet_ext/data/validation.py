@@ -128,11 +128,9 @@ def check_file(
         content: what :func:`~retinanet_ext.data.coco_json.read_coco_json` returns; not modified.
         policy: kind of finding -> policy.
         image_root: folder of the images; None leaves the files unchecked.
-        box_format: a name in :data:`~retinanet_ext.data.box_format.BOX_FORMATS`.
         classes: names of the classes to use; empty: all.
-        reader: reads the images.
         folder_key: config key of ``image_root``; a message may suggest another value.
-        decode_all: decode the images of large data sets too.
+        box_format, reader, decode_all: as for :func:`validate_coco`.
 
     Raises:
         InputError: the folder does not exist, or the box format is unknown.
@@ -145,15 +143,18 @@ def check_file(
     content, id_notes = unify_ids({"annotations": [], **content})
     for note in id_notes:
         result.add("text_id", printable(note))
-    content, notes = choose_classes(content, classes)
+    content, left_out = choose_classes(content, classes)
+    result.notes.extend(left_out)
     if not is_labelled:
-        notes.append("there is no list of annotations: detections are written, AP is not computed")
+        note = "there is no list of annotations: detections are written, AP is not computed"
+        result.notes.append(note)
     lost: set[int | str | None] = set()
     if image_root is not None:
         how = {"folder_key": folder_key, "decode_all": decode_all}
-        files = check_images(content, image_root, reader or ImageReader(), policy, **how)
-        content, notes = files.content, [*notes, *files.notes]
-        lost = {file.image_id for file in files.findings if not result.add(**vars(file))}
+        num_findings = len(result.findings)
+        content = check_images(content, image_root, reader or ImageReader(), result, **how)
+        of_files = result.findings[num_findings:]
+        lost = {f.image_id for f in of_files if policy[f.kind] in ("refuse", "drop")}
     categories = _check_categories(content["categories"], result)
     images, listed_ids = _check_images(content["images"], lost, result)
     category_ids = {category["id"] for category in categories}
@@ -166,7 +167,7 @@ def check_file(
         "categories": categories,
         "annotations": [a for a in annotations if a["image_id"] in images],
     }
-    return replace(result, content={**content, **used}, notes=notes)
+    return replace(result, content={**content, **used})
 
 
 def check_data_set(result: ValidationResult) -> ValidationResult:

@@ -9,7 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from retinanet_ext.data import image_facts, image_files, validate_coco, validation
+from retinanet_ext.data import (
+    ValidationResult,
+    image_facts,
+    image_files,
+    validate_coco,
+    validation,
+)
+from retinanet_ext.data.findings import DEFAULT_POLICY
 from retinanet_ext.data.image_files import check_images
 from retinanet_ext.data.images import ImageReader
 
@@ -52,9 +59,10 @@ def make_old(file: Path, *, seconds: int = 100) -> None:
 def look(eight: Eight, opened: list[str], reader: ImageReader | None = None) -> list[str]:
     """Check the images; return the kinds of findings, and leave in ``opened`` what was opened."""
     opened.clear()
-    checked = check_images(eight.content, str(eight.images), reader or ImageReader())
+    result = ValidationResult("mine.json", DEFAULT_POLICY)
+    check_images(eight.content, str(eight.images), reader or ImageReader(), result)
     opened.sort()
-    return [finding.kind for finding in checked.findings]
+    return [finding.kind for finding in result.findings]
 
 
 def test_unchanged_files_are_opened_once(eight: Eight, folder: Path, opened: list[str]) -> None:

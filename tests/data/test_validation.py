@@ -15,8 +15,6 @@ from PIL import Image
 
 from retinanet_ext.data import ValidationResult, coco_json, image_files
 from retinanet_ext.data.findings import DEFAULT_POLICY, KINDS
-from retinanet_ext.data.image_files import check_images
-from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.validation import check_coco
 from retinanet_ext.errors import InputError
 
@@ -332,7 +330,7 @@ def test_size_is_that_of_the_upright_image(
     with Image.open(bccd.images / FIRST) as opened:
         opened.save(bccd.images / f"turned{suffix}", exif=opened.getexif())
     image.update(file_name=f"turned{suffix}", width=480, height=640)
-    assert not check_images(bccd.train, str(bccd.images), ImageReader()).findings
+    assert not count(check_train(bccd)).keys() & {"image_size", "unreadable_image"}
 
 
 def test_files_outside_the_folder_are_not_opened(
@@ -345,7 +343,7 @@ def test_files_outside_the_folder_are_not_opened(
     monkeypatch.setattr(
         image_files, "inspect_image", lambda p, *a, **k: opened.append(p) or inspect(p, *a, **k)
     )
-    check_images(bccd.train, str(bccd.images), ImageReader())
+    check_train(bccd)
     assert len(opened) == 2 and not any("secret" in path for path in opened)
 
 
