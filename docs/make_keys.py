@@ -21,8 +21,8 @@ from retinanet_ext.config_keys import (
     loss_parameter_keys,
     read_key,
 )
+from retinanet_ext.data.findings import KINDS
 from retinanet_ext.data.sample_set import SampleSet
-from retinanet_ext.data.validation import KINDS
 from retinanet_ext.losses import LOSSES
 
 PAGE = Path(__file__).with_name("keys.md")

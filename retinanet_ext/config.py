@@ -9,7 +9,7 @@ from __future__ import annotations
 from detectron2.config import CfgNode
 
 from retinanet_ext.config_keys import loss_parameter_keys
-from retinanet_ext.data import validation
+from retinanet_ext.data import findings
 from retinanet_ext.data.images import AUTO, MAX_PIXELS
 from retinanet_ext.data.sample_set import SampleSet
 from retinanet_ext.losses import LOSSES
@@ -158,7 +158,7 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # - "keep": use it
     # - "merge", "mend": correct it
     # - "object": take crowd regions as objects
-    cfg.DATASETS.CHECK = CfgNode(validation.config_defaults())
+    cfg.DATASETS.CHECK = CfgNode(findings.config_defaults())
 
     # Number of streams that DATALOADER.ASPECT_RATIO_GROUPING deals the samples to, 0 to 65536. Each
     # stream is grouped separately and gives IMS_PER_BATCH / streams images of one orientation to a

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 
@@ -15,6 +18,10 @@ LOGGERS = ("detectron2", "fvcore", "retinanet_ext", "detectron2.engine.train_loo
 # Tests that run beside each other have a core each, and what they start has too.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# No cache of an earlier run, and none in the home of whoever runs the tests.
+os.environ["RETINANET_EXT_CACHE"] = tempfile.mkdtemp(prefix="retinanet_ext_cache_")
+atexit.register(shutil.rmtree, os.environ["RETINANET_EXT_CACHE"], ignore_errors=True)
 
 IN_CI = os.environ.get("CI", "").lower() in ("1", "true")
 

@@ -38,8 +38,8 @@ from PIL import Image
 
 from retinanet_ext.config_keys import all_keys, read_key
 from retinanet_ext.data import prepare_datasets
+from retinanet_ext.data.findings import KINDS
 from retinanet_ext.data.mapper import CheckedDatasetMapper
-from retinanet_ext.data.validation import KINDS
 from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine import Checkpointer, load_config, main
 from retinanet_ext.engine.config_check import check_config, use_cpu_without_cuda

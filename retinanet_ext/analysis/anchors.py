@@ -1,10 +1,10 @@
-"""How well a grid of anchors covers boxes, without an anchors x boxes matrix, and better anchors.
+"""Coverage of boxes by a grid of anchors, without an anchors x boxes matrix, and a search.
 
-The IoU of a box and an anchor of some size falls with the distance of their centres along x and
-along y. So of all anchors of a size on a level, the one in the cell nearest to the box's centre
-has the best IoU, and those above a threshold lie in a window around it.
+The IoU of a box and an anchor of a given size falls with the distance of their centres along x and
+y. So among the anchors of one size on a level, the anchor of the cell nearest to the box's centre
+has the best IoU, and the anchors above a threshold lie in a window around that cell.
 
-Shapes: M boxes, L levels, A anchors a cell. Boxes: XYXY in input pixels, after the resize.
+Shapes: M boxes, L levels, A anchors per cell. Boxes are XYXY in input pixels, after the resize.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ import torch
 from torch import Tensor
 
 REACHED = 0.5
-"""IoU from which an anchor is foreground (section 4.1 of the paper)."""
+"""Least IoU of a foreground anchor (section 4.1)."""
 
 MAX_SEARCHED = 4000
-"""Boxes that the search looks at; what it finds is judged on all."""
+"""Most boxes that the search uses; its result is evaluated on all."""
 
-_CHUNK = 2**22  # box-anchor pairs looked at together
+_CHUNK = 2**22  # (box, anchor) pairs per block
 
 
 @dataclass(frozen=True)
 class AnchorGrid:
-    """Anchors of any generator that puts the same sizes on every cell of a level.
+    """Anchors of any generator that gives every cell of a level the same sizes.
 
     Attributes:
-        sizes: (A, 2) a level, width and height in input pixels
-        strides: input pixels a cell, a level
-        offset: of the first cell's centre, in cells
+        sizes: (A, 2) per level: width and height in input pixels.
+        strides: input pixels per cell, per level.
+        offset: offset of the first cell's centre, in cells.
     """
 
     sizes: Sequence[Tensor]
@@ -40,7 +40,7 @@ class AnchorGrid:
     offset: float = 0.5
 
     def num_anchors(self, padded: Tensor) -> Tensor:
-        """Return the anchors on images of these padded sizes, (..., 2): (...)."""
+        """Return the number of anchors on images of padded sizes (..., 2): (...)."""
         levels = zip(self.sizes, self.strides, strict=True)
         counts = [_cells(padded, stride).prod(-1) * len(sizes) for sizes, stride in levels]
         return torch.stack(counts).sum(0)
@@ -48,7 +48,7 @@ class AnchorGrid:
 
 @dataclass(frozen=True)
 class Octaves:
-    """What the octave generator is made of; see ``MODEL.ANCHOR_GENERATOR``."""
+    """Parameters of ``OctaveAnchorGenerator``; see ``MODEL.ANCHOR_GENERATOR``."""
 
     base_scale: float
     scales_per_octave: int
@@ -56,11 +56,11 @@ class Octaves:
 
     @property
     def num_anchors(self) -> int:
-        """Anchors a cell."""
+        """Anchors per cell."""
         return self.scales_per_octave * len(self.aspect_ratios)
 
     def grid(self, strides: Sequence[int], offset: float = 0.5) -> AnchorGrid:
-        """Return their anchors: sides base_scale x stride x 2^(k/n), ratios height / width."""
+        """Return the anchors: sides base_scale x stride x 2^(k/n), ratios height / width."""
         n = self.scales_per_octave
         sides = self.base_scale * 2 ** (torch.arange(n, dtype=torch.float64) / n)
         roots = torch.tensor(self.aspect_ratios, dtype=torch.float64).sqrt()
@@ -69,12 +69,12 @@ class Octaves:
 
 
 def best_ious(boxes: Tensor, padded: Tensor, grid: AnchorGrid) -> Tensor:
-    """Return the IoU of each box with the anchor it overlaps most, (M,) float64.
+    """Return the best IoU of each box with any anchor: (M,) float64.
 
     Args:
-        boxes: (M, 4), inside their images
-        padded: (M, 2), width and height of each box's image with its padding
-        grid: the anchors
+        boxes: (M, 4) boxes inside their images.
+        padded: (M, 2) width and height of each box's image with its padding.
+        grid: the anchors.
     """
     boxes = boxes.double()
     best = boxes.new_zeros(len(boxes))
@@ -88,14 +88,14 @@ def best_ious(boxes: Tensor, padded: Tensor, grid: AnchorGrid) -> Tensor:
 def count_positives(
     boxes: Tensor, images: Tensor, padded: Tensor, grid: AnchorGrid, threshold: float = REACHED
 ) -> Tensor:
-    """Count the anchors that reach a box and overlap no other box of its image more, (M,).
+    """Count the foreground anchors of each box, without low-quality matches: (M,).
 
-    These are its foreground anchors but for low-quality matches.
+    An anchor belongs to the box of its image that it overlaps most.
 
     Args:
-        boxes, padded, grid: as for :func:`best_ious`
-        images: (M,), which boxes are of one image
-        threshold: least IoU of foreground
+        boxes, padded, grid: as for :func:`best_ious`.
+        images: (M,) index of each box's image.
+        threshold: least IoU of a foreground anchor.
     """
     boxes, sides = boxes.double(), _sides(boxes.double())
     pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # anchor, box, IoU
@@ -107,7 +107,7 @@ def count_positives(
         for size in sizes.double():
             concentric = _iou(sides, size, torch.zeros_like(sides))
             (near,) = (concentric >= threshold).nonzero(as_tuple=True)
-            # No farther than this may the centres be: half the sides less the least overlap.
+            # Largest distance of the centres: half the sides minus the least overlap.
             least = threshold / (1 + threshold) * (sides.prod(1) + size.prod())
             reach = (sides + size) / 2 - least[:, None] / torch.minimum(sides, size).flip(1)
             radius = (reach[near] / stride).ceil().long().clamp(min=0) + 1
@@ -125,7 +125,7 @@ def count_positives(
             num_before += width * (int(num_cells[:, 1].max()) if len(boxes) else 0)
     anchors, index, ious = (torch.cat(parts) for parts in zip(*pairs, strict=True))
     anchors = anchors + images[index] * num_before
-    # The best box of each anchor, of equals the first: sorted last by anchor, then IoU, then box.
+    # The best box of each anchor, the first of equals: sort by anchor, then IoU, then box.
     order = index.argsort(stable=True)
     order = order[ious[order].argsort(stable=True, descending=True)]
     order = order[anchors[order].argsort(stable=True)]
@@ -136,7 +136,7 @@ def count_positives(
 
 @dataclass(frozen=True)
 class Suggestion:
-    """Anchors that the search found, and the share of boxes reached and mean best IoU of both."""
+    """Anchors that the search found; share of boxes reached and mean best IoU, and before."""
 
     octaves: Octaves
     reached: float
@@ -146,23 +146,23 @@ class Suggestion:
 
     @property
     def is_better(self) -> bool:
-        """Whether they reach half a percent more of the boxes at least."""
+        """Whether they reach at least half a percent more of the boxes."""
         return self.reached - self.reached_before >= 0.005
 
 
 def search_octaves(
     boxes: Tensor, padded: Tensor, current: AnchorGrid, *, max_anchors: int, seed: int = 0
 ) -> Suggestion:
-    """Search the base scale, scales per octave and aspect ratios that reach most boxes.
+    """Search for the base scale, scales per octave and aspect ratios that reach most boxes.
 
-    Candidates have no more than ``max_anchors`` anchors a cell. Of those that reach as many boxes,
-    to a thousandth, the one with the higher mean best IoU is taken.
+    Among candidates that reach the same share of boxes, to a thousandth, the one with the higher
+    mean best IoU wins.
 
     Args:
-        boxes, padded: as for :func:`best_ious`; one box at least
-        current: the anchors to compare with; strides and offset are kept
-        max_anchors: a cell
-        seed: of the sample of boxes that the search looks at
+        boxes, padded: as for :func:`best_ious`; at least one box.
+        current: the anchors to compare with; their strides and offset are kept.
+        max_anchors: most anchors per cell.
+        seed: seed of the sample of boxes that the search uses.
     """
     chosen = torch.arange(len(boxes))
     if len(boxes) > MAX_SEARCHED:
@@ -172,7 +172,7 @@ def search_octaves(
     distances = [
         _nearest_cell(some, padded[chosen], stride, current.offset)[1] for stride in current.strides
     ]
-    # One row a level: sides and distances in strides, so that all levels have the same anchors.
+    # One row per level, in units of the stride, so that all levels have the same anchors.
     strides = torch.tensor(current.strides, dtype=torch.float64)[:, None, None]
     sides = (_sides(some) / strides).float()
     distance = (torch.stack(distances) / strides).float()
@@ -184,18 +184,7 @@ def search_octaves(
 
     log_ratios = (_sides(some)[:, 1] / _sides(some)[:, 0]).log()
     middle = round(float(log_ratios.median().exp()), 2)
-    candidates = [
-        (n, ratios)
-        for ratios in _ratio_sets(middle)
-        for n in range(1, 5)
-        if n * len(ratios) <= max_anchors
-    ]
-    coarse = [2 ** (k / 3) for k in range(-3, 10)]  # 0.5 to 8 strides
-    ranked = sorted(
-        (Octaves(base, n, ratios) for n, ratios in candidates for base in coarse),
-        key=score,
-        reverse=True,
-    )
+    ranked = sorted(_coarse_candidates(middle, max_anchors), key=score, reverse=True)
     fine = [
         Octaves(round(octaves.base_scale * 2 ** (k / 12), 2), *shape)
         for octaves in ranked[:10]
@@ -214,8 +203,19 @@ def search_octaves(
     )
 
 
+def _coarse_candidates(middle: float, max_anchors: int) -> list[Octaves]:
+    """Return candidates with base scales from 0.5 to 8 strides and 1 to 4 scales per octave."""
+    return [
+        Octaves(2 ** (k / 3), n, ratios)
+        for ratios in _ratio_sets(middle)
+        for n in range(1, 5)
+        if n * len(ratios) <= max_anchors
+        for k in range(-3, 10)
+    ]
+
+
 def _ratio_sets(middle: float) -> list[tuple[float, ...]]:
-    """Return sets of 1 to 5 ratios, evenly spread around 1 and around the boxes' own middle."""
+    """Return sets of 1 to 5 aspect ratios, spread evenly around 1 and around the boxes' median."""
     sets: dict[tuple[float, ...], None] = {}
     for center in (1.0, middle):
         for count in range(1, 6):
@@ -236,14 +236,14 @@ def _centers(boxes: Tensor) -> Tensor:
 
 
 def _cells(padded: Tensor, stride: int) -> Tensor:
-    """Return the columns and rows of a level on images of these sizes."""
+    """Return the number of columns and rows of a level on images of padded sizes."""
     return (padded + stride - 1).div(stride, rounding_mode="floor").long()
 
 
 def _nearest_cell(
     boxes: Tensor, padded: Tensor, stride: int, offset: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the column and row nearest to each centre and its distance in pixels, (M, 2) each."""
+    """Return the cell (column, row) nearest to each centre, and its distance in pixels: (M, 2)."""
     centers = _centers(boxes)
     cell = (centers / stride - offset).round().long().clamp(min=0)
     cell = torch.minimum(cell, _cells(padded, stride) - 1)
@@ -251,14 +251,14 @@ def _nearest_cell(
 
 
 def _window(radius_x: int, radius_y: int) -> Tensor:
-    """Return the steps from a cell to those around it, (cells, 2)."""
+    """Return the offsets of the cells around a cell: (cells, 2)."""
     x = torch.arange(-radius_x, radius_x + 1)
     y = torch.arange(-radius_y, radius_y + 1)
     return torch.cartesian_prod(x, y)
 
 
 def _iou(sides: Tensor, others: Tensor, distance: Tensor) -> Tensor:
-    """Return the IoU of boxes with these sides and distances of centres, each (..., 2): (...)."""
+    """Return the IoU for sides and distances of centres, (..., 2) each: (...)."""
     common = torch.minimum(torch.minimum(sides, others), (sides + others) / 2 - distance)
     common = common.clamp(min=0).prod(-1)
     return common / (sides.prod(-1) + others.prod(-1) - common)

@@ -1,4 +1,4 @@
-"""Anchor coverage of data at the training resize of a config."""
+"""How well the anchors of a config cover the boxes of its data after the training resize."""
 
 from __future__ import annotations
 
@@ -29,32 +29,32 @@ from retinanet_ext.analysis.anchors import (
     count_positives,
     search_octaves,
 )
-from retinanet_ext.data.register import find_sources
+from retinanet_ext.data.sources import find_sources
 from retinanet_ext.errors import InputError
 
 SIZES = {"small": 32**2, "medium": 96**2, "large": math.inf}
-"""COCO's sizes: the area in square pixels below which a box is of a size."""
+"""COCO's size ranges: name -> upper bound of the area in square pixels."""
 
 PAPER_ANCHORS = 9
-"""Anchors a cell (section 4); the search never takes more than this or the config's number."""
+"""Anchors per cell (section 4). The search uses at most these, or as many as the config."""
 
 MAX_UNREACHED = 0.05
-"""Share of boxes without an anchor from which on a training warns."""
+"""Training warns if no anchor reaches more than this share of the boxes."""
 
 _WARNING_BOXES = 2000
 
 
 @dataclass(frozen=True)
 class TrainingBoxes:
-    """The boxes of some images as training sees them, unflipped and uncropped.
+    """Ground-truth boxes as in training, without flips and crops.
 
-    Each image counts once for each of ``INPUT.MIN_SIZE_TRAIN``, padded as if alone in its batch.
+    Each image counts once per size in ``INPUT.MIN_SIZE_TRAIN``, padded as if alone in its batch.
 
     Attributes:
-        boxes: (M, 4) XYXY in pixels of the resized image, clipped to it
-        labels: (M,) classes
-        images: (M,) index of the image
-        padded: (images, 2) width and height of each image with its padding
+        boxes: (M, 4) XYXY in pixels of the resized image, clipped to it.
+        labels: (M,) classes.
+        images: (M,) index of the image.
+        padded: (N, 2) width and height of each image with its padding.
     """
 
     boxes: Tensor
@@ -64,19 +64,19 @@ class TrainingBoxes:
 
 
 def build_grid(cfg: CfgNode) -> tuple[Backbone, AnchorGrid]:
-    """Return the backbone of a config, without weights, and the anchors.
+    """Return the backbone of a config, without weights, and its anchors.
 
     Raises:
-        InputError: the config describes neither
+        InputError: the config describes no backbone or no anchors.
     """
     try:
-        with torch.device("meta"):  # for its strides and padding alone
+        with torch.device("meta"):  # only its strides and padding are needed
             backbone = build_backbone(cfg)
         shapes = [backbone.output_shape()[name] for name in cfg.MODEL.RETINANET.IN_FEATURES]
         generator = build_anchor_generator(cfg, shapes)
     except InputError:
         raise
-    except Exception as error:  # whatever Detectron2 makes of a value it does not know
+    except Exception as error:  # Detectron2 raises many types
         raise InputError(
             f"no anchors can be built from this config: {type(error).__name__}: {error}"
         ) from error
@@ -84,74 +84,80 @@ def build_grid(cfg: CfgNode) -> tuple[Backbone, AnchorGrid]:
     return backbone, AnchorGrid(sizes, generator.strides, generator.offset)
 
 
-def padded_batch(
-    cfg: CfgNode, backbone: Backbone, size: tuple[int, int], *, is_train: bool
-) -> Tensor:
-    """Return a batch of one resized image of (height, width) with its padding, without memory."""
-    image = torch.empty(len(cfg.MODEL.PIXEL_MEAN), *size, device="meta")
-    multiple = max(backbone.size_divisibility, cfg.INPUT.SIZE_DIVISIBILITY if is_train else 0)
-    constraints = backbone.padding_constraints
-    return ImageList.from_tensors([image], multiple, padding_constraints=constraints).tensor
-
-
 def training_boxes(
     cfg: CfgNode, records: Sequence[dict[str, Any]], backbone: Backbone
 ) -> TrainingBoxes:
-    """Return the boxes of dataset dicts (XYWH) after the training resize; crowd is left out.
+    """Return the boxes of dataset dicts after the training resize; crowd regions are left out.
+
+    Args:
+        cfg: the whole config.
+        records: Detectron2's dataset dicts with boxes XYWH.
+        backbone: the backbone, whose padding is used.
 
     Raises:
-        InputError: ``INPUT.MIN_SIZE_TRAIN`` cannot be used
+        InputError: ``INPUT.MIN_SIZE_TRAIN`` is empty, or no range although it should be one.
     """
 
     @cache
-    def resized(height: int, width: int, short_side: int) -> tuple[int, int]:
-        if not short_side:  # Detectron2's 0: images as they are
-            return height, width
+    def resized(width: int, height: int, short_side: int) -> tuple[int, int]:
+        if not short_side:  # in Detectron2, 0 means no resize
+            return width, height
         max_size = cfg.INPUT.MAX_SIZE_TRAIN
-        return ResizeShortestEdge.get_output_shape(height, width, short_side, max_size)
+        return ResizeShortestEdge.get_output_shape(height, width, short_side, max_size)[::-1]
 
     @cache
-    def padded(height: int, width: int) -> list[int]:
-        batch = padded_batch(cfg, backbone, (height, width), is_train=True)
-        return list(batch.shape[:-3:-1])
+    def padded(width: int, height: int) -> list[int]:
+        image = torch.empty(len(cfg.MODEL.PIXEL_MEAN), height, width, device="meta")
+        multiple = max(backbone.size_divisibility, cfg.INPUT.SIZE_DIVISIBILITY)
+        constraints = backbone.padding_constraints
+        batch = ImageList.from_tensors([image], multiple, padding_constraints=constraints)
+        return list(batch.tensor.shape[:-3:-1])
 
-    short_sides = cfg.INPUT.MIN_SIZE_TRAIN
+    short_sides = _short_sides(cfg)
+    objects = [
+        (index, annotation)
+        for index, record in enumerate(records)
+        for annotation in record["annotations"]
+        if not annotation["iscrowd"]
+    ]
+    images = torch.tensor([index for index, _ in objects], dtype=torch.int64)
+    labels = torch.tensor([a["category_id"] for _, a in objects], dtype=torch.int64)
+    xywh = torch.tensor([a["bbox"] for _, a in objects], dtype=torch.float64).reshape(-1, 4)
+    corners = torch.cat([xywh[:, :2].clamp(min=0), xywh[:, :2] + xywh[:, 2:]], dim=1)
+    sizes = torch.tensor([(r["width"], r["height"]) for r in records]).double().reshape(-1, 2)
+    boxes, paddings = [], []
+    for short_side in short_sides:
+        new = [resized(r["width"], r["height"], short_side) for r in records]
+        paddings += [padded(*size) for size in new]
+        new_sizes = torch.tensor(new, dtype=torch.float64).reshape(-1, 2)
+        scaled = corners * (new_sizes / sizes).repeat(1, 2)[images]
+        boxes.append(torch.minimum(scaled, new_sizes.repeat(1, 2)[images]))
+    offsets = len(records) * torch.arange(len(short_sides)).repeat_interleave(len(objects))
+    return TrainingBoxes(
+        torch.cat(boxes),
+        labels.repeat(len(short_sides)),
+        images.repeat(len(short_sides)) + offsets,
+        torch.tensor(paddings, dtype=torch.int64).reshape(-1, 2),
+    )
+
+
+def _short_sides(cfg: CfgNode) -> list[int]:
+    """Return the short sides of the training resize; of a range, both ends and the middle."""
+    short_sides = list(cfg.INPUT.MIN_SIZE_TRAIN)
     is_range = cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING == "range"
     if not short_sides or (is_range and len(short_sides) != 2):
         wanted = "[least, most], for a range" if is_range else "short sides in pixels, [600]"
-        raise InputError(f"INPUT.MIN_SIZE_TRAIN must be {wanted}, got {list(short_sides)}")
+        raise InputError(f"INPUT.MIN_SIZE_TRAIN must be {wanted}, got {short_sides}")
     if is_range:
         low, high = short_sides
-        short_sides = [low, (low + high) // 2, high]
-    rows: list[list[float]] = []
-    labels: list[int] = []
-    images: list[int] = []
-    paddings: list[list[int]] = []
-    for short_side in short_sides:
-        for record in records:
-            height, width = resized(record["height"], record["width"], short_side)
-            scale = (width / record["width"], height / record["height"])
-            for annotation in record["annotations"]:
-                if not annotation["iscrowd"]:
-                    x, y, w, h = annotation["bbox"]
-                    corners = [max(x, 0), max(y, 0), x + w, y + h]
-                    rows.append([corner * scale[k % 2] for k, corner in enumerate(corners)])
-                    rows[-1][2:] = min(rows[-1][2], width), min(rows[-1][3], height)
-                    labels.append(annotation["category_id"])
-                    images.append(len(paddings))
-            paddings.append(padded(height, width))
-    return TrainingBoxes(
-        torch.tensor(rows, dtype=torch.float64).reshape(-1, 4),
-        torch.tensor(labels, dtype=torch.int64),
-        torch.tensor(images, dtype=torch.int64),
-        torch.tensor(paddings, dtype=torch.int64).reshape(-1, 2),
-    )
+        return [low, (low + high) // 2, high]
+    return short_sides
 
 
 def measure_coverage(
     cfg: CfgNode, data: TrainingBoxes, grid: AnchorGrid, class_names: Sequence[str]
 ) -> dict[str, Any]:
-    """Return how well a config's anchors cover boxes, altogether, by class and by size."""
+    """Return how well a config's anchors cover boxes: all boxes, and by class and size."""
     low, high = cfg.MODEL.RETINANET.IOU_THRESHOLDS[0], cfg.MODEL.RETINANET.IOU_THRESHOLDS[-1]
     ious = best_ious(data.boxes, data.padded[data.images], grid)
     positives = count_positives(data.boxes, data.images, data.padded[data.images], grid, high)
@@ -182,6 +188,7 @@ def measure_coverage(
         "low_quality_matches": cfg.MODEL.RETINANET.LOW_QUALITY_MATCHES,
         "images": len(data.padded),
         "anchors_an_image": float(grid.num_anchors(data.padded).double().mean()),
+        "foreground_an_image": float(positives.sum()) / len(data.padded),
         "all": describe(everything),
         **{
             by: {name: describe(mask) for name, mask in masks.items() if mask.any()}
@@ -191,7 +198,7 @@ def measure_coverage(
 
 
 def suggest_anchors(cfg: CfgNode, data: TrainingBoxes, grid: AnchorGrid) -> dict[str, Any]:
-    """Search anchors that reach more of the boxes, as many a cell as now or the paper's 9."""
+    """Search for anchors that reach more boxes, with as many per cell as now or the paper's 9."""
     now = max(len(sizes) for sizes in grid.sizes)
     found = search_octaves(
         data.boxes, data.padded[data.images], grid, max_anchors=max(now, PAPER_ANCHORS)
@@ -210,7 +217,7 @@ def _changed_keys(cfg: CfgNode, found: Suggestion) -> dict[str, list[Any]]:
     node = cfg.MODEL.ANCHOR_GENERATOR
     new = {
         "NAME": "OctaveAnchorGenerator",
-        "SIZES": get_cfg().MODEL.ANCHOR_GENERATOR.SIZES,  # it refuses others
+        "SIZES": get_cfg().MODEL.ANCHOR_GENERATOR.SIZES,  # the generator refuses others
         "BASE_SCALE": found.octaves.base_scale,
         "SCALES_PER_OCTAVE": found.octaves.scales_per_octave,
         "ASPECT_RATIOS": [list(found.octaves.aspect_ratios)],
@@ -223,13 +230,16 @@ def _changed_keys(cfg: CfgNode, found: Suggestion) -> dict[str, list[Any]]:
 
 
 def warn_of_unreached_boxes(cfg: CfgNode) -> list[str]:
-    """Return a warning for each training set of which anchors miss many boxes, from a sample.
+    """Return a warning for each training set with many boxes that no anchor reaches.
 
-    Data that other code has registered are not read, and of another kind of detector there is
-    nothing to say. ``prepare_datasets`` has been called before.
+    A sample of the boxes is measured. Data that other code has registered are not loaded, and
+    detectors without dense anchors have nothing to measure.
+
+    Args:
+        cfg: the whole config, after ``prepare_datasets``.
 
     Raises:
-        InputError: no anchors can be built from the config
+        InputError: no anchors can be built from the config.
     """
     warnings: list[str] = []
     if not issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), DenseDetector):

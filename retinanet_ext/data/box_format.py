@@ -1,8 +1,8 @@
-"""Formats of boxes: telling which one a json has, and converting to COCO's.
+"""Box formats: the conversion to COCO's format, and the detection of a format that is not set.
 
-A json does not say its format. Boxes of another one than COCO's are four finite numbers all the
-same, and a detector learns them without a word; what tells them is that as they stand many leave
-their images, and read otherwise none does.
+A json does not name its box format. Boxes of another format than COCO's are four finite numbers
+too, so a detector would be trained on them without an error. They are detected because many of them
+leave their images, while none does if they are read in their true format.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from retinanet_ext.errors import InputError
+
 BOX_FORMATS = {
     "xywh": "[x, y, width, height]",
     "xyxy": "[x0, y0, x1, y1]",
@@ -24,38 +26,38 @@ BOX_FORMATS = {
     "relative_xyxy": "[x0, y0, x1, y1] as fractions of the image",
     "relative_cxcywh": "[center x, center y, width, height] as fractions of the image",
 }
-"""Value of ``DATASETS.CUSTOM.BOX_FORMAT`` to what its four numbers are."""
+"""Value of ``DATASETS.CUSTOM.BOX_FORMAT`` -> what the four numbers are."""
 
 _MIN_BOXES = 2
-"""Boxes that contradict a format at least: one may be a slip."""
+"""Fewest boxes that contradict a format; a single one may be a slip."""
 
 _Array = npt.NDArray[np.float64]
 _Mask = npt.NDArray[np.bool_]
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether it is a finite number, and no bool."""
+    """Return whether a value is a finite number; a bool is none."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def is_box(value: Any) -> bool:
-    """Tell whether it is a list of four finite numbers."""
+    """Return whether a value is a list of four finite numbers."""
     if not isinstance(value, list) or len(value) != 4:
         return False
-    # The first is the fast way: a sum of floats is finite only if they are.
+    # The usual case, decided fast: a sum of floats is only finite if all of them are.
     all_floats = set(map(type, value)) == {float} and math.isfinite(sum(value))
     return all_floats or all(map(is_number, value))
 
 
 @dataclass(frozen=True)
 class BoxTable:
-    """Boxes of a json as they stand.
+    """Boxes of a json, before they are converted.
 
     Attributes:
-        indices: (M,) place among the annotations
-        numbers: (M, 4)
-        sizes: (M, 2) width and height of the image in pixels
-        areas: (M,) ``area`` of the annotation, NaN where there is none
+        indices: (M,) indices in the list of annotations.
+        numbers: (M, 4) the numbers of ``bbox``.
+        sizes: (M, 2) width and height of the image in pixels.
+        areas: (M,) ``area`` of the annotation; NaN if it has none.
     """
 
     indices: list[int]
@@ -64,7 +66,7 @@ class BoxTable:
     areas: _Array
 
     def to_corners(self, box_format: str) -> _Array:
-        """Return (M, 4) XYXY in pixels, the boxes read as of a format."""
+        """Return the boxes, read in a format, as XYXY in pixels: (M, 4)."""
         first, second = self.numbers[:, :2], self.numbers[:, 2:]
         if box_format.endswith("cxcywh"):
             corners = np.hstack([first - second / 2, first + second / 2])
@@ -75,13 +77,24 @@ class BoxTable:
         return corners * np.tile(self.sizes, 2) if is_relative(box_format) else corners
 
 
+def check_box_format_name(box_format: str) -> None:
+    """Refuse an unknown name.
+
+    Raises:
+        InputError: ``box_format`` is not in :data:`BOX_FORMATS`.
+    """
+    if box_format not in BOX_FORMATS:
+        known = ", ".join(map(repr, BOX_FORMATS))
+        raise InputError(f"DATASETS.CUSTOM.BOX_FORMAT {box_format!r} is unknown; known: {known}")
+
+
 def is_relative(box_format: str) -> bool:
-    """Tell whether the numbers of a format are fractions of the image."""
+    """Return whether the numbers of a format are fractions of the image's width and height."""
     return box_format.startswith("relative_")
 
 
 def from_corners(corners: list[float], box_format: str) -> list[float]:
-    """Return [x0, y0, x1, y1] as a box of a format, in the unit that the corners have."""
+    """Return [x0, y0, x1, y1] in a format, in the unit of the corners."""
     x0, y0, x1, y1 = corners
     if box_format.endswith("cxcywh"):
         return [(x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0]
@@ -89,12 +102,12 @@ def from_corners(corners: list[float], box_format: str) -> list[float]:
 
 
 def find_format_fault(boxes: BoxTable, box_format: str, name: Callable[[int], str]) -> str | None:
-    """Return why boxes cannot be of a format, and what mends it, where the boxes show it.
+    """Return why boxes cannot have a format, and the remedy; None if they can.
 
     Args:
-        boxes: of one json
-        box_format: the key's
-        name: from a place among the annotations to how the annotation is called
+        boxes: of one json.
+        box_format: the configured format.
+        name: returns the name of the annotation at an index.
     """
     if not boxes.indices:
         return None
@@ -125,7 +138,7 @@ def find_format_fault(boxes: BoxTable, box_format: str, name: Callable[[int], st
 
 
 def _are_fractions(boxes: BoxTable) -> _Mask:
-    """Tell which boxes are fractions of the image, as their numbers show without its size."""
+    """Return which boxes look like fractions of the image, by their numbers alone: (M,)."""
     if (np.abs(boxes.numbers) <= 2).all():  # with some that reach far outside
         return np.ones(len(boxes.indices), bool)
     small = ((boxes.numbers >= -0.01) & (boxes.numbers <= 1.01)).all(1)
@@ -134,9 +147,9 @@ def _are_fractions(boxes: BoxTable) -> _Mask:
 
 
 def _fits(boxes: BoxTable, box_format: str, fractions: _Mask) -> _Mask:
-    """Tell which boxes have a size and lie inside their images, read as of a format.
+    """Return which boxes, read in a format, have a size and lie inside their images: (M,).
 
-    Boxes drawn by hand reach outside by a little: a pixel, or a twentieth of their side.
+    Boxes drawn by hand may reach outside by a pixel or a twentieth of their side.
     """
     corners = boxes.to_corners(box_format)
     sides = corners[:, 2:] - corners[:, :2]
@@ -149,7 +162,7 @@ def _fits(boxes: BoxTable, box_format: str, fractions: _Mask) -> _Mask:
 def _find_other_formats(
     boxes: BoxTable, box_format: str, fits: dict[str, _Mask], fractions: _Mask
 ) -> tuple[list[str], str, _Mask] | None:
-    """Return the formats that boxes have in truth, how that shows, and the boxes that show it."""
+    """Return the likely formats, the evidence, and the boxes that show it, or None."""
     total = len(boxes.indices)
     misfits = {other: total - int(mask.sum()) for other, mask in fits.items()}
     wrong = misfits[box_format]
@@ -189,7 +202,7 @@ def _find_other_formats(
 
 
 def _agree_with_area(boxes: BoxTable, box_format: str) -> _Mask:
-    """Tell which boxes, read as of a format, have the area that the json says."""
+    """Return which boxes, read in a format, have the area that the json gives: (M,)."""
     corners = boxes.to_corners(box_format)
     sides = corners[:, 2:] - corners[:, :2]
     areas = [sides.prod(1), (sides + 1).prod(1)]  # some tools count both border pixels
@@ -203,7 +216,7 @@ def _agree_with_area(boxes: BoxTable, box_format: str) -> _Mask:
 def _find_two_formats(
     boxes: BoxTable, box_format: str, fits: dict[str, _Mask], fractions: _Mask
 ) -> tuple[tuple[str, _Mask], tuple[str, _Mask]] | None:
-    """Return two formats and which boxes have each, where one file has both."""
+    """Return two formats and the boxes of each, if one file has both; otherwise None."""
     pixels = (boxes.numbers > 2).any(1)
     fractions = fractions & np.any([fits[o] for o in BOX_FORMATS if is_relative(o)], axis=0)
     if pixels.any() and fractions.any():

@@ -1,9 +1,7 @@
-"""COCO-format json files and their images: reading them, and what Detectron2 and COCO's evaluation
-are given of them.
+"""Annotation files in COCO's format: reading, and conversion for Detectron2 and COCO's evaluation.
 
-Only boxes are read: Detectron2's own loader drops a box whose segmentation is malformed, though a
-box detector needs no segmentation. :mod:`retinanet_ext.data.validation` says what is wrong with a
-file.
+Segmentations are not converted: Detectron2's own loader drops a box whose segmentation is
+malformed, although a box detector needs none. :mod:`retinanet_ext.data.validation` checks a file.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 from detectron2.structures import BoxMode
 
 from retinanet_ext.errors import InputError
@@ -22,16 +21,18 @@ LISTS = ("images", "categories", "annotations")
 
 
 def read_coco_json(json_file: str, *, needs_annotations: bool = True) -> dict[str, Any]:
-    """Read a json file that has the lists of COCO's instances format, whatever is in them.
+    """Read a json file that has the lists of COCO's instances format; entries are not checked.
 
-    Encodings are those of JSON: UTF-8, UTF-16 and UTF-32, with or without a byte order mark.
+    The encoding may be UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
 
     Args:
-        json_file: its path.
-        needs_annotations: not so of images to test on: COCO's image info format.
+        json_file: path of the file.
+        needs_annotations: False if the list of annotations may be missing, as in COCO's image info
+            format.
 
     Raises:
-        InputError: the file cannot be read, has no such lists, or no images or categories.
+        InputError: the file cannot be read, a list is missing, or there are no images or
+            categories.
     """
     try:
         with open(json_file, "rb") as file:
@@ -54,13 +55,13 @@ def read_coco_json(json_file: str, *, needs_annotations: bool = True) -> dict[st
 
 
 def is_plain_utf8(json_file: str) -> bool:
-    """Tell whether pycocotools can read a json: not with a byte order mark, nor in UTF-16."""
+    """Return whether pycocotools can read the file, which takes UTF-8 without byte order mark."""
     with open(json_file, "rb") as file:
         return json.detect_encoding(file.read(4)) == "utf-8"
 
 
 def id_order(value: int | str) -> tuple[bool, int, str]:
-    """Return what ids are sorted by: numbers, also those that are text, before other text."""
+    """Return a sort key for ids: numbers and texts of digits come before other texts."""
     if not isinstance(value, str):
         return False, value, ""
     is_number = value.isdecimal() and len(value) < 20
@@ -68,7 +69,7 @@ def id_order(value: int | str) -> tuple[bool, int, str]:
 
 
 def contiguous_category_ids(content: dict[str, Any]) -> dict[int | str, int]:
-    """Map category ids of the json to classes 0..K-1, in ascending order as Detectron2 does."""
+    """Map category ids to classes 0..K-1 in ascending order, as Detectron2 does."""
     ids = sorted((category["id"] for category in content["categories"]), key=id_order)
     return {category_id: label for label, category_id in enumerate(ids)}
 
@@ -78,24 +79,25 @@ def class_names(content: dict[str, Any]) -> list[str]:
     return [c["name"] for c in sorted(content["categories"], key=lambda c: id_order(c["id"]))]
 
 
-def is_region_to_ignore(annotation: dict[str, Any]) -> bool:
-    """Tell whether objects in there are neither learned nor counted: a crowd, or ``ignore``."""
-    return bool(annotation.get("iscrowd", 0) or annotation.get("ignore", 0))
+def is_ignore_region(annotation: dict[str, Any]) -> bool:
+    """Return whether objects in an annotation's box are neither learned nor counted as errors."""
+    return bool(annotation.get("iscrowd") or annotation.get("ignore"))
 
 
 def to_dataset_dicts(content: dict[str, Any], image_root: str) -> list[dict[str, Any]]:
-    """Return a checked COCO json as Detectron2's dataset dicts, boxes only.
+    """Convert a checked COCO json to Detectron2's dataset dicts, with boxes only.
 
-    Regions to ignore have ``iscrowd`` 1, whichever way the json marks them.
+    Ignore regions have ``iscrowd`` 1, whether the json marks them by ``iscrowd`` or ``ignore``.
     """
     labels = contiguous_category_ids(content)
-    annotations: dict[int, list[dict[str, Any]]] = defaultdict(list)
-    for annotation in content["annotations"]:
+    annotations: dict[int | str, list[dict[str, Any]]] = defaultdict(list)
+    # Floats, because Detectron2's mapper would round boxes of integers after the resize.
+    boxes = np.array([a["bbox"] for a in content["annotations"]], float).tolist()
+    for annotation, box in zip(content["annotations"], boxes, strict=True):
         annotations[annotation["image_id"]].append(
             {
-                "iscrowd": int(is_region_to_ignore(annotation)),
-                # Of integers, Detectron2's mapper would make integers again after the resize.
-                "bbox": [float(number) for number in annotation["bbox"]],
+                "iscrowd": int(is_ignore_region(annotation)),
+                "bbox": box,
                 "category_id": labels[annotation["category_id"]],
                 "bbox_mode": BoxMode.XYWH_ABS,
             }
@@ -113,16 +115,19 @@ def to_dataset_dicts(content: dict[str, Any], image_root: str) -> list[dict[str,
 
 
 def complete_for_evaluation(content: dict[str, Any]) -> dict[str, Any]:
-    """Return a checked COCO json with what its evaluation needs filled in, itself if it has all.
+    """Fill in what the evaluation needs; a complete json is returned as it is.
 
-    A missing ``iscrowd`` becomes 0 and a missing ``area`` width times height, either of which
-    would be a ``KeyError`` of pycocotools after training, as a missing ``info`` is before its
-    version 2.0.11; what is to ignore gets ``iscrowd`` 1, the one mark that it reads. Where an
-    annotation id is missing, text, below 1 or used twice, all are numbered anew: the evaluation
-    takes a match with id 0 for none, and of two of an id sees one.
+    A missing ``iscrowd`` becomes 0, and a missing ``area`` becomes width times height, because
+    pycocotools would raise a ``KeyError`` after training; before version 2.0.11 it needs ``info``
+    too. Ignore regions get ``iscrowd`` 1, the only mark that pycocotools reads. If an annotation
+    id is missing, a text, below 1 or used twice, all annotations are numbered anew, because
+    pycocotools treats a match with id 0 as no match and keeps one of two equal ids.
+
+    Args:
+        content: of a checked json; not modified.
     """
     annotations = [
-        {"area": a["bbox"][2] * a["bbox"][3], **a, "iscrowd": int(is_region_to_ignore(a))}
+        {"area": a["bbox"][2] * a["bbox"][3], **a, "iscrowd": int(is_ignore_region(a))}
         for a in content["annotations"]
     ]
     ids = {annotation.get("id", 0) for annotation in annotations}
@@ -134,13 +139,13 @@ def complete_for_evaluation(content: dict[str, Any]) -> dict[str, Any]:
 
 
 def join_some(items: Iterable[Any], limit: int = 10, *, separator: str = ", ") -> str:
-    """Return the first ``limit`` items as text, and how many more there are."""
+    """Join the first ``limit`` items, and add how many more there are."""
     items = list(items)
     more = [f"and {len(items) - limit} more"] if len(items) > limit else []
     return separator.join([*map(str, items[:limit]), *more])
 
 
 def printable(value: Any) -> str:
-    """Return text from a json in one line that can be printed."""
+    """Return a value as text in one line, with characters that cannot be printed escaped."""
     text = str(value)
     return text if text.isprintable() else repr(text)[1:-1]

@@ -2,63 +2,53 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Mapping
-from itertools import islice
+from collections.abc import Hashable, Sequence
 from typing import Any
 
-from retinanet_ext.data.coco_json import is_region_to_ignore, printable
+import numpy as np
 
-SAME_IOU = 0.9
-"""Two boxes of a class that overlap more are one object, labelled twice."""
+from retinanet_ext.data.coco_json import is_ignore_region
+from retinanet_ext.data.findings import SAME_IOU
 
 
-def check_duplicate_boxes(
-    annotations: list[dict[str, Any]],
-    images: Mapping[int | str, Mapping[str, Any]],
-    found: Callable[..., bool],
-) -> list[dict[str, Any]]:
-    """Return the annotations without those that repeat an earlier one, where they are not kept.
+def find_duplicate_boxes(annotations: Sequence[dict[str, Any]]) -> dict[int, tuple[int, float]]:
+    """Find boxes that overlap an earlier box of the same image and class by more than SAME_IOU.
 
-    Along x the boxes are in order, so only near ones are compared.
+    Args:
+        annotations: usable annotations with boxes [x, y, width, height] of positive size.
+
+    Returns:
+        index of the later box -> (index of the earlier one, IoU of the two)
     """
-    groups: dict[tuple[int | str, int | str], list[dict[str, Any]]] = defaultdict(list)
-    for annotation in annotations:
-        if not is_region_to_ignore(annotation):
-            groups[annotation["image_id"], annotation["category_id"]].append(annotation)
-    dropped = set()
-    for group in groups.values():
-        order = sorted(range(len(group)), key=lambda k: group[k]["bbox"][0])
-        again: set[int] = set()
-        for position, left in enumerate(order):
-            x, _, width, _ = group[left]["bbox"]
-            for right in islice(order, position + 1, None):
-                # Boxes that overlap so much begin this close.
-                if left in again or group[right]["bbox"][0] > x + (1 - SAME_IOU) * width:
-                    break
-                if right in again or _iou(group[left], group[right]) <= SAME_IOU:
-                    continue
-                again.add(max(left, right))
-                earlier, later = group[min(left, right)], group[max(left, right)]
-                image_id = later["image_id"]
-                names = " and ".join(
-                    printable(a["id"]) if "id" in a else "without id" for a in (earlier, later)
-                )
-                what = (
-                    f"annotations {names} of image {printable(image_id)} "
-                    f"({printable(images[image_id]['file_name'])}): bbox {earlier['bbox']} and "
-                    f"{later['bbox']}, IoU {_iou(earlier, later):.2f}"
-                )
-                own_id = later.get("id")
-                if not found("duplicate_box", what, image_id=image_id, annotation_id=own_id):
-                    dropped.add(id(later))
-    return [annotation for annotation in annotations if id(annotation) not in dropped]
-
-
-def _iou(one: dict[str, Any], other: dict[str, Any]) -> float:
-    """Return the IoU of the boxes of two annotations."""
-    a, b = one["bbox"], other["bbox"]
-    width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
-    height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
-    common = max(width, 0) * max(height, 0)
-    return common / (a[2] * a[3] + b[2] * b[3] - common)
+    objects = [i for i, a in enumerate(annotations) if not is_ignore_region(a)]
+    if len(objects) < 2:
+        return {}
+    codes: dict[Hashable, int] = {}
+    keys = ((annotations[i]["image_id"], annotations[i]["category_id"]) for i in objects)
+    groups = np.array([codes.setdefault(key, len(codes)) for key in keys])
+    boxes = np.array([annotations[i]["bbox"] for i in objects], float)
+    order = np.lexsort((boxes[:, 0], groups))
+    groups, boxes = groups[order], boxes[order]
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    areas = boxes[:, 2:].prod(1)
+    # In a group the boxes are in the order of x, and boxes that overlap so much begin this close.
+    reach = low[:, 0] + (1 - SAME_IOU) * boxes[:, 2]
+    pairs: list[tuple[int, int, float]] = []
+    left, step = np.arange(len(order)), 0
+    while len(left):
+        step += 1
+        left = left[left + step < len(order)]
+        right = left + step
+        near = (groups[left] == groups[right]) & (low[right, 0] <= reach[left])
+        left, right = left[near], right[near]
+        sides = np.minimum(high[left], high[right]) - np.maximum(low[left], low[right])
+        common = sides.clip(0).prod(1)
+        ious = common / (areas[left] + areas[right] - common)
+        same = ious > SAME_IOU
+        places = order[left[same]].tolist(), order[right[same]].tolist()
+        pairs += zip(*places, ious[same].tolist(), strict=True)
+    found: dict[int, tuple[int, float]] = {}
+    for earlier, later, iou in sorted((min(a, b), max(a, b), iou) for a, b, iou in pairs):
+        if objects[earlier] not in found and objects[later] not in found:
+            found[objects[later]] = objects[earlier], iou
+    return found

@@ -1,4 +1,4 @@
-"""What a missing image file is called instead: what other systems and tools make of file names."""
+"""Search for missing image files under the names that other systems and tools give them."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from urllib.parse import unquote
 from retinanet_ext.data.coco_json import join_some, printable
 
 MAX_FOLDERS = 100
-"""Folders below the image folder that are searched."""
+"""Most folders below the image folder that are searched."""
 
 
 @dataclass(frozen=True)
-class Found:
-    """What is there in place of a missing file.
+class Replacement:
+    """The file that a missing file name probably means.
 
     Attributes:
-        text: says so.
-        reason: how the names differ; the same text for all names that differ so.
-        path: relative to the image folder; empty where several files may be meant.
-        folder: the image folder with which the name would be right, empty if there is none.
+        text: a clause that names the file and the difference.
+        reason: how the names differ, in the same words for all names that differ in this way.
+        path: path relative to the image folder; empty if several files may be meant.
+        folder: image folder with which the file name would be right; empty if there is none.
     """
 
     text: str
@@ -33,7 +33,7 @@ class Found:
 
 
 class MisnamedFiles:
-    """Finds files by other spellings of their names; the names in a folder are read once."""
+    """Finds files by other spellings of their names; each folder is listed once."""
 
     def __init__(self, image_root: str) -> None:
         self._root = image_root
@@ -42,8 +42,8 @@ class MisnamedFiles:
         with os.scandir(image_root) as entries:
             self._subfolders = sorted(entry.name for entry in entries if entry.is_dir())
 
-    def find(self, file_name: str) -> Found | None:
-        """Return what is there in place of a ``file_name`` of the json, if anything."""
+    def find(self, file_name: str) -> Replacement | None:
+        """Return the file that a ``file_name`` of the json probably means, or None."""
         for reason, spelled in _spellings(file_name):
             parts = [part for part in spelled.split("/") if part not in ("", ".")]
             places = [("", 0), *((name, 0) for name in self._subfolders[:MAX_FOLDERS])]
@@ -52,13 +52,13 @@ class MisnamedFiles:
                 matches = matches or [(("", skipped), p) for p in self._match("", skipped, parts)]
             if len(matches) > 1:
                 names = join_some((f"`{printable(path)}`" for _, path in matches), 3)
-                return Found(f"{names} are there, and which is meant cannot be known")
+                return Replacement(f"{names} are there, and which is meant cannot be known")
             if matches:
                 return self._describe(reason, parts, *matches[0])
         return None
 
     def _match(self, subfolder: str, skipped: int, parts: Sequence[str]) -> list[str]:
-        """Return the files that a name may mean, relative to the image folder."""
+        """Return the files that a name may mean, as paths relative to the image folder."""
         path = subfolder
         for place, part in enumerate(parts[skipped:], start=skipped):
             alike = self._list(os.path.join(self._root, path)).get(_fold(part), [])
@@ -71,7 +71,7 @@ class MisnamedFiles:
         return []
 
     def _list(self, folder: str) -> Mapping[str, Sequence[str]]:
-        """Return the names in a folder by their folded form."""
+        """Map the folded form of names to the names in a folder."""
         if folder not in self._names:
             names = defaultdict(list)
             try:
@@ -84,7 +84,7 @@ class MisnamedFiles:
 
     def _describe(
         self, reason: str, parts: Sequence[str], place: tuple[str, int], path: str
-    ) -> Found:
+    ) -> Replacement:
         subfolder, skipped = place
         reasons, folder = [reason] if reason else [], ""
         if subfolder:
@@ -99,11 +99,11 @@ class MisnamedFiles:
         if reason or by_name:
             folder = ""
         reason = " and ".join([*reasons, *by_name]) or "the name is written in another way"
-        return Found(f"{reason}; `{printable(path)}` is there", reason, path, folder)
+        return Replacement(f"{reason}; `{printable(path)}` is there", reason, path, folder)
 
 
 def _spellings(file_name: str) -> Iterator[tuple[str, str]]:
-    """Yield other ways to read a name, each with what they say of all such names."""
+    """Yield other readings of a name, each with the reason; "" is the name itself."""
     reasons = []
     if "://" not in file_name:
         yield "", file_name
@@ -121,7 +121,7 @@ def _spellings(file_name: str) -> Iterator[tuple[str, str]]:
 
 
 def _fold(name: str) -> str:
-    """Return what names that are easily taken for each other have in common."""
+    """Return a form that names which are easily confused have in common."""
     return normalize("NFC", normalize("NFC", name.strip()).lower())
 
 

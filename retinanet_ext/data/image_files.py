@@ -1,4 +1,4 @@
-"""The image files of a COCO json: where they are, their sizes, and which are the same file."""
+"""The image files of an annotation file: where they are, their sizes, and which are the same."""
 
 from __future__ import annotations
 
@@ -7,144 +7,96 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import PIL
 
 from retinanet_ext.data.coco_json import join_some, printable
-from retinanet_ext.data.file_names import Found, MisnamedFiles
-from retinanet_ext.data.images import (
-    ImageReader,
-    bit_depth,
-    find_image_fault,
-    has_several_frames,
-)
-from retinanet_ext.data.validation import (
-    DEFAULT_POLICY,
-    KINDS,
-    Finding,
-    field_fault,
-    id_of,
-    leaves_folder,
-)
+from retinanet_ext.data.entries import field_fault, id_of, leaves_folder
+from retinanet_ext.data.file_cache import FileCache
+from retinanet_ext.data.file_names import MisnamedFiles, Replacement
+from retinanet_ext.data.findings import KINDS, Finding, ValidationResult
+from retinanet_ext.data.image_facts import ImageFacts, inspect_image
+from retinanet_ext.data.images import ImageReader, find_size_fault
 from retinanet_ext.errors import InputError
 
 MAX_DECODED_IMAGES = 1000
-"""Sets up to this size are decoded whole: at about 10 ms an image that is seconds. Of larger sets
-only the headers are read, and a fault behind the header ends training when it is met."""
+"""Data sets up to this size are decoded, at about 10 ms per image. Of larger ones only the headers
+are read, so that a fault behind the header ends the training when the image is loaded."""
 
-_EXIF_ORIENTATION = 274
+_CHUNK = 128  # files per task of a thread
 _BLOCK = 1 << 16  # bytes
 
 _Image = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class CheckedImages:
-    """A json after a look at its image files.
-
-    Attributes:
-        content: the json with the sizes of the files where it had none, and with the names and
-            ids that the policy mends.
-        findings: about the files.
-        notes: a sentence for what was filled in.
-    """
-
-    content: dict[str, Any]
-    findings: list[Finding]
-    notes: list[str]
-
-
-@dataclass(frozen=True)
-class _Header:
-    """What the header of an image file tells.
-
-    Attributes:
-        size: width and height of the upright image, None where it does not tell
-        is_plain: whether it shows no fault
-        depth: bits of a channel, None where that says no range
-        other_format: what it is, where its name says another format
-        is_transparent: whether it has an alpha channel or a transparent colour
-    """
-
-    size: tuple[int, int] | None = None
-    is_plain: bool = False
-    depth: int | None = None
-    other_format: str = ""
-    is_transparent: bool = False
-
-
-@dataclass(frozen=True)
-class _File:
-    """A file that is there: its fault, its size if that is to be filled in, and its header."""
-
-    fault: Finding | None
-    size: tuple[int, int] | None
-    header: _Header
 
 
 def check_images(
     content: dict[str, Any],
     image_root: str,
     reader: ImageReader,
-    policy: Mapping[str, str] = DEFAULT_POLICY,
+    result: ValidationResult,
     *,
     folder_key: str = "",
     decode_all: bool = False,
-) -> CheckedImages:
-    """Look for the image files of a json, read them, and complete the json from them.
+) -> dict[str, Any]:
+    """Find and inspect the image files of an annotation file.
 
     Args:
-        content: of the json, unchecked and left as it is; images that are malformed are passed
-            over.
-        image_root: the folder that the json's ``file_name`` entries are relative to.
-        reader: reads them as training will.
-        policy: kind -> what is done about it.
-        folder_key: the config key of ``image_root``, where a message may give a better folder.
-        decode_all: not only the headers of a set above :data:`MAX_DECODED_IMAGES`.
+        content: of the json, unchecked; not modified. Malformed images are passed over.
+        image_root: folder that ``file_name`` entries are relative to.
+        reader: reads the images as training does.
+        result: gets the findings and notes.
+        folder_key: config key of ``image_root``; a message may suggest another value.
+        decode_all: decode data sets of more than :data:`MAX_DECODED_IMAGES` images too.
+
+    Returns:
+        the json, with missing sizes filled in from the files, and with the file names and ids that
+        the policy repairs.
 
     Raises:
-        InputError: the folder does not exist
+        InputError: the folder does not exist.
     """
+    policy = result.policy
     if not os.path.isdir(image_root):
         raise InputError(f"the image folder {image_root} does not exist")
     images = {i: image for i, image in enumerate(content["images"]) if _is_usable(image, policy)}
-    headers_only = len(images) > MAX_DECODED_IMAGES and not decode_all
-    read = partial(_read, image_root, reader, headers_only)
+    decode = decode_all or len(images) <= MAX_DECODED_IMAGES
+    facts = _inspect(images, image_root, reader, decode=decode)
 
-    with ThreadPoolExecutor() as pool:
-        files = dict(zip(images, pool.map(read, images.values()), strict=True))
-        missing = {i: images[i] for i, file in files.items() if file is None}
-        found = _find_misnamed(missing, image_root)
-        findings = _describe_missing(missing, found, image_root, folder_key, len(images))
-        if policy["misnamed_file"] == "mend":
-            mended = {i: {**images[i], "file_name": f.path} for i, f in found.items() if f.path}
-            images.update(mended)
-            files.update(zip(mended, pool.map(read, mended.values()), strict=True))
+    missing = {i: image for i, image in images.items() if i not in facts}
+    replacements = _find_replacements(missing, image_root)
+    described = _describe_missing(missing, replacements, image_root, folder_key, len(images))
+    result.findings.extend(described)
+    if policy["misnamed_file"] == "mend":
+        mended = {i: {**images[i], "file_name": r.path} for i, r in replacements.items() if r.path}
+        images.update(mended)
+        facts.update(_inspect(mended, image_root, reader, decode=decode))
+    facts = dict(sorted(facts.items()))
 
-    there = {i: file for i, file in files.items() if file}
-    findings += [file.fault for file in there.values() if file.fault]
-    filled = {
-        i: {**images[i], "width": file.size[0], "height": file.size[1]}
-        for i, file in there.items()
-        if file.size
-    }
-    images.update(filled)
+    filled = []
+    for i, seen in facts.items():
+        result.findings.extend(_describe_fault(images[i], seen, image_root))
+        if seen.size and None in (images[i].get("width"), images[i].get("height")):
+            images[i] = {**images[i], "width": seen.size[0], "height": seen.size[1]}
+            filled.append(images[i])
     all_images = [images.get(i, image) for i, image in enumerate(content["images"])]
     content = {**content, "images": all_images}
-    same = find_same_files([images[i] for i in there], image_root)
-    findings += _describe_same(same, image_root)
+    same = find_same_files([images[i] for i in facts], image_root)
+    for entries in same:
+        path = printable(os.path.join(image_root, entries[0]["file_name"]))
+        ids = join_some(image["id"] for image in entries)
+        result.add("duplicate_file", f"{path} is listed under {len(entries)} image ids: {ids}")
     if policy["duplicate_file"] == "merge":
         content = merge_images(content, same)
-    notes = _describe_filled(list(filled.values()))
-    return CheckedImages(content, findings, [*notes, *_describe_headers(images, there, reader)])
+    result.notes.extend(_describe_filled(filled) + _describe_facts(images, facts, reader))
+    return content
 
 
 def _is_usable(image: Any, policy: Mapping[str, str]) -> bool:
-    """Tell whether an entry names a file, with a size that is right or left out."""
+    """Return whether an entry names a file, with a size that is valid or left out."""
     if isinstance(image, dict) and None in (image.get("width"), image.get("height")):
         given = {key: value for key, value in image.items() if value is not None}
         image = {"width": 1, "height": 1, **given}
@@ -153,66 +105,65 @@ def _is_usable(image: Any, policy: Mapping[str, str]) -> bool:
     return policy["file_outside"] == "keep" or not leaves_folder(image["file_name"])
 
 
-def _read(image_root: str, reader: ImageReader, headers_only: bool, image: _Image) -> _File | None:
-    """Read the file of an image, if it is there."""
-    path = os.path.join(image_root, image["file_name"])
-    if not os.path.isfile(path):
-        return None
-    given = {key: image[key] for key in ("width", "height") if image.get(key) is not None}
-    header = _read_header(path, reader)
-    file = _File(None, None if len(given) == 2 else header.size, header)
-    if headers_only and header.is_plain and header.size:
-        width, height = header.size
-        if given.items() <= {"width": width, "height": height}.items():
-            return file
-    fault = find_image_fault({**given, "file_name": path}, reader)
-    if not fault:
-        return file
-    kind, what = fault
-    where = f"{printable(path)} (image id {printable(image['id'])})"
-    return replace(file, fault=Finding(kind, f"{where}: {printable(what)}", image["id"]))
+def _inspect(
+    images: Mapping[int, _Image], image_root: str, reader: ImageReader, *, decode: bool
+) -> dict[int, ImageFacts]:
+    """Inspect the files that exist, in threads; files that have not changed come from the cache."""
+    seen = FileCache("images", os.path.abspath(image_root), reader, PIL.__version__)
+    key = "decoded" if decode else "header"
+
+    def is_readable(facts: ImageFacts) -> bool:
+        # An unreadable file is read again: it may become readable, for example by permissions.
+        return facts.kind != "unreadable_image"
+
+    def inspect(index: int) -> ImageFacts | None:
+        path = os.path.join(image_root, images[index]["file_name"])
+        if not os.path.isfile(path):
+            return None
+        facts = seen.get(
+            path, key, lambda: inspect_image(path, reader, decode=decode), keep=is_readable
+        )
+        return ImageFacts(*facts)
+
+    def inspect_chunk(chunk: Sequence[int]) -> list[tuple[int, ImageFacts]]:
+        return [(index, facts) for index in chunk if (facts := inspect(index))]
+
+    indices = list(images)
+    chunks = [indices[start : start + _CHUNK] for start in range(0, len(indices), _CHUNK)]
+    with ThreadPoolExecutor() as pool:
+        facts = dict(chain.from_iterable(pool.map(inspect_chunk, chunks)))
+    seen.save()
+    return facts
 
 
-def _read_header(path: str, reader: ImageReader) -> _Header:
-    """Return what the header of a file tells; nothing where it cannot be read."""
-    try:
-        with reader.open(path) as opened:
-            named = Image.registered_extensions().get(Path(path).suffix.lower(), opened.format)
-            header = _Header(
-                depth=bit_depth(opened),
-                other_format=opened.format or "" if named != opened.format else "",
-                is_transparent="transparency" in opened.info or opened.mode in ("RGBA", "LA", "PA"),
-            )
-            # The first test comes first because getexif() decodes a PNG that has no EXIF block.
-            has_exif = "exif" in opened.info or opened.format == "TIFF"
-            turned = has_exif and opened.getexif().get(_EXIF_ORIENTATION, 1) > 4
-            if turned and opened.format == "TIFF":
-                opened.load()  # by which Pillow turns it
-                turned = False
-            size = opened.size[::-1] if turned else opened.size
-            reader.range_of(opened)
-            return replace(header, size=size, is_plain=not has_several_frames(opened))
-    except Exception:  # decoding will tell; Detectron2 reads some images whose EXIF is malformed
-        return _Header()
+def _describe_fault(image: _Image, facts: ImageFacts, image_root: str) -> list[Finding]:
+    """Return the finding about a file, if any."""
+    kind, message = facts.kind, facts.message
+    if kind != "unreadable_image" and (fault := find_size_fault(image, facts.size)):
+        kind, message = "image_size", fault
+    if not kind:
+        return []
+    path = printable(os.path.join(image_root, image["file_name"]))
+    where = f"{path} (image id {printable(image['id'])})"
+    return [Finding(kind, f"{where}: {printable(message)}", image["id"], remedy=facts.remedy)]
 
 
-def _describe_headers(
-    images: Mapping[int, _Image], files: Mapping[int, _File], reader: ImageReader
+def _describe_facts(
+    images: Mapping[int, _Image], facts: Mapping[int, ImageFacts], reader: ImageReader
 ) -> list[str]:
-    """Return a sentence for each thing about files that is read with an obvious meaning."""
+    """Return one sentence for each property of files that has an obvious meaning."""
 
-    def tell(what: str, chosen: Sequence[int]) -> str:
+    def count(what: str, chosen: Sequence[int]) -> str:
         return f"{what}: {len(chosen)}, such as {printable(images[chosen[0]]['file_name'])}"
 
     notes = []
-    other = [i for i, file in files.items() if file.header.other_format]
-    if other:
+    if other := [i for i, seen in facts.items() if seen.other_format]:
         what = "files of another format than their names say, read as what they are"
-        notes.append(f"{tell(what, other)} ({files[other[0]].header.other_format})")
-    transparent = [i for i, file in files.items() if file.header.is_transparent]
+        notes.append(f"{count(what, other)} ({facts[other[0]].other_format})")
+    transparent = [i for i, seen in facts.items() if seen.is_transparent]
     if transparent and "A" not in reader.image_format:
-        notes.append(tell("images with transparency, which is left out", transparent))
-    depths = {file.header.depth: i for i, file in files.items() if file.header.depth}
+        notes.append(count("images with transparency, which is left out", transparent))
+    depths = {seen.depth: i for i, seen in facts.items() if seen.depth}
     if len(depths) > 1 and reader.pixel_range is None:
         mixed = ", ".join(
             f"{depth} bits ({printable(images[i]['file_name'])})"
@@ -222,25 +173,34 @@ def _describe_headers(
     return notes
 
 
-def _find_misnamed(missing: Mapping[int, _Image], image_root: str) -> dict[int, Found]:
+def _describe_filled(images: Sequence[_Image]) -> list[str]:
+    return [
+        f"images without width and height, which are taken from their files: {len(images)}, such "
+        f"as {printable(first['file_name'])} (image id {first['id']}) of {first['width']} x "
+        f"{first['height']}"
+        for first in images[:1]
+    ]
+
+
+def _find_replacements(missing: Mapping[int, _Image], image_root: str) -> dict[int, Replacement]:
     if not missing:
         return {}
     files = MisnamedFiles(image_root)
     found = {i: files.find(image["file_name"]) for i, image in missing.items()}
-    return {i: match for i, match in found.items() if match}
+    return {i: replacement for i, replacement in found.items() if replacement}
 
 
 def _describe_missing(
     missing: Mapping[int, _Image],
-    found: Mapping[int, Found],
+    replacements: Mapping[int, Replacement],
     image_root: str,
     folder_key: str,
     num_images: int,
 ) -> list[Finding]:
-    """Return what is said of missing files, and of all that are there under another name."""
-    misnamed = [match for match in found.values() if match.path]
-    reasons = {match.reason for match in misnamed}
-    folders = {match.folder for match in misnamed}
+    """Return the findings about missing files, with the remedy that all of them share."""
+    misnamed = [replacement for replacement in replacements.values() if replacement.path]
+    reasons = {replacement.reason for replacement in misnamed}
+    folders = {replacement.folder for replacement in misnamed}
     remedy = f"{KINDS['misnamed_file'].key} {KINDS['misnamed_file'].remedy}"
     if folder_key and len(misnamed) == num_images and len(folders) == 1 and "" not in folders:
         remedy = f"{folder_key} {printable(*folders)} finds them"
@@ -250,79 +210,56 @@ def _describe_missing(
     findings = []
     for i, image in missing.items():
         path = os.path.join(image_root, image["file_name"])
-        match = found.get(i, Found(_why_missing(path)))
-        what = f"{printable(path)} (image id {image['id']}) is missing"
-        what += f": {match.text}" if match.text else ""
-        if match.path:
-            findings.append(Finding("misnamed_file", what, image["id"], remedy=remedy))
+        replacement = replacements.get(i, Replacement(_explain_missing(path)))
+        message = f"{printable(path)} (image id {image['id']}) is missing"
+        message += f": {replacement.text}" if replacement.text else ""
+        if replacement.path:
+            findings.append(Finding("misnamed_file", message, image["id"], remedy=remedy))
         else:
-            findings.append(Finding("missing_image", what, image["id"]))
+            findings.append(Finding("missing_image", message, image["id"]))
     return findings
 
 
-def _why_missing(path: str) -> str:
+def _explain_missing(path: str) -> str:
     if "://" in path:
         return "it is a URL, and images are read from files alone"
     try:
         return f"it is a symbolic link to {printable(os.readlink(path))}, which is missing"
-    except (OSError, ValueError):  # no link
+    except (OSError, ValueError):  # it is no link
         return ""
 
 
-def _describe_filled(images: Sequence[_Image]) -> list[str]:
-    if not images:
-        return []
-    first = images[0]
-    return [
-        f"images without width and height, which are taken from their files: {len(images)}, such "
-        f"as {printable(first['file_name'])} (image id {first['id']}) of {first['width']} x "
-        f"{first['height']}"
-    ]
-
-
-def _describe_same(same: Iterable[Sequence[_Image]], image_root: str) -> list[Finding]:
-    return [
-        Finding(
-            "duplicate_file",
-            f"{printable(os.path.join(image_root, images[0]['file_name']))} is listed under "
-            f"{len(images)} image ids: {join_some(image['id'] for image in images)}",
-        )
-        for images in same
-    ]
-
-
 def find_same_files(images: Iterable[_Image], image_root: str) -> list[list[_Image]]:
-    """Return the images of different ids that have one file, directly or by a symbolic link."""
-    real_path = _real_paths()
-    groups: dict[str, list[_Image]] = {}
+    """Group the images of different ids that have the same file; symbolic links are followed."""
+    real_path = _cached_real_path()
+    groups: dict[str, list[_Image]] = defaultdict(list)
     for image in images:
-        path = real_path(os.path.join(image_root, image["file_name"]))
-        groups.setdefault(path, []).append(image)
+        groups[real_path(os.path.join(image_root, image["file_name"]))].append(image)
     by_id = ({i["id"]: i for i in group} for group in groups.values() if len(group) > 1)
     return [list(group.values()) for group in by_id if len(group) > 1]
 
 
 def merge_images(content: dict[str, Any], same: Iterable[Sequence[_Image]]) -> dict[str, Any]:
-    """Return a json in which the first of the images of one file has the annotations of all."""
+    """Keep the first image of each group of the same file, with the annotations of all."""
     first_ids = {image["id"]: first["id"] for first, *others in same for image in others}
-    images, annotations = content["images"], content["annotations"]
-    if first_ids:
-        images = [image for image in images if id_of(image) not in first_ids]
-        annotations = [
-            {**annotation, "image_id": first_ids[image_id]}
-            if (image_id := id_of(annotation, "image_id")) in first_ids
-            else annotation
-            for annotation in annotations
-        ]
+    if not first_ids:
+        return content
+    annotations = [
+        {**annotation, "image_id": first_ids[image_id]}
+        if (image_id := id_of(annotation, "image_id")) in first_ids
+        else annotation
+        for annotation in content["annotations"]
+    ]
+    images = [image for image in content["images"] if id_of(image) not in first_ids]
     return {**content, "images": images, "annotations": annotations}
 
 
 def describe_shared_files(train: Sequence[str], test: Sequence[str], name: str) -> str | None:
-    """Return in one sentence how many test images are training images, if any are.
+    """Return a sentence that counts the test images that are training images, or None.
 
     Args:
-        train, test: the paths of the images.
-        name: of the test data.
+        train, test: paths of the images.
+        name: name of the test data.
     """
     shared = _find_shared_files(train, test)
     if not shared:
@@ -337,35 +274,43 @@ def describe_shared_files(train: Sequence[str], test: Sequence[str], name: str) 
 
 def _find_shared_files(train: Sequence[str], test: Sequence[str]) -> dict[str, str]:
     """Map test images to the training image of the same path or the same content."""
-    real_path = _real_paths()
+    real_path = _cached_real_path()
     by_path = {real_path(path): path for path in train}
     shared = {path: by_path[real_path(path)] for path in test if real_path(path) in by_path}
     left = [path for path in test if path not in shared]
-    # Whole files are read only where their size and a block of them occur on the other side too.
-    for key in (os.path.getsize, _digest_block, _digest):
+    seen = FileCache("digests", *sorted({os.path.dirname(os.path.abspath(p)) for p in left}))
+    steps: tuple[Callable[[str], Any], ...] = (
+        os.path.getsize,
+        lambda path: seen.get(os.path.abspath(path), "block", lambda: _digest_block(path)),
+        lambda path: seen.get(os.path.abspath(path), "digest", lambda: _digest(path)),
+    )
+    # A file is read only if another file on the other side has the same size, and it is read
+    # whole only if a block in the middle is the same too.
+    for step in steps:
         of_train: dict[Any, list[str]] = defaultdict(list)
         for path in train:
-            of_train[key(path)].append(path)
-        of_test = {path: key(path) for path in left}
+            of_train[step(path)].append(path)
+        of_test = {path: step(path) for path in left}
         left = [path for path, value in of_test.items() if value in of_train]
         wanted = {of_test[path] for path in left}
         train = [path for value, paths in of_train.items() if value in wanted for path in paths]
+    seen.save()
     return shared | {path: of_train[of_test[path]][0] for path in left}
 
 
-def _digest_block(path: str) -> bytes:
-    """Return a digest of the block in the middle; headers are often alike."""
+def _digest_block(path: str) -> str:
+    """Return a digest of the block in the middle of a file, because headers are often alike."""
     with open(path, "rb") as file:
         file.seek(max(0, os.path.getsize(path) - _BLOCK) // 2)
-        return hashlib.sha256(file.read(_BLOCK)).digest()
+        return hashlib.sha256(file.read(_BLOCK)).hexdigest()
 
 
-def _digest(path: str) -> bytes:
-    return hashlib.sha256(Path(path).read_bytes()).digest()
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def _real_paths() -> Callable[[str], str]:
-    """Return a function that resolves symbolic links, those of each folder once."""
+def _cached_real_path() -> Callable[[str], str]:
+    """Return ``os.path.realpath`` that resolves each folder once."""
     real_folder = cache(os.path.realpath)
 
     def real_path(path: str) -> str:

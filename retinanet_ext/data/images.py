@@ -1,15 +1,15 @@
-"""Reading images: one way for training, the data check, evaluation, ``Predictor`` and pictures.
+"""Image reading, the same for training, the data check, evaluation, ``Predictor`` and pictures.
 
-An image of 8 bits a channel is read as Detectron2's ``read_image`` reads it, bit for bit. Pillow
-clips deeper grey levels to 255; here a range of them becomes 0 to 255, in 8 bits as well, so that
-the resize and all that follows is the same for every depth.
+Images of 8 bits per channel equal those of Detectron2's ``read_image`` bit for bit. Pillow clips
+deeper grey levels to 255. Here a range of levels is scaled to 0..255 in 8 bits instead, so that the
+resize and all later steps are the same for every depth.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -26,18 +26,15 @@ RANGE_KEY = "INPUT.PIXEL_RANGE"
 AUTO, PERCENTILES = "auto", "percentiles"
 
 MAX_PIXELS = 178_956_970
-"""Above which Pillow refuses an image by itself."""
+"""Most pixels of an image that Pillow opens by default."""
 
 LOW_AND_HIGH = 0.1, 99.9
 """The percentiles of ``INPUT.PIXEL_RANGE percentiles``."""
 
-FEW_LEVELS = 17
-"""Of 256: what is left of 12 bits in a file of 16. So few are a finding."""
-
 _SAMPLED_IMAGES = 200
 _SAMPLED_PIXELS = 10_000  # of each
 
-_BYTES = 5  # of a pixel and channel while an image is read and resized, measured
+_BYTES = 5  # per pixel and channel while an image is read and resized (measured)
 
 _BITS_PER_SAMPLE = 258  # a TIFF tag
 _HUGE = threading.Lock()  # one huge image in memory at a time, however many threads read
@@ -45,15 +42,21 @@ _HUGE = threading.Lock()  # one huge image in memory at a time, however many thr
 Range = tuple[float, float]
 
 
+class NoPixelRangeError(InputError):
+    """An image whose bit depth does not say which levels are black and white."""
+
+    remedy = f"{RANGE_KEY} percentiles measures both on the training data"
+
+
 @dataclass(frozen=True)
 class ImageReader:
-    """Reads images as the model takes them.
+    """Reads images in the format that the model takes.
 
     Attributes:
-        image_format: ``INPUT.FORMAT``, one of Detectron2's
-        pixel_range: grey levels that become 0 and 255, of images of more than 8 bits; None: by the
-            bit depth of each file
-        max_pixels: of an image; larger ones are refused
+        image_format: ``INPUT.FORMAT``, one of Detectron2's.
+        pixel_range: grey levels that become 0 and 255 in images of more than 8 bits. None: 0 and
+            the largest number of each file's bit depth.
+        max_pixels: most pixels of an image; larger images are refused.
     """
 
     image_format: str = "BGR"
@@ -65,9 +68,9 @@ class ImageReader:
         """Return the reader that a config describes.
 
         Raises:
-            InputError: a range that is not one, or percentiles that are not measured yet
+            InputError: ``INPUT.PIXEL_RANGE`` is no range, or its percentiles are not measured yet.
         """
-        num_channels(cfg.INPUT.FORMAT)  # refuses a format that is unknown
+        num_channels(cfg.INPUT.FORMAT)  # refuses an unknown format
         pixel_range = parse_pixel_range(cfg.INPUT.PIXEL_RANGE)
         if pixel_range == PERCENTILES:
             raise InputError(
@@ -79,17 +82,17 @@ class ImageReader:
         )
 
     def __call__(self, path: str | os.PathLike[str]) -> np.ndarray:
-        """Return an image, upright, as (H, W, C) in ``image_format``.
+        """Return the upright image as (H, W, C) in ``image_format``.
 
         Raises:
-            Exception: whatever Pillow's decoders raise; :func:`explain_unreadable` puts it in words
+            Exception: any error of Pillow's decoders; see :func:`explain_unreadable`.
         """
         with self.open(path) as image:
             return self.convert(image)
 
     @contextmanager
     def open(self, path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-        """Open an image file, not yet decoded; it is closed again at the end of the block."""
+        """Open an image file without decoding it; the file is closed at the end of the block."""
         with PathManager.open(os.fspath(path), "rb") as file, ExitStack() as stack:
             try:
                 image = Image.open(file)
@@ -106,31 +109,32 @@ class ImageReader:
             yield image
 
     def convert(self, image: Image.Image) -> np.ndarray:
-        """Return Pillow's image, upright, as (H, W, C) in ``image_format``."""
+        """Return Pillow's image upright as (H, W, C) in ``image_format``."""
         return convert_PIL_to_numpy(self.to_8_bits(image), self.image_format)
 
     def to_8_bits(self, image: Image.Image) -> Image.Image:
-        """Return Pillow's image, upright, with 8 bits a channel."""
+        """Return Pillow's image upright with 8 bits per channel."""
         pixel_range = self.range_of(image)
-        image.load()  # by which Pillow turns a TIFF, and takes its orientation away
+        image.load()  # which turns a TIFF upright and removes its orientation
         image = _apply_exif_orientation(image)  # Pillow's own raises where EXIF is malformed
         if pixel_range is None:
             return image
         values = np.asarray(image)
-        if values.dtype.itemsize == 2:  # each level once, not each pixel
+        if values.dtype.itemsize == 2:  # scale each level once instead of each pixel
             return Image.fromarray(_scale(np.arange(2**16), *pixel_range)[values])
         return Image.fromarray(_scale(values, *pixel_range))
 
     def range_of(self, image: Image.Image) -> Range | None:
-        """Return the levels of an image that become 0 and 255, None where they are of 8 bits.
+        """Return the grey levels that become 0 and 255, or None for an image of 8 bits.
 
-        Of an opened file the header alone is read.
+        For an opened file, this reads only the header.
 
         Raises:
-            InputError: there is no such range
+            InputError: the range is set, but the image has deep colours.
+            NoPixelRangeError: neither the config nor the bit depth gives a range.
         """
         depth = bit_depth(image)
-        if not _is_deep_grey(image):
+        if not is_deep_grey(image):
             if depth == 8 or not self.pixel_range:
                 return None
             raise InputError(
@@ -141,22 +145,22 @@ class ImageReader:
             return self.pixel_range
         if depth:
             return 0, 2**depth - 1
-        low, high = _extrema(image)
+        low, high = extrema(image)
         kind = "floats" if image.mode == "F" else "integers"
-        raise InputError(
+        raise NoPixelRangeError(
             f"its pixels are {kind}, here {low:g} to {high:g}, of which no bit depth says what "
             f"black and white are: set {RANGE_KEY} to [black, white], or to percentiles"
         )
 
 
 def _scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Return 0 for low and less, 255 for high and more, and 0 for what is no number."""
+    """Scale [low, high] to [0, 255]; values beyond are clipped, and NaN becomes 0."""
     scaled = np.rint((values.astype(np.float64) - low) * (255 / (high - low)))
     return np.nan_to_num(scaled.clip(0, 255)).astype(np.uint8)
 
 
 def _open_without_limit(file: Any) -> Image.Image:
-    """Open an image that Pillow refuses for its size; the caller holds ``_HUGE``."""
+    """Open an image that Pillow refuses because of its size; the caller holds ``_HUGE``."""
     file.seek(0)
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
     try:
@@ -165,40 +169,41 @@ def _open_without_limit(file: Any) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _extrema(image: Image.Image) -> Range:
+def extrema(image: Image.Image) -> Range:
+    """Return the smallest and the largest grey level in the file."""
     values = np.asarray(image)  # Pillow's own refuses some modes
     return float(np.nanmin(values)), float(np.nanmax(values))
 
 
-def _is_deep_grey(image: Image.Image) -> bool:
+def is_deep_grey(image: Image.Image) -> bool:
+    """Return whether an image has one channel of more than 8 bits."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
 
 
 def bit_depth(image: Image.Image) -> int | None:
-    """Return the bits of a channel as the file has them, None where that says no range.
+    """Return the bits per channel in the file, or None if they do not define a range.
 
-    Such are floats and integers that are signed or of 32 bits: their white is never the largest
-    number.
+    The largest number is not white in images of floats, signed integers or 32-bit integers.
     """
     bits = max(getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (8,)))
-    if not _is_deep_grey(image):
-        # Of 16-bit colours in a PNG Pillow tells by the decoder's mode alone, before it decodes.
+    if not is_deep_grey(image):
+        # Before a PNG is decoded, only the decoder's mode shows 16-bit colours.
         is_deep_png = image.format == "PNG" and any(";16" in str(tile[3]) for tile in image.tile)
         return 16 if is_deep_png else max(bits, 8)
     if image.mode.startswith("I;16"):
         return bits if bits > 8 else 16
-    # Pillow scales PGM to 16 bits; before version 11 it had PNG of 16 bits in this mode.
+    # Pillow scales PGM to 16 bits, and before version 11 it read 16-bit PNG in this mode.
     return 16 if image.mode == "I" and image.format in ("PPM", "PNG") else None
 
 
 def num_channels(image_format: str) -> int:
-    """Return the channels of an ``INPUT.FORMAT``.
+    """Return the number of channels of an ``INPUT.FORMAT``.
 
     Raises:
-        InputError: it is unknown, or none that Detectron2 can make an array of channels of
+        InputError: the format is unknown, or Detectron2 cannot convert it to an array.
     """
     try:
-        # Not Pillow's: Detectron2 makes these of RGB.
+        # Detectron2 computes these from RGB; Pillow does not know them.
         ours = image_format in ("BGR", "YUV-BT.601")
         channels = 3 if ours else Image.getmodebands(image_format)
     except KeyError:
@@ -212,10 +217,10 @@ def num_channels(image_format: str) -> int:
 
 
 def parse_pixel_range(value: Any) -> str | Range:
-    """Return what ``INPUT.PIXEL_RANGE`` says: "auto", "percentiles", or two numbers.
+    """Return the value of ``INPUT.PIXEL_RANGE``: "auto", "percentiles", or two numbers.
 
     Raises:
-        InputError: it says something else
+        InputError: the value is something else.
     """
     items = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
     if items in ([AUTO], [PERCENTILES]):
@@ -231,13 +236,16 @@ def parse_pixel_range(value: Any) -> str | Range:
 
 
 def measure_pixel_range(files: Sequence[str], max_pixels: int) -> list[str] | list[float]:
-    """Return the value of ``INPUT.PIXEL_RANGE`` that percentiles stand for in these images.
+    """Measure the value of ``INPUT.PIXEL_RANGE`` that "percentiles" stands for.
 
-    They are of the grey levels of all images of more than 8 bits in an even sample; where there
-    are none it is ["auto"]. Files that cannot be read are passed over: the data check names them.
+    The percentiles are taken over the images of more than 8 bits in an even sample of the files.
+    Files that cannot be read are passed over, because the data check names them.
+
+    Returns:
+        the two percentiles, or ["auto"] if no image has more than 8 bits.
 
     Raises:
-        InputError: no file is there, or all pixels are equal
+        InputError: no file exists, or all pixels are equal.
     """
     reader = ImageReader(max_pixels=max_pixels)
     chosen = np.linspace(0, len(files) - 1, min(len(files), _SAMPLED_IMAGES)).round().astype(int)
@@ -262,7 +270,7 @@ def measure_pixel_range(files: Sequence[str], max_pixels: int) -> list[str] | li
 def _sample_levels(reader: ImageReader, file: str) -> Iterable[np.ndarray]:
     try:
         with reader.open(file) as image:
-            if not _is_deep_grey(image):
+            if not is_deep_grey(image):
                 return []
             values = np.asarray(image).ravel()
     except Exception:  # Pillow's decoders raise many types
@@ -273,56 +281,29 @@ def _sample_levels(reader: ImageReader, file: str) -> Iterable[np.ndarray]:
 
 
 def explain_unreadable(error: Exception) -> str:
-    """Return in one line why an image cannot be read."""
+    """Return one line that says why an image cannot be read."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or of a format that cannot be read"
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def find_size_fault(record: dict[str, Any], image: np.ndarray) -> str | None:
-    """Return where an image has not the width and height of its record, if so."""
-    height, width = image.shape[:2]
-    expected = record.get("width", width), record.get("height", height)
+def find_size_fault(record: Mapping[str, Any], size: Sequence[int] | None) -> str | None:
+    """Return how the (width, height) of an upright image differs from its record, or None.
+
+    A width or height that the record lacks is not compared.
+    """
+    if size is None:
+        return None
+    width, height = size
+    expected = tuple(
+        found if (given := record.get(key)) is None else given
+        for key, found in (("width", width), ("height", height))
+    )
     if (width, height) == expected:
         return None
     return f"it has {width} x {height} pixels when upright, not {expected[0]} x {expected[1]}"
 
 
 def has_several_frames(image: Image.Image) -> bool:
-    """Tell whether a file has pages or frames beside the first; a photo's preview is none."""
+    """Return whether a file has several pages or frames; the preview in a photo does not count."""
     return getattr(image, "is_animated", False) and image.format != "MPO"
-
-
-def find_image_fault(record: dict[str, Any], reader: ImageReader) -> tuple[str, str] | None:
-    """Read an image as training does, and return what is wrong with it, the first, if so.
-
-    Args:
-        record: with the file_name as a path, and the width and height that the image must have
-            after its EXIF orientation is applied.
-        reader: of the config.
-
-    Returns:
-        a kind of :data:`retinanet_ext.data.validation.KINDS` and one line
-    """
-    try:
-        with reader.open(record["file_name"]) as image:
-            upright = reader.to_8_bits(image)
-            array = convert_PIL_to_numpy(upright, reader.image_format)
-            extrema = _extrema(image) if _is_deep_grey(image) else None
-            frames = image.n_frames if has_several_frames(image) else 1
-    except Exception as error:  # Pillow's decoders raise many types, bare RuntimeError among them
-        return "unreadable_image", explain_unreadable(error)
-    if fault := find_size_fault(record, array):
-        return "image_size", fault
-    if frames > 1:
-        return "several_frames", f"it has {frames} pages or frames, and the first is read"
-    first = array[0, 0]
-    if (array[0] == first).all() and (array == first).all():
-        levels = "" if extrema is None else f", of {extrema[0]:g} to {extrema[1]:g} in the file"
-        return "constant_image", f"every pixel is {first.tolist()}{levels}"
-    if extrema and (levels := 1 + int(np.ptp(upright.getextrema()))) <= FEW_LEVELS:
-        return "constant_image", (
-            f"its values, {extrema[0]:g} to {extrema[1]:g}, become at most {levels} of 256 levels; "
-            f"{RANGE_KEY} says which become black and white"
-        )
-    return None

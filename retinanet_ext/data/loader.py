@@ -1,8 +1,8 @@
-"""Training batches as a function of the seed, the number of streams and the place in them alone.
+"""Training batches that depend only on the seed, the number of streams and the batch number.
 
 Samples are dealt to streams in turn, as Detectron2 deals them to processes, and each stream is
-grouped by aspect ratio by itself. A resumed run sees what the uninterrupted one would have seen,
-and any numbers of processes, micro-batches and workers see the same batches of the same streams.
+grouped by aspect ratio on its own. So a resumed run sees the batches of an uninterrupted one, and
+any number of processes, micro-batches and workers sees the same batches of the same streams.
 """
 
 from __future__ import annotations
@@ -22,8 +22,12 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import DatasetFromList, get_detection_dataset_dicts
-from detectron2.data.build import _train_loader_from_config, trivial_batch_collator
+from detectron2.data import (
+    DatasetFromList,
+    build_detection_train_loader,
+    get_detection_dataset_dicts,
+)
+from detectron2.data.build import trivial_batch_collator
 from detectron2.utils import comm
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -34,20 +38,26 @@ logger = logging.getLogger(__name__)
 Mapper = Callable[[dict[str, Any]], dict[str, Any]]
 
 Sample = tuple[int, int]
-"""A place in the stream of samples, and the index of the image that stands there."""
+"""Position in the stream of samples, and the index of the image at that position."""
 
 
 def build_train_loader(cfg: CfgNode, mapper: Mapper) -> TrainLoader:
-    """Return the batches that ``DATASETS.TRAIN`` and the keys of ``DATALOADER`` describe.
+    """Return the training batches that ``DATASETS.TRAIN`` and ``DATALOADER`` describe.
 
-    Detectron2 reads and filters the data and gives the order of samples. A batch of
-    ``SOLVER.IMS_PER_BATCH`` images is shared out to the processes, and each share to
-    ``SOLVER.GRAD_ACCUM_STEPS`` micro-batches. With ``ASPECT_RATIO_GROUPING`` the images that a
-    stream gives to a batch are all wide, or none is; there are ``ASPECT_RATIO_STREAMS`` streams, or
-    one per micro-batch and process. With a ``SEED`` below 0 the processes agree on a random one.
+    Detectron2 loads and filters the data and its sampler gives the order. A batch of
+    ``SOLVER.IMS_PER_BATCH`` images is divided among the processes, and each part into
+    ``SOLVER.GRAD_ACCUM_STEPS`` micro-batches. With ``ASPECT_RATIO_GROUPING``, the images that a
+    stream contributes to a batch are either all wide or all not. There are ``ASPECT_RATIO_STREAMS``
+    streams, by default one per micro-batch and process. If ``SEED`` is below 0, the processes agree
+    on a random seed.
+
+    Args:
+        cfg: the whole config; its data sets are registered.
+        mapper: maps a dataset dict to the model's input.
 
     Raises:
-        InputError: the sampler is unknown, or the data have no order to go on in
+        InputError: the sampler cannot be used, the data are an IterableDataset, or they differ
+            between processes.
     """
     loader = TrainLoader(cfg, mapper)
     iter(loader)  # for the errors of the sampler and of the workers' settings; starts no worker
@@ -55,12 +65,12 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> TrainLoader:
 
 
 class TrainLoader(Iterable[list[dict[str, Any]]]):
-    """Micro-batches of this process without end, see :func:`build_train_loader`.
+    """Infinite micro-batches of this process; see :func:`build_train_loader`.
 
     Attributes:
-        seed: of the order of samples and of the mapper's randomness
-        num_streams: how many streams the samples are dealt to
-        num_batches, num_images: those of all processes that lie before the first batch
+        seed: seed of the order of samples and of the mapper's randomness.
+        num_streams: number of streams that the samples are dealt to.
+        num_batches, num_images: batches and images of all processes before the first batch here.
     """
 
     def __init__(self, cfg: CfgNode, mapper: Mapper) -> None:
@@ -88,9 +98,9 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
         self.records = records
 
     def state_dict(self, num_batches: int) -> dict[str, int]:
-        """Return the state after that many batches of all processes since the run's start."""
+        """Return the state after ``num_batches`` batches since the start of the run."""
         more = (num_batches - self.num_batches) * self.cfg.SOLVER.IMS_PER_BATCH
-        num_images = self.num_images + more  # earlier parts of a run may have had other batches
+        num_images = self.num_images + more  # earlier parts may have had other batches
         return {
             "seed": self.seed,
             "num_streams": self.num_streams,
@@ -99,11 +109,11 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on there, with that seed and those streams, whatever the config's are by now."""
+        """Continue at a state, with its seed and streams instead of the config's."""
         if state["seed"] != self.seed:
             logger.info("Seed %d of the run goes on, and not %d", state["seed"], self.seed)
         self.seed = state["seed"]
-        streams = state.get("num_streams", 1)  # as of a version that grouped all samples together
+        streams = state.get("num_streams", 1)  # earlier versions had one stream
         if self.cfg.SOLVER.IMS_PER_BATCH % streams:
             logger.warning(
                 "The run's batches came from %d streams, by which SOLVER.IMS_PER_BATCH %d cannot "
@@ -134,21 +144,23 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
             ),
             num_workers=workers,
             collate_fn=trivial_batch_collator,
-            worker_init_fn=_end_with_the_parent_alone,
+            worker_init_fn=_ignore_foreign_sigterm,
             pin_memory=torch.device(self.cfg.MODEL.DEVICE).type == "cuda",
-            generator=torch.Generator(),  # its draw is not to move the generator of the training
+            generator=torch.Generator(),  # otherwise the global one is drawn from
         )
         return _batches(loader)
 
     def _sampler(self) -> Any:
-        """Return Detectron2's sampler; all its randomness is the seed's."""
+        """Return Detectron2's sampler; its randomness depends only on the seed."""
         cfg = self.cfg.clone()
         cfg.defrost()
         cfg.SEED = self.seed
         try:
             with preserve_rng_state():
-                seed_rngs(self.seed)  # where it takes no seed, Detectron2 draws one
-                parts = _train_loader_from_config(cfg, self.mapper, dataset=self.records)
+                seed_rngs(self.seed)  # some samplers take no seed and draw one
+                parts = build_detection_train_loader.from_config(
+                    cfg, self.mapper, dataset=self.records
+                )
         except (AssertionError, ValueError) as error:
             raise InputError(
                 f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN!r} cannot be used: "
@@ -160,12 +172,12 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
 def _batches(loader: DataLoader) -> Iterator[list[dict[str, Any]]]:
     try:
         yield from loader
-    except (EOFError, ConnectionError) as error:  # in the middle of what a worker hands over
+    except (EOFError, ConnectionError) as error:  # a worker ended while it sent a batch
         raise LostWorkerError from error
 
 
 def _check_sampler(cfg: CfgNode, num_images: int) -> None:
-    """Refuse what Detectron2's samplers only assert, once they are made."""
+    """Refuse settings that Detectron2's samplers only assert on."""
     sampler, ratio = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.RANDOM_SUBSET_RATIO
     if sampler == "RandomSubsetTrainingSampler" and int(num_images * ratio) < 1:
         raise InputError(
@@ -182,7 +194,7 @@ def _check_sampler(cfg: CfgNode, num_images: int) -> None:
 
 
 def _check_same_records(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:
-    """Refuse machines whose data differ: the shares of a batch would be of different batches."""
+    """Refuse data that differ between processes, because their parts of a batch would not match."""
     digest = hashlib.sha1()
     for record in records if comm.get_world_size() > 1 else ():
         number = len(record.get("annotations", ()))
@@ -200,13 +212,13 @@ def _check_same_records(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None
 def batch_by_aspect_ratio(
     indices: Iterable[int], groups: Sequence[int], *, batch_size: int, num_streams: int
 ) -> Iterator[list[Sample]]:
-    """Yield batches to which each stream gives as many samples, of one group, as they fill up.
+    """Yield batches in which the samples of each stream belong to one group.
 
     Args:
-        indices: the samples, indices of images, that are dealt to the streams in turn
-        groups: the group of each image
-        batch_size: samples of a batch, those of one stream after those of another
-        num_streams: a divisor of it
+        indices: image indices, which are dealt to the streams in turn.
+        groups: group of each image.
+        batch_size: samples per batch; all streams contribute equally, one after the other.
+        num_streams: number of streams; a divisor of ``batch_size``.
     """
     share = batch_size // num_streams
     waiting: list[list[list[Sample]]] = [
@@ -220,14 +232,14 @@ def batch_by_aspect_ratio(
         if len(samples) == share:
             full[stream].append(samples.copy())
             samples.clear()
-            if all(full):  # at most once: this stream had none before
+            if all(full):  # only this stream had none before
                 yield [sample for shares in full for sample in shares.popleft()]
 
 
 def shard_batch(
     batches: Iterable[list[Sample]], *, rank: int, num_processes: int, num_micro_batches: int
 ) -> Iterator[list[Sample]]:
-    """Yield the micro-batches of one process: its share of each batch, in equal parts."""
+    """Yield the micro-batches of one process: its part of each batch, divided equally."""
     for batch in batches:
         size = len(batch) // num_processes // num_micro_batches
         for number in range(rank * num_micro_batches, (rank + 1) * num_micro_batches):
@@ -235,7 +247,7 @@ def shard_batch(
 
 
 def seed_rngs(seed: int, *key: int) -> None:
-    """Seed Python's, numpy's and torch's generators on the CPU with a function of seed and key."""
+    """Seed Python's, numpy's and torch's CPU generators from a seed and a key."""
     words = np.random.SeedSequence(seed, spawn_key=key).generate_state(3).tolist()
     random.seed(words[0])
     np.random.seed(words[1])
@@ -244,7 +256,7 @@ def seed_rngs(seed: int, *key: int) -> None:
 
 @contextmanager
 def preserve_rng_state() -> Iterator[None]:
-    """Leave the generators of :func:`seed_rngs` as they were."""
+    """Restore the generators of :func:`seed_rngs` at the end of the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -255,7 +267,7 @@ def preserve_rng_state() -> Iterator[None]:
 
 
 class _MappedSamples(Dataset[dict[str, Any]]):
-    """Images by sample: the mapper's randomness comes from the place in the stream."""
+    """Mapped images by sample; the mapper's randomness depends on the position in the stream."""
 
     def __init__(self, records: Sequence[dict[str, Any]], mapper: Mapper, seed: int) -> None:
         self.records = records
@@ -271,10 +283,10 @@ class _MappedSamples(Dataset[dict[str, Any]]):
         return self.mapper(self.records[index])
 
 
-def _end_with_the_parent_alone(worker_id: int) -> None:
-    """Leave it to the parent to end this worker.
+def _ignore_foreign_sigterm(worker_id: int) -> None:
+    """Ignore SIGTERM unless the parent process sent it.
 
-    A scheduler's SIGTERM reaches workers too, and the parent needs them for its last iteration.
+    A scheduler sends SIGTERM to workers too, but the parent needs them for its last iteration.
     """
     if not hasattr(signal, "sigwaitinfo"):
         return

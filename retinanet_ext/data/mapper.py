@@ -1,4 +1,4 @@
-"""Detectron2's dataset mapper, which reads images of any depth and names the one at fault."""
+"""Detectron2's dataset mapper, for images of any depth, with errors that name the image."""
 
 from __future__ import annotations
 
@@ -18,25 +18,31 @@ from retinanet_ext.errors import InputError
 
 
 class CheckedDatasetMapper(DatasetMapper):
-    """Detectron2's mapper, except for the following.
+    """Detectron2's ``DatasetMapper`` with the following differences.
 
-    - Images are read by :class:`~retinanet_ext.data.images.ImageReader`.
-    - Crowd regions, which Detectron2 leaves out, become ``ignore_regions``, (M, 4).
-    - An image that cannot be used ends in an :class:`InputError`, and any other error names its
-      image.
-    - There are no proposals.
+    - :class:`~retinanet_ext.data.images.ImageReader` reads the images.
+    - Crowd regions, which Detectron2 leaves out, become ``ignore_regions``: (M, 4) XYXY in pixels
+      of the augmented image.
+    - Every error names its image.
+    - Proposals are not supported.
 
-    The errors are needed although data are checked before training: of large sets only the headers
-    are, and a file can become unreadable while training runs.
+    Errors are possible although the data are checked before training, because only the headers of
+    large data sets are read, and because a file can become unreadable while training runs.
+
+    Calling the mapper with a dataset dict returns Detectron2's dict for the model: ``image``, an
+    (C, H, W) tensor, ``instances`` and ``ignore_regions`` in training, and the dict's other fields.
+
+    Raises:
+        InputError: the image cannot be read, differs in size from its dict, or cannot be resized.
     """
 
     @configurable
     def __init__(self, is_train: bool, *, reader: ImageReader | None = None, **kwargs: Any) -> None:
         """
         Args:
-            is_train: whether annotations are mapped too
-            reader: reads the images; by default as Detectron2 reads them
-            kwargs: as in Detectron2
+            is_train: whether annotations are mapped too.
+            reader: reads the images; by default as Detectron2 reads them.
+            kwargs: as in Detectron2.
         """
         super().__init__(is_train, **kwargs)
         self.reader = reader or ImageReader(self.image_format)
@@ -46,7 +52,7 @@ class CheckedDatasetMapper(DatasetMapper):
         if cfg.MODEL.META_ARCHITECTURE in ("RetinaNet", "RetinaNetExt"):
             cfg = cfg.clone()
             cfg.defrost()
-            # Of which these read nothing, and boxes alone are loaded.
+            # These models use boxes only.
             cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False
         return {**super().from_config(cfg, is_train), "reader": ImageReader.from_config(cfg)}
 
@@ -58,22 +64,22 @@ class CheckedDatasetMapper(DatasetMapper):
             raise MemoryError(f"{name}: {error}") from error
         except Exception as error:  # Pillow's decoders raise many types
             raise InputError(f"{name} cannot be used: {explain_unreadable(error)}") from error
-        if fault := find_size_fault(dataset_dict, image):
+        if fault := find_size_fault(dataset_dict, image.shape[1::-1]):
             raise InputError(f"{name} cannot be used: {fault}")
         try:
             return self._map(dataset_dict, image)
-        except ValueError as error:  # such as of a resize to no pixels
+        except ValueError as error:  # for example of a resize to no pixels
             height, width = image.shape[:2]
             raise InputError(
                 f"{name} of {width} x {height} pixels cannot be used: {explain_unreadable(error)}"
             ) from error
         except MemoryError as error:
             raise MemoryError(f"{name}: {error}") from error
-        except Exception as error:  # of an augmentation's code, whose traceback is needed
+        except Exception as error:  # an error in the code of an augmentation needs its traceback
             raise RuntimeError(f"{name}: {type(error).__name__}: {error}") from error
 
     def _map(self, dataset_dict: dict[str, Any], image: np.ndarray) -> dict[str, Any]:
-        """Do what Detectron2's mapper does with an image once it is read."""
+        """Augment an image and its annotations as Detectron2's mapper does."""
         dataset_dict = copy.deepcopy(dataset_dict)
         height, width = image.shape[:2]
         dataset_dict = {"height": height, "width": width, **dataset_dict}
@@ -83,7 +89,7 @@ class CheckedDatasetMapper(DatasetMapper):
         inputs = AugInput(image, sem_seg=sem_seg)
         transforms = self.augmentations(inputs)
         tensor = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
-        # YUV comes in float64, which a model in float32 does not take.
+        # YUV images are float64, which a float32 model does not accept.
         dataset_dict["image"] = tensor.float() if tensor.is_floating_point() else tensor
         if sem_seg is not None:
             dataset_dict["sem_seg"] = torch.as_tensor(inputs.sem_seg.astype("long"))

@@ -1,14 +1,11 @@
-"""Annotations as tools export them, made into what is checked, trained on and evaluated.
+"""Annotations as tools export them, in the one form that is checked, trained on and evaluated.
 
-What is missing and has one obvious meaning is filled in, and said; what is given is not changed.
+Fields that are missing and have one obvious meaning are filled in, with a note that says so.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
-from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,32 +18,28 @@ from pycocotools import mask as mask_util
 from retinanet_ext.data.box_format import BoxTable, from_corners, is_box, is_number, is_relative
 from retinanet_ext.data.coco_json import join_some, printable
 
-BACKGROUND_NAMES = ("background", "__background__", "_background_", "bg")
-
-# What is taken where a field is null or, as is said of the first two, missing.
+# What replaces a field that is null or, for the first two, missing.
 _FILLED = {
     "id": "numbered for the evaluation",
     "area": "width x height of the box is taken",
     "iscrowd": "read as 0",
     "ignore": "read as 0",
 }
-_MAX_NAMES = 20  # of classes in a line to paste
-_MAX_MASKS = 100  # looked at, to tell what crowd annotations cover
-_MIN_CROWD = 5  # crowd annotations of a class at least, to say that they look like objects
+_MAX_MASKS = 100  # decoded to find out what crowd annotations cover
+_MIN_CROWD = 5  # crowd annotations of a class before they are said to look like objects
 
 Content = dict[str, Any]
-Id = int | str
 
 
 @dataclass(frozen=True)
 class Normalized:
-    """Annotations, each in its place, with their boxes in COCO's format.
+    """Annotations in their order, with boxes in COCO's format.
 
     Attributes:
-        annotations: with bbox [x, y, width, height] in pixels wherever it can be had
-        boxes: the boxes as they stood, of images that are known
-        derived: place -> what a missing box was taken from
-        notes: one sentence for each field that was filled in
+        annotations: each with a bbox [x, y, width, height] in pixels if it has one or a mask.
+        boxes: the boxes before the conversion, if they are four numbers and the image is known.
+        derived: index of an annotation without a box -> what its box was taken from.
+        notes: one sentence for each field that was filled in.
     """
 
     annotations: list[Any]
@@ -56,15 +49,14 @@ class Normalized:
 
 
 def unify_ids(content: Content) -> tuple[Content, list[str]]:
-    """Return a json in which an image or category has one id, wherever it is named.
+    """Give every image and category an id of one type, wherever the id occurs.
 
-    Ids that are text throughout stay the person's own, which the detections then have too. Where
-    some are text and others numbers, or they are named as the other, all become numbers if the
-    text is digits, else all become text.
+    Ids that are text throughout are kept, so that detections have them too. If some are text and
+    others are numbers, or annotations refer to a text id by a number, all become numbers if every
+    text is digits; otherwise all become text.
 
     Returns:
-        the json, itself if nothing changes, and a sentence for images and for categories if their
-        ids are text.
+        the content, and a note for images and for categories if their ids are text.
     """
     notes = []
     for key, field in (("images", "image_id"), ("categories", "category_id")):
@@ -94,7 +86,7 @@ def unify_ids(content: Content) -> tuple[Content, list[str]]:
 
 
 def _is_digits(value: Any) -> bool:
-    """Tell whether it is the text of an integer, which no other text stands for."""
+    """Return whether a value is the usual text of an integer, without leading zeros."""
     return isinstance(value, str) and value.isdecimal() and str(int(value[:18])) == value
 
 
@@ -116,18 +108,18 @@ def _convert(items: Iterable[Any], field: str, convert: Callable[[Any], Any]) ->
 def normalize_annotations(
     annotations: Sequence[Any], images: Mapping[Any, Mapping[str, Any]], box_format: str
 ) -> Normalized:
-    """Return annotations with boxes in COCO's format and without fields that are null.
+    """Convert boxes to COCO's format, derive missing ones, and remove fields that are null.
 
     Args:
-        annotations: of a json, whatever they are; not changed
-        images: the usable ones by id
-        box_format: ``DATASETS.CUSTOM.BOX_FORMAT``
+        annotations: the list of the json, whatever its entries are; not modified.
+        images: usable images by id.
+        box_format: ``DATASETS.CUSTOM.BOX_FORMAT``.
     """
     result = list(annotations)
     filled: Counter[tuple[str, str]] = Counter()
     derived: dict[int, str] = {}
     indices: list[int] = []
-    numbers, sizes, areas = array("d"), array("d"), array("d")
+    sizes = {image_id: (image["width"], image["height"]) for image_id, image in images.items()}
     for index, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
             continue
@@ -137,30 +129,27 @@ def normalize_annotations(
             or None in annotation.values()
         ):
             annotation = result[index] = _without_nulls(annotation, filled)
-        image_id = annotation.get("image_id")
-        image = images.get(image_id) if isinstance(image_id, int | float | str) else None
-        box = annotation.get("bbox")
+        image_id, box = annotation.get("image_id"), annotation.get("bbox")
+        size = sizes.get(image_id) if isinstance(image_id, int | float | str) else None
         if not box or box == [0, 0, 0, 0]:
-            corners, source = _corners_of_mask(annotation.get("segmentation"), image, box_format)
+            corners, source = _corners_of_mask(annotation.get("segmentation"), size, box_format)
             if corners:
                 derived[index] = source
                 box = from_corners(corners, box_format)
-                annotation = result[index] = {**annotation, "bbox": box}
-        if image and is_box(box):
+                result[index] = {**annotation, "bbox": box}
+        if size and is_box(box):
             indices.append(index)
-            numbers.extend(box)
-            sizes.extend((image["width"], image["height"]))
-            area = annotation.get("area")
-            areas.append(area if is_number(area) else math.nan)
+    used = [result[index] for index in indices]
+    areas = (annotation.get("area") for annotation in used)
     boxes = BoxTable(
         indices,
-        np.array(numbers).reshape(-1, 4),
-        np.array(sizes).reshape(-1, 2),
-        np.array(areas),
+        np.array([a["bbox"] for a in used], float).reshape(-1, 4),
+        np.array([sizes[a["image_id"]] for a in used], float).reshape(-1, 2),
+        np.array([area if is_number(area) else math.nan for area in areas], float),
     )
     notes = [
-        f"{field} is {lack} in {_annotations(count)} ({_FILLED[field]})"
-        for (field, lack), count in filled.items()
+        f"{field} is {lack} in {_count(number)} ({_FILLED[field]})"
+        for (field, lack), number in filled.items()
     ]
     if box_format != "xywh":
         notes += _convert_boxes(result, boxes, box_format)
@@ -168,7 +157,7 @@ def normalize_annotations(
 
 
 def _without_nulls(annotation: dict[str, Any], filled: Counter[tuple[str, str]]) -> dict[str, Any]:
-    """Return an annotation without fields that are null, and count them and those missing."""
+    """Remove fields that are null; count them and the missing fields."""
     nulls = [field for field in _FILLED if annotation.get(field, 0) is None]
     filled.update((field, "null") for field in nulls)
     filled.update((field, "missing") for field in ("id", "area") if field not in annotation)
@@ -178,10 +167,10 @@ def _without_nulls(annotation: dict[str, Any], filled: Counter[tuple[str, str]])
 
 
 def _convert_boxes(annotations: list[Any], boxes: BoxTable, box_format: str) -> list[str]:
-    """Put boxes in COCO's format in place of others, and say how many areas do not fit them.
+    """Replace boxes by boxes in COCO's format; return a note about areas that do not fit.
 
-    An area that is that of a mask in the box is kept; one that was computed from the numbers as
-    if they were COCO's is not.
+    An area that a mask inside the box can have is kept. An area that was computed as if the
+    numbers were COCO's is removed.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest float
         corners = boxes.to_corners(box_format)
@@ -195,36 +184,37 @@ def _convert_boxes(annotations: list[Any], boxes: BoxTable, box_format: str) -> 
         if not keep:
             annotations[index].pop("area", None)
     wrong = int((~is_kept & ~np.isnan(boxes.areas)).sum())
-    what = f"area does not fit the box, converted from {box_format}, in {_annotations(wrong)}"
+    what = f"area does not fit the box, converted from {box_format}, in {_count(wrong)}"
     return [f"{what} ({_FILLED['area']})"] if wrong else []
 
 
-def _annotations(count: int) -> str:
-    return f"{count} annotation{'' if count == 1 else 's'}"
+def _count(number: int) -> str:
+    return f"{number} annotation{'' if number == 1 else 's'}"
 
 
 def _corners_of_mask(
-    segmentation: Any, image: Mapping[str, Any] | None, box_format: str
+    segmentation: Any, size: tuple[int, int] | None, box_format: str
 ) -> tuple[list[float], str]:
-    """Return the box around a polygon or mask and which it is; an empty one where there is none.
+    """Return the corners around a segmentation, and whether it is a "polygon" or a "mask".
 
-    The corners are in pixels, or as fractions of the image where boxes are.
+    The corners have the unit of the boxes: pixels, or fractions of the image's (width, height).
+    They are empty if the segmentation cannot be used.
     """
     if polygons := _polygons(segmentation):
         xs = [x for polygon in polygons for x in polygon[::2]]
         ys = [y for polygon in polygons for y in polygon[1::2]]
         return [min(xs), min(ys), max(xs), max(ys)], "polygon"
-    rle = _rle(segmentation, image)
-    if rle is None or image is None:
+    rle = _rle(segmentation, size)
+    if rle is None or size is None:
         return [], ""
     x, y, width, height = mask_util.toBbox(rle).tolist()
-    unit = (image["width"], image["height"]) if is_relative(box_format) else (1, 1)
+    unit = size if is_relative(box_format) else (1, 1)
     corners = [x / unit[0], y / unit[1], (x + width) / unit[0], (y + height) / unit[1]]
     return (corners, "mask") if width * height else ([], "")
 
 
 def _polygons(segmentation: Any) -> list[list[float]]:
-    """Return the polygons of a segmentation, none if it has anything else."""
+    """Return the polygons of a segmentation; none if it is anything else."""
     if not isinstance(segmentation, list) or not segmentation:
         return []
     polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
@@ -236,12 +226,12 @@ def _polygons(segmentation: Any) -> list[list[float]]:
     return polygons
 
 
-def _rle(segmentation: Any, image: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Return a run-length mask of an image as pycocotools reads it, None if it is none."""
-    if not isinstance(segmentation, dict) or image is None:
+def _rle(segmentation: Any, image_size: tuple[int, int] | None) -> dict[str, Any] | None:
+    """Return a run-length mask as pycocotools reads it, or None if it is no mask of the image."""
+    if not isinstance(segmentation, dict) or image_size is None:
         return None
     size, counts = segmentation.get("size"), segmentation.get("counts")
-    if size != [image["height"], image["width"]] or not counts:
+    if size != [image_size[1], image_size[0]] or not counts:
         return None
     try:
         if isinstance(counts, list):
@@ -260,22 +250,24 @@ def find_crowd_objects(
     images: Mapping[Any, Mapping[str, Any]],
     categories: Sequence[Mapping[str, Any]],
 ) -> str | None:
-    """Return in one sentence that crowd annotations look like single objects, if they do.
+    """Return a sentence that crowd annotations look like single objects, or None if they do not.
 
-    They do where they are half of all annotations, or of a class, and few are of several pieces.
+    They do if they are half of all annotations, or of a class, and most masks have one piece.
 
     Args:
-        annotations: usable ones
-        images: by id
-        categories: of the json
+        annotations: usable annotations.
+        images: by id.
+        categories: of the json.
     """
-    total: Counter[Id] = Counter(a["category_id"] for a in annotations)
-    crowd: dict[Id, list[Mapping[str, Any]]] = defaultdict(list)
+    if not any(annotation.get("iscrowd") for annotation in annotations):
+        return None
+    total: Counter[int | str] = Counter(a["category_id"] for a in annotations)
+    crowd: dict[int | str, list[Mapping[str, Any]]] = defaultdict(list)
     for annotation in annotations:
         if annotation.get("iscrowd"):
             crowd[annotation["category_id"]].append(annotation)
     many = {k: v for k, v in crowd.items() if len(v) >= _MIN_CROWD and 2 * len(v) >= total[k]}
-    if crowd and 2 * sum(map(len, crowd.values())) >= total.total():
+    if 2 * sum(map(len, crowd.values())) >= total.total():
         many = crowd
     found = [annotation for group in many.values() for annotation in group]
     sample = found[:: -(-len(found) // _MAX_MASKS)] if found else []
@@ -292,45 +284,13 @@ def find_crowd_objects(
 
 
 def _count_pieces(segmentation: Any, image: Mapping[str, Any]) -> int:
-    """Return of how many connected pieces a segmentation is; 1 where it is a box alone."""
+    """Return the number of connected pieces of a segmentation; 1 for a box alone."""
     if polygons := _polygons(segmentation):
         return len(polygons)
-    rle = _rle(segmentation, image)
+    rle = _rle(segmentation, (image["width"], image["height"]))
     if rle is None:
         return 1
     try:
         return cv2.connectedComponents(mask_util.decode(rle))[0] - 1
     except ValueError:  # runs that are longer than the image
         return 1
-
-
-def explain_unused_classes(
-    unused: Sequence[Mapping[str, Any]], categories: Sequence[Mapping[str, Any]]
-) -> dict[Id, str]:
-    """Return what classes without a box are, by category id, where they are no class of objects.
-
-    Those are the background, and parents of others, which Roboflow exports as category 0.
-    """
-    what: dict[Id, str] = {}
-    for category in unused:
-        name = category["name"]
-        children = [
-            printable(other["name"])
-            for other in categories
-            if other is not category and other.get("supercategory") == name
-        ]
-        if children:
-            what[category["id"]] = f"is the supercategory of {join_some(children, 3)}"
-        elif name.lower() in BACKGROUND_NAMES:
-            what[category["id"]] = "is the background, which needs no class"
-    others = [category["name"] for category in categories if category["id"] not in what]
-    names = f"the names of the other {len(others)}"
-    if len(others) <= _MAX_NAMES:
-        names = printable(shlex.quote(json.dumps(others, ensure_ascii=False)))
-    return {
-        category["id"]: f"class {printable(category['name'])} (category "
-        f"{printable(category['id'])}) has no box and {what[category['id']]}; it is learned as a "
-        f"class all the same, DATASETS.CUSTOM.CLASSES {names} leaves it out"
-        for category in unused
-        if category["id"] in what
-    }

@@ -1,8 +1,9 @@
-"""From the config's data keys to entries of Detectron2's catalogs and the number of classes."""
+"""Registration of a config's data in Detectron2's catalogs, and the number of classes."""
 
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import logging
 import os
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from difflib import get_close_matches
+from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -21,44 +22,37 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from retinanet_ext.config_keys import resolve_class_alpha
 from retinanet_ext.data import coco_json, images
-from retinanet_ext.data.box_format import BOX_FORMATS
-from retinanet_ext.data.coco_json import join_some, printable
+from retinanet_ext.data.coco_json import is_ignore_region, join_some, printable
 from retinanet_ext.data.file_names import MisnamedFiles
+from retinanet_ext.data.findings import DONE, KINDS, ValidationResult, suggest_objects
 from retinanet_ext.data.image_files import describe_shared_files
-from retinanet_ext.data.sample_set import SampleSet, make_sample_set
-from retinanet_ext.data.sources import CLASSES_KEY, Source, check_source, read_texts
-from retinanet_ext.data.validation import DONE, KINDS, CheckedData, suggest_objects
+from retinanet_ext.data.sources import Source, check_source, find_sources
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import write_file
 
 logger = logging.getLogger(__name__)
 
-SAMPLE_SPLITS = {
-    "retinanet_ext_sample_train": "train",
-    "retinanet_ext_sample_val": "val",
-}
-"""Name in ``DATASETS.TRAIN`` or ``DATASETS.TEST`` to the part of the sample set."""
-
 
 def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool) -> None:
-    """Check and register the data that a config names, and take the number of classes from it.
+    """Check and register the data that a config names, and complete the config from them.
 
-    ``DATASETS.CUSTOM`` becomes the data sets "custom_train" and "custom_test" and replaces
-    ``DATASETS.TRAIN`` and ``DATASETS.TEST``. The sample set is made at its first use.
-    ``DATASETS.CHECK`` says what happens to what is wrong with either.
-    ``MODEL.RETINANET.NUM_CLASSES`` is set to the number of class names, and in
-    ``CLS_LOSS.CLASS_ALPHA`` names become numbers.
+    ``DATASETS.CUSTOM`` becomes the data sets "custom_train" and "custom_test", which replace
+    ``DATASETS.TRAIN`` and ``DATASETS.TEST``. The sample set is drawn at its first use.
+    ``DATASETS.CHECK`` says what to do with findings in these data. ``MODEL.RETINANET.NUM_CLASSES``
+    becomes the number of class names, names in ``CLS_LOSS.CLASS_ALPHA`` become numbers, and
+    ``INPUT.PIXEL_RANGE percentiles`` becomes two numbers.
+
+    Every process calls this. What is found about image files is cached, see
+    :class:`~retinanet_ext.data.file_cache.FileCache`, so let one process per machine call it first.
 
     Args:
-        cfg: changed in place. Calling again, in this or another process, changes nothing more.
-            Where there are several processes, one on each machine calls this.
-        num_classes_is_set: whether the person set NUM_CLASSES, so that it is compared and not
-            replaced.
-        eval_only: whether only the data of ``DATASETS.TEST`` are used.
+        cfg: the whole config; modified in place. A second call changes nothing more.
+        num_classes_is_set: whether the user set NUM_CLASSES, which is then compared with the data.
+        eval_only: only use the data of ``DATASETS.TEST``.
 
     Raises:
-        InputError: a data set is unknown, missing, empty, or has a fault that is refused, class
-            lists differ, or NUM_CLASSES disagrees with them.
+        InputError: a data set is unknown, missing or empty, a finding is refused, class names
+            differ between data sets, or NUM_CLASSES differs from their number.
     """
     needed = "TEST" if eval_only else "TRAIN"
     sources = find_sources(cfg, ["TEST"] if eval_only else ["TRAIN", "TEST"])
@@ -68,14 +62,15 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
             f"DATASETS.CUSTOM.{needed}_JSON and DATASETS.CUSTOM.{needed}_IMAGES"
         )
     resolve_pixel_range(cfg, sources)
-    paths = {source: _register(cfg, source) for source in sources if source.is_ours}
+    with _paused_garbage_collection():
+        paths = {source: _register(cfg, source) for source in sources if source.is_ours}
     for split in {source.split for source in sources}:
         cfg.DATASETS[split] = tuple(source.name for source in sources if source.split == split)
 
     names = dict.fromkeys(source.name for source in sources)
     classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
     known = {name: labels for name, labels in classes.items() if labels is not None}
-    if known:  # else registered by code that reads its data only when training starts
+    if known:  # data of other code may name their classes only when they are loaded
         set_num_classes(cfg, known, num_classes_is_set=num_classes_is_set)
     indices = [str(index) for index in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
     resolve_class_alpha(cfg, next(iter(known.values()), indices))
@@ -85,8 +80,20 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
         logger.warning("%s", line)
 
 
+@contextmanager
+def _paused_garbage_collection() -> Iterator[None]:
+    """Pause Python's garbage collector, which takes a third of the time on millions of objects."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 def resolve_pixel_range(cfg: CfgNode, sources: Sequence[Source]) -> None:
-    """Set ``INPUT.PIXEL_RANGE percentiles`` to the two numbers that it is of the training data."""
+    """Replace ``INPUT.PIXEL_RANGE percentiles`` by two numbers measured on the training data."""
     training = [source for source in sources if source.split == "TRAIN"]
     if not training or images.parse_pixel_range(cfg.INPUT.PIXEL_RANGE) != images.PERCENTILES:
         return
@@ -99,7 +106,7 @@ def resolve_pixel_range(cfg: CfgNode, sources: Sequence[Source]) -> None:
 
 
 def _image_files(source: Source, *, mends: bool) -> Iterator[str]:
-    """Yield the paths of a data set's images, of a json that is still unchecked too."""
+    """Yield the paths of a data set's images, before its annotation file is checked."""
     if not source.is_ours:
         yield from (record["file_name"] for record in DatasetCatalog.get(source.name))
         return
@@ -115,168 +122,111 @@ def _image_files(source: Source, *, mends: bool) -> Iterator[str]:
             yield os.path.join(image_root, name)
 
 
-def find_sources(cfg: CfgNode, splits: Sequence[str]) -> list[Source]:
-    """Return the data that a config names for "TRAIN", "TEST" or both, unchecked.
-
-    Raises:
-        InputError: a name that is not registered, half of a pair of ``DATASETS.CUSTOM``, or a
-            format of boxes that is not known
-    """
-    return [source for split in splits for source in _find_sources(cfg, split)]
-
-
-def _find_sources(cfg: CfgNode, split: str) -> Iterator[Source]:
-    keys = [f"DATASETS.CUSTOM.{split}_{part}" for part in ("JSON", "IMAGES")]
-    values = {key: read_texts(cfg, key) for key in keys}
-    missing = [key for key, value in values.items() if not value]
-    if len(missing) == 1:
-        given = next(key for key in keys if key not in missing)
-        raise InputError(
-            f"{given} is {join_some(values[given])!r}, but {missing[0]} is empty; set both"
-        )
-    if not missing:
-        json_files, image_roots = values.values()
-        if len(image_roots) == 1:
-            image_roots *= len(json_files)
-        if len(image_roots) != len(json_files):
-            raise InputError(
-                f"{keys[0]} has {len(json_files)} entries and {keys[1]} {len(image_roots)}; give "
-                "a folder for each file, or one for all"
-            )
-        classes = read_texts(cfg, CLASSES_KEY)
-        box_format = cfg.DATASETS.CUSTOM.BOX_FORMAT
-        if box_format not in BOX_FORMATS:
-            known = ", ".join(map(repr, BOX_FORMATS))
-            raise InputError(
-                f"DATASETS.CUSTOM.BOX_FORMAT {box_format!r} is unknown; known: {known}"
-            )
-        yield Source(
-            f"custom_{split.lower()}",
-            split,
-            json_files,
-            image_roots,
-            is_ours=True,
-            classes=classes,
-            box_format=box_format,
-        )
-        return
-    for name in cfg.DATASETS[split]:
-        if name in SAMPLE_SPLITS:
-            datasets = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-            parameters = SampleSet.from_config(cfg.DATASETS.SAMPLE)
-            folder = make_sample_set(parameters, os.path.join(datasets, "retinanet_ext_sample"))
-            part = SAMPLE_SPLITS[name]
-            yield Source(
-                name, split, (str(folder / f"{part}.json"),), (str(folder / part),), is_ours=True
-            )
-        elif name in DatasetCatalog:
-            metadata = MetadataCatalog.get(name)
-            json_files, image_roots = (
-                (value,) if (value := metadata.get(key)) else ()
-                for key in ("json_file", "image_root")
-            )
-            yield Source(name, split, json_files, image_roots, is_ours=False)
-        else:
-            close = get_close_matches(name, DatasetCatalog.list(), n=1)
-            raise InputError(
-                f"DATASETS.{split} names {name!r}, which is not registered"
-                + (f" (did you mean {close[0]!r}?)" if close else "")
-                + f"; for COCO-format data set DATASETS.CUSTOM.{split}_JSON and "
-                f"DATASETS.CUSTOM.{split}_IMAGES"
-            )
-
-
 def _register(cfg: CfgNode, source: Source) -> list[str]:
-    """Check COCO-format data and register what is used of them, in place of what had the name.
+    """Check and register data in COCO's format, in place of an earlier data set of the name.
 
     Returns:
         the paths of the images.
     """
     checked = check_source(cfg, source)
     checked.raise_refused()
-    _log(cfg, source, checked)
+    content = checked.content
+    objects = [a for a in content["annotations"] if not is_ignore_region(a)]
+    num_regions = len(content["annotations"]) - len(objects)
+    if not objects:
+        _report_no_boxes(source, checked)
+    _log_content(source, checked, Counter(a["category_id"] for a in objects), num_regions)
+    _log_findings(cfg, source, checked)
 
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.pop(source.name, None)
-    # Kept as bytes: small, and each reader gets a copy of its own.
-    records = coco_json.to_dataset_dicts(checked.content, checked.image_root)
-    annotations = checked.content["annotations"]
-    objects = Counter(a["image_id"] for a in annotations if not coco_json.is_region_to_ignore(a))
+    # Pickled, because that is small and every reader gets its own copy.
+    records = coco_json.to_dataset_dicts(content, checked.image_root)
+    num_objects = Counter(a["image_id"] for a in objects)
     DatasetCatalog.register(source.name, partial(pickle.loads, pickle.dumps(records)))
     MetadataCatalog.get(source.name).set(
         evaluator_type="coco",
-        json_file=_for_evaluation(checked) if source.split == "TEST" else source.json_file,
+        json_file=_json_for_evaluation(checked) if source.split == "TEST" else source.json_file,
         image_root=checked.image_root,
-        num_images=len(checked.content["images"]),
-        num_crowd_regions=sum(map(coco_json.is_region_to_ignore, annotations)),
-        images_by_num_objects=dict(Counter(objects.values())),
-        thing_classes=coco_json.class_names(checked.content),
-        thing_dataset_id_to_contiguous_id=coco_json.contiguous_category_ids(checked.content),
+        num_images=len(content["images"]),
+        num_crowd_regions=num_regions,
+        images_by_num_objects=dict(Counter(num_objects.values())),
+        thing_classes=coco_json.class_names(content),
+        thing_dataset_id_to_contiguous_id=coco_json.contiguous_category_ids(content),
     )
     return [record["file_name"] for record in records]
 
 
-def _log(cfg: CfgNode, source: Source, checked: CheckedData) -> None:
-    """Log what is in the data and what was found, and refuse training data without boxes."""
-    content, name = checked.content, source.name
-    objects = [a for a in content["annotations"] if not coco_json.is_region_to_ignore(a)]
-    if not objects:
-        what = f"{source.json_file}: has no box that is no crowd and has an area inside its image"
-        remedy = suggest_objects(checked.policy, len(checked.by_kind().get("crowd", [])))
-        if source.split == "TRAIN":
-            raise InputError(f"{what}, so there is nothing to learn{remedy}")
-        if checked.is_labelled:
-            logger.warning("%s, so AP cannot be computed%s", what, remedy)
+def _report_no_boxes(source: Source, checked: ValidationResult) -> None:
+    """Refuse training data without boxes; warn about such test data."""
+    message = f"{source.json_file}: has no box that is no crowd and has an area inside its image"
+    num_crowd = len(checked.by_kind().get("crowd", []))
+    remedy = suggest_objects(checked.policy["crowd"], num_crowd)
+    if source.split == "TRAIN":
+        raise InputError(f"{message}, so there is nothing to learn{remedy}")
+    if checked.is_labelled:
+        logger.warning("%s, so AP cannot be computed%s", message, remedy)
 
-    names = coco_json.class_names(content)
-    labels = coco_json.contiguous_category_ids(content)
-    counts = Counter(labels[annotation["category_id"]] for annotation in objects)
+
+def _log_content(
+    source: Source, checked: ValidationResult, counts: Mapping[int | str, int], num_regions: int
+) -> None:
+    """Log what is used of the data.
+
+    Args:
+        source: the data set.
+        checked: its check.
+        counts: category id -> number of boxes.
+        num_regions: number of ignore regions.
+    """
+    labels = coco_json.contiguous_category_ids(checked.content)
+    names = coco_json.class_names(checked.content)
+    per_class = zip(names, labels, strict=True)
     logger.info(
         "%s: %d images, %d boxes, %d regions to ignore, %d classes (%s) from %s",
-        name,
-        len(content["images"]),
-        len(objects),
-        len(content["annotations"]) - len(objects),
+        source.name,
+        len(checked.content["images"]),
+        sum(counts.values()),
+        num_regions,
         len(names),
-        join_some(f"{printable(a_class)} {counts[label]}" for label, a_class in enumerate(names)),
+        join_some(f"{printable(name)} {counts[category_id]}" for name, category_id in per_class),
         source.json_file,
     )
     if list(labels) != list(range(1, len(labels) + 1)):
-        logger.info(
-            "%s: category ids %s stand for classes 0..%d", name, join_some(labels), len(labels) - 1
-        )
+        ids, last = join_some(labels), len(labels) - 1
+        logger.info("%s: category ids %s stand for classes 0..%d", source.name, ids, last)
+
+
+def _log_findings(cfg: CfgNode, source: Source, checked: ValidationResult) -> None:
+    """Log the notes, and one line for each kind of finding."""
     for note in checked.notes:
         logger.info("%s: %s", source.json_file, note)
     for kind, findings in checked.by_kind().items():
         done = checked.policy[kind]
+        use = "" if done in ("keep", "object") else f", {DONE[done]}"
+        if kind == "empty_image" and done == "keep" and source.split == "TRAIN":
+            filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
+            use = f", {'left out' if filtered else 'trained on as background'} "
+            use += f"(DATALOADER.FILTER_EMPTY_ANNOTATIONS {filtered})"
         logger.log(
             logging.WARNING if done == "drop" or KINDS[kind].is_fault else logging.INFO,
             "%s: %s%s: %d: %s",
             source.json_file,
             checked.describe(kind),
-            _use_of(cfg, source, kind) if done in ("keep", "object") else f", {DONE[done]}",
+            use,
             len(findings),
             join_some((finding.message for finding in findings), 3, separator="; "),
         )
 
 
-def _use_of(cfg: CfgNode, source: Source, kind: str) -> str:
-    """Return what becomes of findings that are kept, where their kind does not say it."""
-    if kind != "empty_image" or source.split != "TRAIN":
-        return ""
-    filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    what = "left out" if filtered else "trained on as background"
-    return f", {what} (DATALOADER.FILTER_EMPTY_ANNOTATIONS {filtered})"
+def _json_for_evaluation(checked: ValidationResult) -> str:
+    """Return the annotation file that the evaluation reads: the user's own, or a completed copy.
 
-
-def _for_evaluation(checked: CheckedData) -> str:
-    """Return the json that the evaluation reads: the person's own, or a completed copy.
-
-    The copy has what is used alone. It is this process's own and is deleted at its end, so it can
-    neither be stale nor be half written by another process.
+    The copy holds only what is used. It belongs to this process, which deletes it at its end, so
+    that it cannot be outdated or half written by another process.
     """
     completed = coco_json.complete_for_evaluation(checked.content)
-    if not checked.is_labelled:  # told by the missing list
+    if not checked.is_labelled:  # the evaluation looks whether the list exists
         completed = {key: value for key, value in completed.items() if key != "annotations"}
     if completed == checked.original and coco_json.is_plain_utf8(checked.json_file):
         return checked.json_file
@@ -293,12 +243,12 @@ def set_num_classes(
     """Set ``MODEL.RETINANET.NUM_CLASSES`` to the number of classes of the data.
 
     Args:
-        cfg: changed in place
-        classes: name of a data set -> names of its classes 0..K-1; one at least
-        num_classes_is_set: compare instead
+        cfg: modified in place.
+        classes: name of each data set -> names of its classes 0..K-1; not empty.
+        num_classes_is_set: compare the key with the data instead of setting it.
 
     Raises:
-        InputError: data sets have other classes than each other, or another number than is set
+        InputError: the class names of data sets differ, or NUM_CLASSES differs from their number.
     """
     if difference := compare_classes(classes):
         raise InputError(difference)
@@ -313,13 +263,13 @@ def set_num_classes(
 
 
 def registered_classes(cfg: CfgNode, split: str, *, read: bool = False) -> list[str]:
-    """Return the class names of the data of a split, empty where they are not known.
+    """Return the class names of a split's data; an empty list if they are unknown.
 
     Args:
-        cfg: whose data sets are registered
-        split: "TRAIN" or "TEST"
-        read: read data of other code that names its classes only then, as Detectron2's
-            ``register_coco_instances`` does
+        cfg: the whole config; its data sets are registered.
+        split: "TRAIN" or "TEST".
+        read: load data that other code has registered, if the class names are only known then, as
+            with Detectron2's ``register_coco_instances``.
     """
     names = [name for name in cfg.DATASETS[split] if name in DatasetCatalog]
     if not names:
@@ -330,10 +280,10 @@ def registered_classes(cfg: CfgNode, split: str, *, read: bool = False) -> list[
 
 
 def compare_classes(classes: Mapping[str, Sequence[str]]) -> str | None:
-    """Return in one sentence where the class names of data sets differ first, if they do.
+    """Return a sentence about the first difference between class names of data sets, or None.
 
     Args:
-        classes: name of a data set -> names of its classes 0..K-1; one at least
+        classes: name of each data set -> names of its classes 0..K-1; not empty.
     """
     (first, expected_names), *others = classes.items()
     for other, found_names in others:
@@ -350,10 +300,10 @@ def compare_classes(classes: Mapping[str, Sequence[str]]) -> str | None:
 
 
 def describe_shared_images(paths: Mapping[Source, Sequence[str]]) -> list[str]:
-    """Return a sentence for each set of test data that has images of the training data.
+    """Return one sentence for each test set that contains training images.
 
     Args:
-        paths: of the images of each.
+        paths: data set -> paths of its images.
     """
     train = [path for source, group in paths.items() if source.split == "TRAIN" for path in group]
     lines = (

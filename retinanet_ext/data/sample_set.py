@@ -1,11 +1,9 @@
 """A small detection data set that the project draws itself, so that a first run needs no download.
 
-Five classes of small shapes on textured backgrounds, among clutter of the same colours and sizes:
-a picture holds a few objects and hundreds of background anchors to each foreground one, the
-imbalance that the focal loss is made for (paper, section 3). Classes differ in shape and in hue, so
-that a short training can learn them; the clutter has any hue and nearly their shapes. Every
-parameter that governs the imbalance is a field of :class:`SampleSet` and a key of
-``DATASETS.SAMPLE``; :data:`IMBALANCE_DIAL` are settings that change little else.
+Images show a few objects of five classes on textured backgrounds, among clutter of similar shapes,
+sizes and colours. There are hundreds of background anchors per foreground anchor, the imbalance
+that the focal loss is made for (section 3). The classes differ in shape and hue, so that a short
+training can learn them.
 """
 
 from __future__ import annotations
@@ -28,15 +26,15 @@ from PIL import Image
 from retinanet_ext.errors import InputError
 
 GENERATOR_VERSION = 1
-"""To be raised with every change of what is drawn, so that new and old pictures never mix."""
+"""To be raised with every change of the pictures, so that old and new ones never mix."""
 
 MAX_OVERLAP = 0.2
-"""Largest share of the smaller of two objects' boxes that the other may hide."""
+"""Largest overlap of two objects, as a share of the smaller box."""
 
 MIN_OBJECT_SIZE = 8
-"""Pixels below which classes can hardly be told apart."""
+"""Pixels; smaller objects of different classes look the same."""
 
-# A set beyond these would fill a disk, or be drawn for days.
+# A larger set would fill a disk or take days to draw.
 MAX_IMAGES = 100_000
 MAX_IMAGE_SIZE = 4096
 MAX_OBJECTS = 1000
@@ -47,9 +45,9 @@ _Outline = Callable[[_Array, _Array], _Array]
 
 @dataclass(frozen=True)
 class SampleSet:
-    """What is drawn. Ranges are inclusive, lengths in pixels.
+    """Parameters of a sample set. Ranges are inclusive; lengths are in pixels.
 
-    The keys of ``DATASETS.SAMPLE`` are these fields in capitals, ranges as ``[least, most]``.
+    The keys of ``DATASETS.SAMPLE`` are these fields in capitals, with ranges ``[least, most]``.
 
     Attributes:
         num_train: number of training images, 1 to 100000.
@@ -76,7 +74,7 @@ class SampleSet:
 
     @property
     def folder_name(self) -> str:
-        """Return a name of its own for these parameters and this version of the generator."""
+        """Folder name that is unique to these parameters and this version of the generator."""
         content = json.dumps({"version": GENERATOR_VERSION, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()[:12]
 
@@ -88,10 +86,10 @@ class SampleSet:
 
     @classmethod
     def from_config(cls, node: Mapping[str, Any]) -> SampleSet:
-        """Return what ``DATASETS.SAMPLE`` describes.
+        """Return the parameters that ``DATASETS.SAMPLE`` describes.
 
         Raises:
-            InputError: a value that cannot be drawn, or a set without any object.
+            InputError: a value is not allowed, or no image could have an object.
         """
         for key, (low, high) in {
             "NUM_TRAIN": (1, MAX_IMAGES),
@@ -138,11 +136,11 @@ IMBALANCE_DIAL: dict[str, dict[str, Any]] = {
         ("1:3000", [1, 1], 0.73, 800),
     )
 }
-"""Foreground to background anchors -> keys of ``DATASETS.SAMPLE`` that give about this ratio.
+"""Ratio of foreground to background anchors -> keys of ``DATASETS.SAMPLE`` that give about it.
 
-For levels P3 to P7 with the paper's 9 anchors a cell, ``BASE_SCALE`` 2.0, images at their own size
-and ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` False (else the last two are about 1:800). Measured with
-:func:`retinanet_ext.data.imbalance.measure_imbalance` on the training and validation images:
+For levels P3 to P7 with the paper's 9 anchors per cell, ``BASE_SCALE`` 2.0, images at their own
+size and ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` False (otherwise the last two are about 1:800).
+Counted over the labels that the detector gives the anchors of all images:
 
 ====== ======= ======= =============== ===============
 name   train   val     boxes an image  empty images
@@ -154,20 +152,16 @@ name   train   val     boxes an image  empty images
 1:3000 1:3068  1:2887  0.3             73 %
 ====== ======= ======= =============== ===============
 
-An iteration costs the same on every point. Backgrounds and clutter are the very same pictures,
-objects have the same sizes and about 8.6 foreground anchors each; only the number of objects and
-the share of empty images change.
-
-What changes along with the imbalance: in the same number of iterations the detector sees fewer
-positives, and fewer different ones; some batches have none at all; more background stands to each
-object of the validation set as well, which costs precision; objects of 1:30 hide a little of each
-other and of the clutter. So the fall of a curve over the points is not the effect of imbalance on
-training alone: only differences between losses at one point are clean. ``NUM_VAL`` differs so that
-each point is evaluated on more than 200 boxes.
+Backgrounds, clutter and the sizes of objects are the same on all points, with about 8.6 foreground
+anchors per object. Only the number of objects and the share of empty images change. With them also
+change the number of positives that a detector sees in a given number of iterations, and the
+background per object of the validation set, which costs precision. So compare losses at one
+point; a curve over the points is not the effect of imbalance on training alone. ``NUM_VAL`` differs
+so that every point is evaluated on more than 200 boxes.
 """
 
 
-# Outlines in units of the object's radius: negative inside, about the distance to the edge.
+# Outlines in units of the object's radius: about the signed distance to the edge, negative inside.
 
 
 def _disc(u: _Array, v: _Array) -> _Array:
@@ -202,7 +196,7 @@ CLASSES: dict[str, _Outline] = {
     "cross": _cross,
 }
 
-# Each resembles a class, but for one feature.
+# Each resembles a class except for one feature.
 _CLUTTER: tuple[_Outline, ...] = (
     _bar,
     lambda u, v: _bar(u, v, 0.05),
@@ -217,10 +211,18 @@ _CLUTTER: tuple[_Outline, ...] = (
 
 
 def make_sample_set(parameters: SampleSet, root: str | os.PathLike[str]) -> Path:
-    """Make the sample set below ``root`` unless it is there, and return its folder.
+    """Draw a sample set unless it exists.
 
-    The folder appears only once it is complete, so that several processes may call this at the
-    same time: the first to finish wins and the others use its result.
+    The folder appears once it is complete, so several processes may call this at the same time:
+    the first to finish wins, and the others use its result.
+
+    Args:
+        parameters: what to draw.
+        root: folder in which the sample set gets a folder of its own.
+
+    Returns:
+        the folder, with ``train.json`` and ``val.json`` in COCO's format and the folders ``train``
+        and ``val`` of their images.
 
     Raises:
         InputError: the folder cannot be written, or the disk is too small.

@@ -1,9 +1,8 @@
-"""The check of a config's data as a report: JSON for programs, text for people, an exit code."""
+"""Report on the check of a config's data: JSON for programs, text for people, an exit code."""
 
 from __future__ import annotations
 
-import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,21 +23,20 @@ from retinanet_ext.data.anchor_coverage import (
 )
 from retinanet_ext.data.coco_json import (
     class_names,
-    contiguous_category_ids,
-    is_region_to_ignore,
+    id_order,
+    is_ignore_region,
     join_some,
     printable,
     to_dataset_dicts,
 )
+from retinanet_ext.data.findings import DONE, KINDS, ValidationResult, find_remedy, suggest_objects
 from retinanet_ext.data.register import (
     compare_classes,
     describe_shared_images,
-    find_sources,
     resolve_pixel_range,
     set_num_classes,
 )
-from retinanet_ext.data.sources import Source, check_source
-from retinanet_ext.data.validation import DONE, KINDS, CheckedData, find_remedy, suggest_objects
+from retinanet_ext.data.sources import Source, check_source, find_sources
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import to_json, write_file
 
@@ -48,12 +46,12 @@ SHOWN = 5  # findings of a kind in the text; the JSON has all
 
 @dataclass(frozen=True)
 class Report:
-    """What was found.
+    """A report on data.
 
     Attributes:
-        content: for a JSON file, see ``docs/check_data.md``
-        text: the same to read
-        exit_code: 1 if training would refuse the data, else 0
+        content: content of the JSON file, described in ``docs/check_data.md``.
+        text: the same as text.
+        exit_code: 1 if training would refuse the data, otherwise 0.
     """
 
     content: dict[str, Any]
@@ -64,14 +62,14 @@ class Report:
         """Write the JSON file.
 
         Raises:
-            InputError: there is a file of this name, or it cannot be written
+            InputError: the file exists or cannot be written.
         """
         refuse_existing(path)
         write_file(path, to_json(self.content, indent=1) + "\n")
 
 
 def refuse_existing(path: Path) -> None:
-    """Refuse the name of a report that is there: an earlier one is not overwritten."""
+    """Refuse to overwrite an earlier report."""
     if path.exists():
         raise InputError(f"{path} exists; --output takes the name of a new file")
 
@@ -79,16 +77,16 @@ def refuse_existing(path: Path) -> None:
 def check_data(
     cfg: CfgNode, *, search_anchors: bool = False, num_classes_is_set: bool = False
 ) -> Report:
-    """Check the data that a config names for training and testing; all images are decoded.
+    """Check the training and test data that a config names, and decode all images.
 
     Args:
-        cfg: the whole config; not changed
-        search_anchors: look for anchors that cover the training boxes better
-        num_classes_is_set: whether the person set NUM_CLASSES, which is then compared
+        cfg: the whole config; not modified.
+        search_anchors: also search for anchors that cover the training boxes better.
+        num_classes_is_set: whether the user set NUM_CLASSES, which is then compared with the data.
 
     Raises:
-        InputError: what cannot be checked: no data named, a file that is no COCO json, a folder
-            that is missing, a policy that is not allowed
+        InputError: the data cannot be checked: none are named, a file is no COCO json, a folder is
+            missing, or a policy is not allowed.
     """
     sources = list(dict.fromkeys(find_sources(cfg, ["TRAIN", "TEST"])))
     if not sources:
@@ -106,19 +104,15 @@ def check_data(
         checked = _check(cfg, source)
         names = class_names(checked.content)
         classes[source.name] = names
+        records = to_dataset_dicts(checked.content, checked.image_root)
+        paths[source] = [record["file_name"] for record in records]
         place = {key: getattr(source, key) for key in ("name", "split", "json_file", "image_root")}
         content = {**place, **_describe(checked)}
         text = [_format_data(source, content)]
-        records = to_dataset_dicts(checked.content, checked.image_root)
-        paths[source] = [record["file_name"] for record in records]
         if source.split == "TRAIN" and content["facts"]["boxes"]:
-            backbone, grid = build_grid(cfg)
-            data = training_boxes(cfg, records, backbone)
-            content["coverage"] = measure_coverage(cfg, data, grid, names)
-            text.append(_format_coverage(content["coverage"]))
-            if search_anchors:
-                content["suggestion"] = suggest_anchors(cfg, data, grid)
-                text.append(_format_suggestion(content["suggestion"]))
+            found = _measure_anchors(cfg, records, names, search_anchors=search_anchors)
+            content |= found
+            text += [_FORMATS[key](value) for key, value in found.items()]
         contents.append(content)
         texts.append("\n\n".join(text))
 
@@ -140,10 +134,22 @@ def check_data(
     )
 
 
+def _measure_anchors(
+    cfg: CfgNode, records: list[dict[str, Any]], names: list[str], *, search_anchors: bool
+) -> dict[str, Any]:
+    """Return the anchor coverage of training data and, on request, better anchors."""
+    backbone, grid = build_grid(cfg)
+    data = training_boxes(cfg, records, backbone)
+    found = {"coverage": measure_coverage(cfg, data, grid, names)}
+    if search_anchors:
+        found["suggestion"] = suggest_anchors(cfg, data, grid)
+    return found
+
+
 def _find_fault_of_keys(
     cfg: CfgNode, classes: Mapping[str, Sequence[str]], num_classes_is_set: bool
 ) -> str | None:
-    """Return what training would refuse of the keys that speak of classes, if anything."""
+    """Return why training would refuse the keys that depend on the classes, or None."""
     try:
         set_num_classes(cfg, classes, num_classes_is_set=num_classes_is_set)
         resolve_class_alpha(cfg, next(iter(classes.values())))
@@ -152,7 +158,7 @@ def _find_fault_of_keys(
     return None
 
 
-def _check(cfg: CfgNode, source: Source) -> CheckedData:
+def _check(cfg: CfgNode, source: Source) -> ValidationResult:
     if not source.is_ours and MetadataCatalog.get(source.name).get("evaluator_type") != "coco":
         raise InputError(
             f"data set {source.name} is not in COCO's format, which is all that is read"
@@ -160,46 +166,26 @@ def _check(cfg: CfgNode, source: Source) -> CheckedData:
     return check_source(cfg, source, decode_all=True)
 
 
-def _describe(checked: CheckedData) -> dict[str, Any]:
-    """Return the facts about what is used, the notes, and the findings by kind."""
+def _describe(checked: ValidationResult) -> dict[str, Any]:
+    """Return the facts about the used data, the notes, and the findings by kind."""
     content = checked.content
-    images, categories = content["images"], content["categories"]
-    objects = [a for a in content["annotations"] if not is_region_to_ignore(a)]
-    labels, names = contiguous_category_ids(content), class_names(content)
+    objects = [a for a in content["annotations"] if not is_ignore_region(a)]
     counts = Counter(a["image_id"] for a in objects)
-    an_image = [counts[image["id"]] for image in images]
-    classes: dict[str, dict[str, Any]] = {
-        name: {"category_id": None, "boxes": 0, "images": 0, **dict.fromkeys(SIZES, 0)}
-        for name in names
-    }
-    for category in categories:
-        classes[category["name"]]["category_id"] = category["id"]
-    with_class = {(a["image_id"], a["category_id"]) for a in objects}
-    for _, category_id in with_class:
-        classes[names[labels[category_id]]]["images"] += 1
-    for annotation in objects:
-        row = classes[names[labels[annotation["category_id"]]]]
-        row["boxes"] += 1
-        area = annotation["bbox"][2] * annotation["bbox"][3]
-        row[next(name for name, limit in SIZES.items() if area < limit)] += 1
+    per_image = [counts[image["id"]] for image in content["images"]]
+    sizes = Counter(f"{image['width']} x {image['height']}" for image in content["images"])
     return {
         "facts": {
-            "images": len(images),
-            "empty_images": an_image.count(0),
+            "images": len(per_image),
+            "empty_images": per_image.count(0),
             "boxes": len(objects),
             "regions_to_ignore": len(content["annotations"]) - len(objects),
             "boxes_an_image": {
-                "mean": statistics.fmean(an_image) if an_image else 0.0,
-                "min": min(an_image, default=0),
-                "max": max(an_image, default=0),
+                "mean": sum(per_image) / max(len(per_image), 1),
+                "min": min(per_image, default=0),
+                "max": max(per_image, default=0),
             },
-            "image_sizes": {
-                f"{width} x {height}": count
-                for (width, height), count in Counter(
-                    (image["width"], image["height"]) for image in images
-                ).most_common()
-            },
-            "classes": classes,
+            "image_sizes": dict(sizes.most_common()),
+            "classes": _describe_classes(content, objects),
         },
         "notes": list(checked.notes),
         "findings": [
@@ -216,6 +202,27 @@ def _describe(checked: CheckedData) -> dict[str, Any]:
             }
             for kind, findings in checked.by_kind().items()
         ],
+    }
+
+
+def _describe_classes(
+    content: dict[str, Any], objects: Sequence[dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return class name -> its id, and its numbers of boxes and images."""
+    images = Counter(k for _, k in {(a["image_id"], a["category_id"]) for a in objects})
+    sizes: dict[Any, Counter[str]] = defaultdict(Counter)
+    for annotation in objects:
+        area = annotation["bbox"][2] * annotation["bbox"][3]
+        size = next(name for name, limit in SIZES.items() if area < limit)
+        sizes[annotation["category_id"]][size] += 1
+    return {
+        category["name"]: {
+            "category_id": category["id"],
+            "boxes": sizes[category["id"]].total(),
+            "images": images[category["id"]],
+            **{size: sizes[category["id"]][size] for size in SIZES},
+        }
+        for category in sorted(content["categories"], key=lambda c: id_order(c["id"]))
     }
 
 
@@ -253,18 +260,10 @@ def _format_data(source: Source, content: dict[str, Any]) -> str:
 
 def _format_coverage(coverage: dict[str, Any]) -> str:
     low, high = coverage["thresholds"]
+    ranges = [f"< {low}", f"{low} to {high}", f">= {high}"]
     groups = {**coverage["by_class"], **coverage["by_size"], "all": coverage["all"]}
     table = _table(
-        [
-            "",
-            "boxes",
-            "best IoU",
-            f"< {low}",
-            f"{low} to {high}",
-            f">= {high}",
-            "anchors a box",
-            "least",
-        ],
+        ["", "boxes", "best IoU", *ranges, "anchors a box", "least"],
         (
             [
                 name,
@@ -280,7 +279,8 @@ def _format_coverage(coverage: dict[str, Any]) -> str:
     sides = join_some(coverage["short_sides"])
     lines = [
         f"Anchors at the training resize (short side {sides}, long side at most "
-        f"{coverage['max_size']}): {coverage['anchors_an_image']:.0f} an image",
+        f"{coverage['max_size']}): {coverage['anchors_an_image']:.0f} an image, "
+        f"{coverage['foreground_an_image']:.0f} of them foreground",
         "",
         table,
     ]
@@ -330,8 +330,11 @@ def _format_suggestion(suggestion: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_FORMATS = {"coverage": _format_coverage, "suggestion": _format_suggestion}
+
+
 def _conclude(contents: list[dict[str, Any]], difference: str | None) -> tuple[str, bool]:
-    """Return the last line, and whether training refuses the data."""
+    """Return the last line of the report, and whether training refuses the data."""
     findings = [found for content in contents for found in content["findings"]]
     counts = {
         policy: sum(found["count"] for found in findings if found["policy"] == policy)
@@ -343,7 +346,7 @@ def _conclude(contents: list[dict[str, Any]], difference: str | None) -> tuple[s
         if content["split"] == "TRAIN" and not content["facts"]["boxes"] and not is_refused:
             found = {f["kind"]: f for f in content["findings"]}
             crowd = found.get("crowd", {"policy": "", "count": 0})
-            remedy = suggest_objects({"crowd": crowd["policy"]}, crowd["count"])
+            remedy = suggest_objects(crowd["policy"], crowd["count"])
             reasons.append(f"{content['name']} has no box to learn from{remedy}")
     reasons += [difference] if difference else []
     if reasons:

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,8 +9,6 @@ from detectron2.config import CfgNode
 from detectron2.data.datasets.coco import load_coco_json
 
 from retinanet_ext.data import CheckedDatasetMapper, coco_json, prepare_datasets
-from retinanet_ext.data.image_files import check_images
-from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.validation import check_coco
 from retinanet_ext.errors import InputError
 
@@ -67,12 +63,6 @@ def test_file_that_is_no_coco_json(content: bytes, expected: str, tmp_path: Path
     with pytest.raises(InputError) as error:
         coco_json.read_coco_json(str(path))
     assert str(error.value).startswith(f"{path}: {expected}")
-
-
-@pytest.mark.parametrize("name", ["gone.json", "."])
-def test_file_that_cannot_be_read(name: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"(gone\.json|.*): cannot be read: (No such|Is a)"):
-        coco_json.read_coco_json(os.path.join(tmp_path, name))
 
 
 def test_dicts_equal_detectron2s_but_for_the_box_without_area(bccd: Bccd) -> None:
@@ -141,10 +131,3 @@ def test_ids_that_the_evaluation_stumbles_over_are_numbered_anew(
     completed = coco_json.complete_for_evaluation(bccd.val)["annotations"]
     assert [a["id"] for a in completed] == list(range(1, len(completed) + 1))
     assert [a["bbox"] for a in completed] == [a["bbox"] for a in bccd.val["annotations"]]
-
-
-def test_folder_with_subfolders_is_read(bccd: Bccd) -> None:
-    (bccd.images / "a b").mkdir()
-    shutil.move(bccd.images / "BloodImage_00164.jpg", bccd.images / "a b" / "ü.jpg")
-    bccd.train["images"][0]["file_name"] = "./a b/ü.jpg"
-    assert not check_images(bccd.train, str(bccd.images), ImageReader()).findings

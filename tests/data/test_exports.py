@@ -11,20 +11,20 @@ import numpy as np
 import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, Instances
 from PIL import Image
 from pycocotools import mask as mask_util
 
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.box_format import BOX_FORMATS
 from retinanet_ext.data.coco_json import class_names
-from retinanet_ext.data.validation import DEFAULT_POLICY, CheckedData, check_coco
+from retinanet_ext.data.findings import DEFAULT_POLICY, ValidationResult
+from retinanet_ext.data.validation import check_coco
 from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine import load_config
 from retinanet_ext.errors import InputError
 
 from .conftest import BCCD_MINI
+from .eight_images import perfect_ap
 
 SMALL = Path(__file__).parents[2] / "configs" / "small_R18_FPN.yaml"
 WIDTH, HEIGHT = 80, 60
@@ -82,41 +82,19 @@ def refusal(cfg: CfgNode) -> str:
     return message
 
 
-def check(content: Content, box_format: str = "xywh", **policy: str) -> CheckedData:
+def check(content: Content, box_format: str = "xywh", **policy: str) -> ValidationResult:
     before = copy.deepcopy(content)
-    checked = check_coco("mine.json", content, {**DEFAULT_POLICY, **policy}, (), box_format)
+    checked = check_coco("mine.json", content, {**DEFAULT_POLICY, **policy}, box_format=box_format)
     assert content == before
     return checked
 
 
-def messages(checked: CheckedData) -> dict[str, list[str]]:
+def messages(checked: ValidationResult) -> dict[str, list[str]]:
     return {kind: [f.message for f in found] for kind, found in checked.by_kind().items()}
 
 
 def trained_boxes(name: str = "custom_train") -> list[list[float]]:
     return [a["bbox"] for record in DatasetCatalog.get(name) for a in record["annotations"]]
-
-
-def evaluated(tmp_path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Evaluate detections that are the ground truth; return COCO's numbers and the predictions."""
-    metadata = MetadataCatalog.get("custom_test")
-    evaluator = COCOEvaluator("custom_test", output_dir=str(tmp_path / "results"))
-    evaluator.reset()
-    for record in DatasetCatalog.get("custom_test"):
-        instances = Instances((record["height"], record["width"]))
-        boxes = np.array([a["bbox"] for a in record["annotations"]]).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
-        instances.pred_boxes = Boxes(boxes)
-        instances.scores = np.ones(len(boxes))
-        instances.pred_classes = np.array([a["category_id"] for a in record["annotations"]])
-        for field in ("scores", "pred_classes"):
-            instances.set(field, Boxes(boxes).tensor.new_tensor(instances.get(field)))
-        instances.pred_classes = instances.pred_classes.long()
-        evaluator.process([record], [{"instances": instances}])
-    assert metadata.json_file
-    results = evaluator.evaluate()
-    written = tmp_path / "results/coco_instances_results.json"
-    return results["bbox"], json.loads(written.read_text())
 
 
 def write_boxes(content: Content, box_format: str) -> Content:
@@ -151,8 +129,7 @@ def test_boxes_of_another_format_are_refused_and_the_key_converts_them(
     prepare(use(written, **{"DATASETS.CUSTOM.BOX_FORMAT": box_format}))
     for name in ("custom_train", "custom_test"):
         assert np.allclose(trained_boxes(name), BOXES)
-    results, _ = evaluated(tmp_path)
-    assert results["AP"] == pytest.approx(100)
+    assert perfect_ap(tmp_path) == pytest.approx(100)
     assert messages(check(written, box_format)).keys() <= {"filled_field"}
 
 
@@ -196,12 +173,6 @@ def test_real_boxes_and_those_that_reach_outside_stay_accepted(content: Content)
     content["annotations"][3]["bbox"] = [55, 38, 40, 40]
     content["annotations"][5]["bbox"] = [-8, -4, 25, 34]
     assert set(messages(check(content))) == {"clipped_box"}
-
-
-def test_format_can_be_insisted_on(content: Content, use: Any) -> None:
-    written = write_boxes(content, "xyxy")
-    prepare(use(written, **{"DATASETS.CHECK.OTHER_BOX_FORMAT": "keep"}))
-    assert trained_boxes() == [a["bbox"] for a in written["annotations"]]
 
 
 @pytest.mark.parametrize("box_format", ["relative_xywh", "relative_cxcywh", "xyxy"])
@@ -337,12 +308,6 @@ def test_box_without_usable_segmentation_is_refused_by_name(
     assert found["malformed_box"][0].startswith("annotation 5 of image 5 (5.png): bbox is missing")
 
 
-def test_keypoints_alone_are_no_box(content: Content) -> None:
-    del content["annotations"][4]["bbox"]
-    content["annotations"][4]["keypoints"] = [3, 4, 2]
-    assert "annotation 5" in messages(check(content))["malformed_box"][0]
-
-
 @pytest.mark.parametrize("kind", ["mask", "polygon", "box alone"])
 @pytest.mark.parametrize("every", [1, 2])
 def test_crowd_that_looks_like_objects_is_told_first_and_can_be_taken(
@@ -406,7 +371,7 @@ def test_nulls_and_missing_fields_are_filled_in(
     ]
     assert all(note in said for note in notes[:3])
     assert trained_boxes() == BOXES
-    assert evaluated(tmp_path)[0]["AP"] == pytest.approx(100)
+    assert perfect_ap(tmp_path) == pytest.approx(100)
     content["annotations"][2]["bbox"] = [1, 2]
     (message,) = messages(check(content))["malformed_box"]
     assert message.startswith("annotations[2] of image 3 (3.png): bbox is [1, 2]")
@@ -446,8 +411,8 @@ def test_ids_that_are_text(
     assert said.count(how) == 2
     assert sorted(trained_boxes()) == sorted(BOXES)
     assert MetadataCatalog.get("custom_train").thing_classes == ["cell", "worm"]
-    results, predictions = evaluated(tmp_path)
-    assert results["AP"] == pytest.approx(100)
+    assert perfect_ap(tmp_path) == pytest.approx(100)
+    predictions = json.loads((tmp_path / "coco_instances_results.json").read_text())
     if how == "used as they are":
         assert [p["image_id"] for p in predictions] == [i["id"] for i in content["images"]]
     missing = content["images"].pop()["id"]

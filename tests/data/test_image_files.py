@@ -14,8 +14,7 @@ from PIL import Image
 
 from retinanet_ext.data import image_files
 from retinanet_ext.data.file_names import MisnamedFiles
-from retinanet_ext.data.image_files import check_images
-from retinanet_ext.data.images import ImageReader
+from retinanet_ext.data.validation import check_coco
 from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine import load_config
 from retinanet_ext.errors import InputError
@@ -323,8 +322,8 @@ def test_size_of_a_file_that_is_no_image_is_not_asked_for(eight: Eight) -> None:
         del image["width"], image["height"]
     (eight.images / "a1.jpg").unlink()
     (eight.images / "a2.jpg").write_bytes(b"<html>")
-    checked = check_images(eight.content, str(eight.images), ImageReader())
-    assert [f.kind for f in checked.findings] == ["missing_image", "unreadable_image"]
+    checked = check_coco("mine.json", eight.content, image_root=str(eight.images))
+    assert [f.kind for f in checked.findings][:2] == ["missing_image", "unreadable_image"]
     drop = [f"DATASETS.CHECK.{kind}" for kind in ("MISSING_IMAGE", "UNREADABLE_IMAGE")]
     prepare(*eight.write().opts(), drop[0], "drop", drop[1], "drop")
     assert trained_on() == ALL[2:]

@@ -12,20 +12,20 @@ import cv2
 import numpy as np
 import pytest
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MapDataset
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 from torch.utils.data import DataLoader
 
 from retinanet_ext.data import CheckedDatasetMapper, prepare_datasets
+from retinanet_ext.data.findings import KINDS
+from retinanet_ext.data.image_facts import inspect_image
 from retinanet_ext.data.images import (
     ImageReader,
     bit_depth,
-    find_image_fault,
     measure_pixel_range,
     parse_pixel_range,
 )
-from retinanet_ext.data.validation import KINDS
 from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine.config_check import load_config
 from retinanet_ext.errors import InputError
@@ -99,15 +99,15 @@ def test_deeper_images_are_those_of_8_bits_once_scaled(name: str, tmp_path: Path
     """All of Detectron2's read as 255 or 0, or by their upper 8 bits."""
     write, has_depth = DEEP[name]
     write(tmp_path / name)
-    record = {"file_name": str(tmp_path / name), "width": 64, "height": 48}
+    path = str(tmp_path / name)
     expected = np.dstack([GREY] * 3)
     if has_depth:
         assert np.array_equal(ImageReader()(tmp_path / name), expected)
-        assert not find_image_fault(record, ImageReader())
+        assert not inspect_image(path, ImageReader(), decode=True).kind
         with Image.open(tmp_path / name) as image:
             assert bit_depth(image) == 16
     else:
-        kind, what = find_image_fault(record, ImageReader())
+        _, kind, what, *_ = inspect_image(path, ImageReader(), decode=True)
         assert kind == "unreadable_image" and "INPUT.PIXEL_RANGE" in what and " here " in what
     white = 65535 // 2 if "signed" in name else 65535
     if "colour" in name:
@@ -175,6 +175,10 @@ def deepen(bccd: Bccd, convert: Callable[[np.ndarray], np.ndarray], suffix: str 
         Image.fromarray(convert(grey)).save(bccd.images / image["file_name"])
 
 
+def small(bccd: Bccd) -> CfgNode:
+    return bccd.use(load_config("configs/small_R18_FPN.yaml")[0])
+
+
 def prepare(cfg: CfgNode, *, eval_only: bool = False) -> None:
     prepare_datasets(cfg, num_classes_is_set=False, eval_only=eval_only)
 
@@ -182,9 +186,9 @@ def prepare(cfg: CfgNode, *, eval_only: bool = False) -> None:
 def test_percentiles_become_two_numbers_of_the_training_images(
     bccd: Bccd, log: pytest.LogCaptureFixture
 ) -> None:
-    cfg, _ = load_config("configs/small_R18_FPN.yaml")
     deepen(bccd, lambda grey: 1000 + 8 * grey.astype(np.int32), ".tif")
-    bccd.use(cfg).INPUT.PIXEL_RANGE = ["percentiles"]
+    cfg = small(bccd)
+    cfg.INPUT.PIXEL_RANGE = ["percentiles"]
     before = cfg.clone()
     with pytest.raises(InputError, match=r"PIXEL_RANGE percentiles .* config\.yaml of that run"):
         prepare(cfg.clone(), eval_only=True)
@@ -284,6 +288,7 @@ def test_images_without_a_range_or_too_large_are_refused_before_training(
     Image.fromarray(np.ones((480, 640), np.float32)).save(bccd.images / "float.tif")
     with pytest.raises(InputError, match=r"float\.tif \(image id 80\): .* floats, here 1 to 1"):
         prepare(bccd.use(cfg))
+    assert "INPUT.PIXEL_RANGE percentiles measures" in check_data(small(bccd)).content["conclusion"]
     cfg.INPUT.PIXEL_RANGE = [0, 2]
     prepare(cfg)
 
@@ -298,11 +303,12 @@ def test_a_limit_in_pixels_is_the_keys_alone(
         read_image(tmp_path / "a.png")
     assert np.array_equal(ImageReader("L")(tmp_path / "a.png")[:, :, 0], GREY)
     assert Image.MAX_IMAGE_PIXELS == 1000
-    record = {"file_name": str(tmp_path / "a.png")}
+    path = str(tmp_path / "a.png")
     for limit in (None, 1000, 10**9):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        assert find_image_fault(record, ImageReader(max_pixels=64 * 48)) is None
-        kind, what = find_image_fault(record, ImageReader(max_pixels=64 * 48 - 1))
+        assert not inspect_image(path, ImageReader(max_pixels=64 * 48), decode=True).kind
+        reader = ImageReader(max_pixels=64 * 48 - 1)
+        _, kind, what, *_ = inspect_image(path, reader, decode=True)
         assert kind == "unreadable_image"
         assert what == (
             "it has 64 x 48 = 3,072 pixels, which take 0 MB of memory, and INPUT.MAX_PIXELS "
@@ -311,21 +317,11 @@ def test_a_limit_in_pixels_is_the_keys_alone(
         assert limit == Image.MAX_IMAGE_PIXELS
 
 
-class Mapped:
-    def __init__(self, mapper: CheckedDatasetMapper) -> None:
-        self.mapper = mapper
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.mapper({"file_name": str(PHOTOS[0]), "image_id": 5})
-
-
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_have_the_limit_of_the_config(method: str, cfg: CfgNode) -> None:
     cfg.INPUT.MAX_PIXELS = 640 * 480 - 1
-    data = Mapped(CheckedDatasetMapper(cfg, is_train=False))
+    records = [{"file_name": str(PHOTOS[0]), "image_id": 5}]
+    data = MapDataset(records, CheckedDatasetMapper(cfg, is_train=False))
     loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context=method)
     with pytest.raises(InputError, match=r"\(image id 5\).* INPUT\.MAX_PIXELS allows 307,199"):
         list(loader)

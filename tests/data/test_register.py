@@ -9,18 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
-from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, BoxMode, Instances
 
 from retinanet_ext.data import SampleSet, prepare_datasets, sources
 from retinanet_ext.data.register import registered_classes
 from retinanet_ext.errors import InputError
 
-from .conftest import BCCD_MINI, Bccd
+from .conftest import Bccd
 
 
 def prepare(cfg: CfgNode, *, num_classes_is_set: bool = False, eval_only: bool = False) -> CfgNode:
@@ -51,18 +48,6 @@ def test_custom_data_are_registered_and_counted(
     ) in log.messages
 
 
-def test_registering_again_replaces(bccd: Bccd, cfg: CfgNode) -> None:
-    prepare(bccd.use(cfg))
-    prepare(cfg)
-    for content in (bccd.train, bccd.val):
-        content["categories"][0]["name"] = "red cell"
-    bccd.train["images"].pop()
-    bccd.train["annotations"] = [a for a in bccd.train["annotations"] if a["image_id"] != 171]
-    prepare(bccd.use(cfg))
-    assert len(DatasetCatalog.get("custom_train")) == 2
-    assert MetadataCatalog.get("custom_train").thing_classes[0] == "red cell"
-
-
 def test_category_ids_with_gaps_become_contiguous(
     bccd: Bccd, cfg: CfgNode, log: pytest.LogCaptureFixture
 ) -> None:
@@ -91,17 +76,6 @@ def test_images_without_objects_are_counted(
     assert what in message
     used = get_detection_dataset_dicts(["custom_train"], filter_empty=filter_empty)
     assert len(used) == 3 - filter_empty
-
-
-def test_boxes_reaching_outside_are_counted(
-    bccd: Bccd, cfg: CfgNode, log: pytest.LogCaptureFixture
-) -> None:
-    bccd.train["annotations"][0]["bbox"] = [600, 400, 100, 100]
-    prepare(bccd.use(cfg))
-    assert any(
-        "boxes that reach outside their image, and are clipped: 1: annotation 1181 of" in message
-        for message in log.messages
-    )
 
 
 @pytest.mark.parametrize("split", ["TRAIN", "TEST"])
@@ -160,14 +134,6 @@ def test_half_of_the_custom_keys_is_refused(
         prepare(cfg)
 
 
-def test_evaluation_needs_the_test_data_only(bccd: Bccd, cfg: CfgNode) -> None:
-    bccd.use(cfg)
-    cfg.DATASETS.CUSTOM.TRAIN_JSON = "gone.json"
-    prepare(cfg, eval_only=True)
-    assert cfg.DATASETS.TEST == ("custom_test",)
-    assert cfg.MODEL.RETINANET.NUM_CLASSES == 3
-
-
 @pytest.mark.parametrize(("eval_only", "key"), [(False, "TRAIN"), (True, "TEST")])
 def test_no_data_at_all_is_refused(eval_only: bool, key: str, cfg: CfgNode) -> None:
     with pytest.raises(InputError, match=rf"DATASETS\.{key} is empty.*CUSTOM\.{key}_JSON"):
@@ -209,12 +175,6 @@ def test_class_names_of_any_text_are_logged_in_a_line(
     cfg.MODEL.RETINANET.NUM_CLASSES = 80
     with pytest.raises(InputError, match=r"3 classes \(R\\nBC, WBC"):
         prepare(cfg, num_classes_is_set=True)
-
-
-def test_class_name_that_cannot_be_written_is_refused(bccd: Bccd, cfg: CfgNode) -> None:
-    bccd.train["categories"][0]["name"] = "R\ud800BC"
-    with pytest.raises(InputError, match=r"\(id 1\): name is 'R\\ud800BC'; it must be a text of"):
-        prepare(bccd.use(cfg))
 
 
 def test_number_of_classes_set_by_hand_must_agree(bccd: Bccd, cfg: CfgNode) -> None:
@@ -271,26 +231,6 @@ def strip(bccd: Bccd) -> None:
         annotation["id"] = number  # from 0
 
 
-def test_evaluation_completes_the_json(bccd: Bccd, cfg: CfgNode, tmp_path: Path) -> None:
-    """Detections equal to the ground truth have AP 100, whatever the json leaves out."""
-    strip(bccd)
-    prepare(bccd.use(cfg))
-    files = {path: path.read_bytes() for path in bccd.folder.rglob("*") if path.is_file()}
-    evaluator = COCOEvaluator("custom_test", output_dir=str(tmp_path / "out"))
-    evaluator.reset()
-    for record in DatasetCatalog.get("custom_test"):
-        boxes = torch.tensor([a["bbox"] for a in record["annotations"]])
-        instances = Instances(
-            (record["height"], record["width"]),
-            pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
-            scores=torch.ones(len(boxes)),
-            pred_classes=torch.tensor([a["category_id"] for a in record["annotations"]]),
-        )
-        evaluator.process([record], [{"instances": instances}])
-    assert evaluator.evaluate()["bbox"]["AP"] == pytest.approx(100)
-    assert files == {path: path.read_bytes() for path in bccd.folder.rglob("*") if path.is_file()}
-
-
 def test_completed_json_goes_with_its_process(bccd: Bccd) -> None:
     strip(bccd)
     bccd.write()
@@ -314,16 +254,6 @@ print(path, len(open(path).read()))
     assert path != str(bccd.val_json)
     assert int(length) > len(json.dumps(bccd.val))
     assert not os.path.exists(os.path.dirname(path))
-
-
-def test_relative_paths_are_those_of_the_working_directory(
-    cfg: CfgNode, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(BCCD_MINI)
-    cfg.DATASETS.CUSTOM.TEST_JSON = "instances_val.json"
-    cfg.DATASETS.CUSTOM.TEST_IMAGES = "images"
-    prepare(cfg, eval_only=True)
-    assert len(DatasetCatalog.get("custom_test")) == 2
 
 
 ALPHA = "MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA"

@@ -23,7 +23,7 @@ from retinanet_ext.data.anchor_coverage import (
     training_boxes,
     warn_of_unreached_boxes,
 )
-from retinanet_ext.data.validation import config_defaults
+from retinanet_ext.data.findings import config_defaults
 from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine import load_config
 from retinanet_ext.errors import InputError

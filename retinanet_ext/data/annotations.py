@@ -1,0 +1,143 @@
+"""The check of annotations: their fields, their boxes, and what they refer to."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from retinanet_ext.data.box_format import BOX_FORMATS, find_format_fault, is_box
+from retinanet_ext.data.coco_json import id_order, join_some, printable
+from retinanet_ext.data.entries import Rule, annotation_name, field_faults, id_of, rule_fault
+from retinanet_ext.data.findings import ValidationResult
+from retinanet_ext.data.normalize import Normalized, normalize_annotations
+
+MIN_SIDE = 0.01
+"""Pixels; a narrower box has no area after the resize in float32."""
+
+Faults = Iterable[tuple[int, str]]
+"""Index of an annotation, and what is wrong with it."""
+
+
+def check_annotations(
+    annotations: Sequence[Any],
+    images: Mapping[int | str, dict[str, Any]],
+    listed_ids: Collection[int | str | None],
+    category_ids: Collection[int | str],
+    box_format: str,
+    result: ValidationResult,
+) -> list[dict[str, Any]]:
+    """Return the annotations of usable images that the policy keeps, with boxes in COCO's format.
+
+    Args:
+        annotations: the list of the json, unchecked; not modified.
+        images: usable images by id.
+        listed_ids: ids of all images of the json.
+        category_ids: ids of the usable categories.
+        box_format: a name in :data:`~retinanet_ext.data.box_format.BOX_FORMATS`.
+        result: gets the findings.
+    """
+    normalized = normalize_annotations(annotations, images, box_format)
+    annotations, dropped = normalized.annotations, set[int]()
+
+    def name(index: int) -> str:
+        return annotation_name(index, annotations[index], images)
+
+    def add(kind: str, faults: Faults) -> None:
+        for index, fault in faults:
+            ids = [id_of(annotations[index], field) for field in ("image_id", "id")]
+            message = f"{name(index)}: {fault}"
+            if not result.add(kind, message, image_id=ids[0], annotation_id=ids[1]):
+                dropped.add(index)
+
+    for note in normalized.notes:
+        result.add("filled_field", note)
+    malformed = field_faults("annotations", annotations)
+    add("malformed_annotation", malformed.items())
+    rest = [(i, a) for i, a in enumerate(annotations) if i not in malformed]
+    add("duplicate_annotation_id", _repeated_ids(rest))
+    add("unknown_image", _unknown_ids(rest, "image_id", listed_ids, "among the images"))
+    ids = join_some(map(printable, sorted(category_ids, key=id_order)))
+    add("unknown_class", _unknown_ids(rest, "category_id", category_ids, f"a category ({ids})"))
+    add("malformed_box", _missing_boxes(rest, normalized, box_format))
+    derived = ((i, mask) for i, mask in normalized.derived.items() if i not in malformed)
+    add("derived_box", ((i, f"bbox is missing and taken from its {mask}") for i, mask in derived))
+    format_fault = find_format_fault(normalized.boxes, box_format, name)
+    # Boxes of another format are no boxes to look at more closely.
+    if format_fault is None or result.add("other_box_format", format_fault):
+        for kind, faults in _box_faults(normalized, box_format).items():
+            add(kind, (fault for fault in faults if fault[0] not in malformed))
+    for flag, kind in (("iscrowd", "crowd"), ("ignore", "ignore")):
+        add(kind, [(i, f"{flag} is 1") for i, a in rest if a.get(flag)])
+    kept = [a for i, a in rest if i not in dropped and a["image_id"] in images]
+    if result.policy["crowd"] == "object":
+        kept = [{**a, "iscrowd": 0} if a.get("iscrowd") else a for a in kept]
+    return kept
+
+
+def _unknown_ids(
+    annotations: Sequence[tuple[int, dict[str, Any]]], field: str, known: Collection[Any], what: str
+) -> Faults:
+    """Yield annotations whose ``field`` is not among the known ids."""
+    unknown = [(i, a[field]) for i, a in annotations if a[field] not in known]
+    return ((i, f"{field} {printable(value)} is not {what}") for i, value in unknown)
+
+
+def _missing_boxes(
+    annotations: Sequence[tuple[int, dict[str, Any]]], normalized: Normalized, box_format: str
+) -> Faults:
+    """Yield annotations without a box of four finite numbers."""
+    rule: Rule = (f"4 finite numbers {BOX_FORMATS[box_format]}", is_box)
+    valid = set(normalized.boxes.indices)
+    for index, annotation in annotations:
+        if index not in valid and (fault := rule_fault(annotation, "bbox", rule)):
+            no_mask = ", or a polygon or mask must be there to take it from"
+            yield index, fault if annotation.get("bbox") else fault + no_mask
+
+
+def _repeated_ids(annotations: Iterable[tuple[int, Mapping[str, Any]]]) -> list[tuple[int, str]]:
+    seen: set[int | str] = set()
+    repeated = []
+    for index, annotation in annotations:
+        own_id = annotation.get("id")
+        if own_id is None:
+            continue
+        if own_id in seen:
+            repeated.append((index, "the id is used before"))
+        seen.add(own_id)
+    return repeated
+
+
+def _box_faults(normalized: Normalized, box_format: str) -> dict[str, list[tuple[int, str]]]:
+    """Return what is wrong with boxes of four finite numbers.
+
+    Returns:
+        kind of finding -> (index of the annotation, what is wrong)
+    """
+    boxes = normalized.boxes
+    origins = {index: f", taken from its {mask}," for index, mask in normalized.derived.items()}
+    converted = "" if box_format == "xywh" else f", converted from {box_format},"
+    with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest float
+        corners = boxes.to_corners(box_format)
+        low, high = corners[:, :2], corners[:, 2:]
+        sides = boxes.numbers[:, 2:] if box_format == "xywh" else high - low
+        inside = np.minimum(high, boxes.sizes) - np.maximum(low, 0)
+        rules = (  # of several faults, the first is named
+            ("inverted_box", (sides < 0).any(1), " must have width and height >= 0"),
+            ("zero_area_box", (sides < MIN_SIDE).any(1), " has no area"),
+            ("outside_box", (inside < MIN_SIDE).any(1), " is outside its image of {} x {}"),
+            (
+                "clipped_box",
+                (low < -1).any(1) | (high > boxes.sizes + 1).any(1),  # a pixel may be rounding
+                " reaches outside its image of {} x {}",
+            ),
+        )
+    faults: dict[str, list[tuple[int, str]]] = {kind: [] for kind, _, _ in rules}
+    first = np.select([mask for _, mask, _ in rules], range(len(rules)), -1)
+    for row in np.flatnonzero(first >= 0).tolist():
+        kind, _, text = rules[first[row]]
+        index = boxes.indices[row]
+        box = f"bbox {normalized.annotations[index]['bbox']}{origins.get(index, converted)}"
+        faults[kind].append((index, box + text.format(*boxes.sizes[row].astype(int))))
+    return faults

@@ -1,0 +1,134 @@
+"""Classes by name: which of them are used, in which order, and which stand for no objects."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from retinanet_ext.data.coco_json import class_names, join_some, printable
+from retinanet_ext.data.entries import id_of
+from retinanet_ext.errors import InputError
+
+CLASSES_KEY = "DATASETS.CUSTOM.CLASSES"
+BACKGROUND_NAMES = ("background", "__background__", "_background_", "bg")
+
+_MAX_NAMES = 20  # of classes in a line to paste
+
+
+def check_chosen(classes: Sequence[str], contents: Mapping[str, dict[str, Any]]) -> None:
+    """Refuse a choice of classes that no annotation file has.
+
+    Args:
+        classes: chosen class names, ``DATASETS.CUSTOM.CLASSES``.
+        contents: path of an annotation file -> its content, unchecked.
+
+    Raises:
+        InputError: a name is unknown or given twice.
+    """
+    known = dict.fromkeys(
+        category["name"]
+        for content in contents.values()
+        for category in content["categories"]
+        if isinstance(category, dict) and isinstance(category.get("name"), str)
+    )
+    for name in classes:
+        if name not in known:
+            same = [other for other in known if other.casefold() == name.casefold()]
+            close = same or get_close_matches(name, known, n=1)
+            raise InputError(
+                f"{CLASSES_KEY} names {name!r}, which is no class of {join_some(contents)}"
+                + (f"; did you mean {close[0]!r}?" if close else "")
+                + f" (classes: {join_some(map(printable, known))})"
+            )
+        if classes.count(name) > 1:
+            raise InputError(f"{CLASSES_KEY} names {name!r} twice")
+
+
+def choose_classes(
+    content: dict[str, Any], classes: Sequence[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Leave out the classes that are not chosen, with their boxes.
+
+    Args:
+        content: of the json, unchecked; not modified.
+        classes: chosen class names; empty: all.
+
+    Returns:
+        the content that is left, and a note that counts the boxes left out.
+    """
+    left_out = {
+        id_of(category): category["name"]
+        for category in content["categories"]
+        if id_of(category) is not None
+        and isinstance(category.get("name"), str)
+        and category["name"] not in classes
+    }
+    if not classes or not left_out:
+        return content, []
+    ids = [id_of(annotation, "category_id") for annotation in content["annotations"]]
+    counts = Counter(category_id for category_id in ids if category_id in left_out)
+    boxes = join_some(f"{printable(name)} {counts[key]}" for key, name in left_out.items())
+    content = {
+        **content,
+        "categories": [c for c in content["categories"] if id_of(c) not in left_out],
+        "annotations": [
+            annotation
+            for annotation, category_id in zip(content["annotations"], ids, strict=True)
+            if category_id not in left_out
+        ],
+    }
+    note = "leaves out the boxes of other classes, which become background"
+    return content, [f"{CLASSES_KEY} {note}: {boxes}"]
+
+
+def order_classes(content: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return a checked json whose classes 0..K-1 are ``names``."""
+    if class_names(content) == list(names):
+        return content
+    new_ids = {name: number for number, name in enumerate(names, start=1)}
+    by_id = {category["id"]: new_ids[category["name"]] for category in content["categories"]}
+    return {
+        **content,
+        "categories": [{**c, "id": by_id[c["id"]]} for c in content["categories"]],
+        "annotations": [
+            {**a, "category_id": by_id[a["category_id"]]} for a in content["annotations"]
+        ],
+    }
+
+
+def explain_unused_classes(
+    unused: Sequence[Mapping[str, Any]], categories: Sequence[Mapping[str, Any]]
+) -> dict[int | str, str]:
+    """Explain the classes without a box that stand for no objects.
+
+    Those are the background, and parents of other classes, which Roboflow exports as category 0.
+
+    Args:
+        unused: categories without a box.
+        categories: all categories.
+
+    Returns:
+        category id -> what the class is and how to leave it out
+    """
+    reasons: dict[int | str, str] = {}
+    for category in unused:
+        name = category["name"]
+        children = [
+            printable(other["name"])
+            for other in categories
+            if other is not category and other.get("supercategory") == name
+        ]
+        if children:
+            reasons[category["id"]] = f"is the supercategory of {join_some(children, 3)}"
+        elif name.lower() in BACKGROUND_NAMES:
+            reasons[category["id"]] = "is the background, which needs no class"
+    others = [category["name"] for category in categories if category["id"] not in reasons]
+    names = f"the names of the other {len(others)}"
+    if len(others) <= _MAX_NAMES:
+        names = printable(shlex.quote(json.dumps(others, ensure_ascii=False)))
+    remedy = f"it is learned as a class all the same, {CLASSES_KEY} {names} leaves it out"
+    return {category_id: f"{reason}; {remedy}" for category_id, reason in reasons.items()}
