@@ -49,7 +49,6 @@ def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Check the data of a config before training: what is wrong, what the anchors cover."""
     from retinanet_ext.data import validation_report as report
     from retinanet_ext.engine import load_config
-    from retinanet_ext.engine.config_check import is_num_classes_set
 
     parser.epilog = "exit code 1: training would refuse the data"
     parser.add_argument("--config-file", required=True, help="as for training")
@@ -65,7 +64,6 @@ def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     result = report.check_data(
         cfg,
         search_anchors=args.search_anchors,
-        num_classes_is_set=is_num_classes_set(cfg),
     )
     print(result.text)
     if args.output:

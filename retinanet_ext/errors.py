@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import re
 
-import torch
-
 
 class InputError(ValueError):
     """A config, data set, checkpoint or argument that cannot be used.
@@ -67,7 +65,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return INPUT_ERROR, f"{error.filename or 'a file'} cannot be written: {error.strerror}"
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text:
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if is_memory or "DefaultCPUAllocator" in text:
         return FAILED, (
             f"out of memory ({first_line(error)[:200]}): lower INPUT.MAX_SIZE_TRAIN or "
             "SOLVER.IMS_PER_BATCH, or raise SOLVER.GRAD_ACCUM_STEPS, which takes a batch in parts"

@@ -123,7 +123,7 @@ class Bench:
         self.config = {**THIN, "DATASETS": {"CUSTOM": custom}, "OUTPUT_DIR": str(folder / "run")}
         self.config_file = str(folder / "config.yaml")
         self.write("config.yaml", yaml.safe_dump(self.config).encode())
-        self.cfg, _ = load_config(self.config_file)
+        self.cfg = load_config(self.config_file)
         self.cfg.MODEL.RETINANET.NUM_CLASSES = 2
         self.model = RetinaNetExt(self.cfg)
         self.weights = {k: v.clone() for k, v in self.model.state_dict().items()}
@@ -246,12 +246,12 @@ def fuzz_config(bench: Bench, cases: int) -> None:
 
 def _check(bench: Bench, pairs: list[tuple[str, Any]], in_file: bool, eval_only: bool) -> None:
     file, opts = _write_config(bench, pairs, in_file)
-    cfg, num_classes_is_set = load_config(file, opts)
+    cfg = load_config(file, opts)
     use_cpu_without_cuda(cfg, num_threads=1)
     check_config(cfg, num_processes=1, eval_only=eval_only)
     if not eval_only:
         scale_schedule(cfg)
-    prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=eval_only)
+    prepare_datasets(cfg, eval_only=eval_only)
     check_model(cfg, "", resume=False, eval_only=eval_only)
     config_warnings(cfg, "", eval_only=eval_only)
 
@@ -394,7 +394,7 @@ def _use_annotations(bench: Bench, content: bytes, policy: dict[str, str]) -> No
     file = bench.write("fuzzed.json", content)
     cfg.DATASETS.CUSTOM.TRAIN_JSON = cfg.DATASETS.CUSTOM.TEST_JSON = file
     print(check_data(cfg).text)
-    prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
+    prepare_datasets(cfg, eval_only=False)
     mapper = CheckedDatasetMapper(cfg, is_train=True)
     for record in DatasetCatalog.get("custom_train"):
         instances = mapper(record)["instances"]

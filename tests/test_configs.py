@@ -15,7 +15,7 @@ NAMES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
 
 
 def load(name):
-    cfg, _ = load_config(str(CONFIGS / f"{name}.yaml"))
+    cfg = load_config(str(CONFIGS / f"{name}.yaml"))
     cfg.MODEL.DEVICE = "cpu"
     return cfg
 

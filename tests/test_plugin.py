@@ -21,14 +21,8 @@ SCRIPT = ROOT / "docs/my_train_net.py"
 
 
 def test_a_script_with_one_more_hook_and_another_evaluator(tmp_path):
-    opts = [
-        "SOLVER.MAX_ITER",
-        "2",
-        "DATASETS.SAMPLE.NUM_TRAIN",
-        "8",
-        "DATASETS.SAMPLE.NUM_VAL",
-        "4",
-    ]
+    opts = ["DATASETS.SAMPLE.NUM_TRAIN", "8", "DATASETS.SAMPLE.NUM_VAL", "4"]
+    opts += ["SOLVER.MAX_ITER", "2", "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0"]
     command = [sys.executable, SCRIPT, "--config-file", "configs/quickstart.yaml", *opts]
     env = {**os.environ, "DETECTRON2_DATASETS": str(tmp_path), "PYTHONPATH": str(ROOT)}
     run = subprocess.run(

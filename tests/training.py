@@ -23,7 +23,7 @@ def make_trainer(folder, *opts, resume=False):
     """A trainer with its weights, in the state of a process that has just begun."""
     values = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(folder), *map(str, opts)]
     cfg = load_config(CONFIG, values)
-    prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
+    prepare_datasets(cfg, eval_only=False)
     folder.mkdir(exist_ok=True)
     if cfg.SEED >= 0:
         random.seed(cfg.SEED)

@@ -17,7 +17,7 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from retinanet_ext.config_keys import resolve_class_alpha
@@ -33,7 +33,7 @@ from retinanet_ext.files import write_file
 logger = logging.getLogger(__name__)
 
 
-def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool) -> None:
+def prepare_datasets(cfg: CfgNode, *, eval_only: bool) -> None:
     """Check and register the data that a config names, and complete the config from them.
 
     ``DATASETS.CUSTOM`` becomes the data sets "custom_train" and "custom_test", which replace
@@ -47,7 +47,6 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
 
     Args:
         cfg: the whole config; modified in place. A second call changes nothing more.
-        num_classes_is_set: whether the user set NUM_CLASSES, which is then compared with the data.
         eval_only: only use the data of ``DATASETS.TEST``.
 
     Raises:
@@ -71,7 +70,7 @@ def prepare_datasets(cfg: CfgNode, *, num_classes_is_set: bool, eval_only: bool)
     classes = {name: MetadataCatalog.get(name).get("thing_classes") for name in names}
     known = {name: labels for name, labels in classes.items() if labels is not None}
     if known:  # data of other code may name their classes only when they are loaded
-        set_num_classes(cfg, known, num_classes_is_set=num_classes_is_set)
+        set_num_classes(cfg, known)
     indices = [str(index) for index in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
     resolve_class_alpha(cfg, next(iter(known.values()), indices))
     for source in sources:
@@ -237,15 +236,12 @@ def _json_for_evaluation(checked: ValidationResult) -> str:
     return str(copy)
 
 
-def set_num_classes(
-    cfg: CfgNode, classes: Mapping[str, Sequence[str]], *, num_classes_is_set: bool
-) -> None:
-    """Set ``MODEL.RETINANET.NUM_CLASSES`` to the number of classes of the data.
+def set_num_classes(cfg: CfgNode, classes: Mapping[str, Sequence[str]]) -> None:
+    """Set ``MODEL.RETINANET.NUM_CLASSES``, if it has Detectron2's default, to the data's number.
 
     Args:
         cfg: modified in place.
         classes: name of each data set -> names of its classes 0..K-1; not empty.
-        num_classes_is_set: compare the key with the data instead of setting it.
 
     Raises:
         InputError: the class names of data sets differ, or NUM_CLASSES differs from their number.
@@ -254,7 +250,8 @@ def set_num_classes(
         raise InputError(difference)
     first, names = next(iter(classes.items()))
     configured = cfg.MODEL.RETINANET.NUM_CLASSES
-    if num_classes_is_set and configured != len(names):
+    default = get_cfg().MODEL.RETINANET.NUM_CLASSES
+    if configured not in (default, len(names)):
         raise InputError(
             f"MODEL.RETINANET.NUM_CLASSES is {configured}, but {first} has {len(names)} classes "
             f"({join_some(map(printable, names))}); leave the key out, it is taken from the data"

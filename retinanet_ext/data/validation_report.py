@@ -74,15 +74,12 @@ def refuse_existing(path: Path) -> None:
         raise InputError(f"{path} exists; --output takes the name of a new file")
 
 
-def check_data(
-    cfg: CfgNode, *, search_anchors: bool = False, num_classes_is_set: bool = False
-) -> Report:
+def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
     """Check the training and test data that a config names, and decode all images.
 
     Args:
         cfg: the whole config; not modified.
         search_anchors: also search for anchors that cover the training boxes better.
-        num_classes_is_set: whether the user set NUM_CLASSES, which is then compared with the data.
 
     Raises:
         InputError: the data cannot be checked: none are named, a file is no COCO json, a folder is
@@ -118,7 +115,7 @@ def check_data(
 
     shared = describe_shared_images(paths)
     texts += shared
-    fault = compare_classes(classes) or _find_fault_of_keys(cfg, classes, num_classes_is_set)
+    fault = compare_classes(classes) or _find_fault_of_keys(cfg, classes)
     conclusion, refused = _conclude(contents, fault)
     return Report(
         {
@@ -146,12 +143,10 @@ def _measure_anchors(
     return found
 
 
-def _find_fault_of_keys(
-    cfg: CfgNode, classes: Mapping[str, Sequence[str]], num_classes_is_set: bool
-) -> str | None:
+def _find_fault_of_keys(cfg: CfgNode, classes: Mapping[str, Sequence[str]]) -> str | None:
     """Return why training would refuse the keys that depend on the classes, or None."""
     try:
-        set_num_classes(cfg, classes, num_classes_is_set=num_classes_is_set)
+        set_num_classes(cfg, classes)
         resolve_class_alpha(cfg, next(iter(classes.values())))
     except InputError as error:
         return str(error)

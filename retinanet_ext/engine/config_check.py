@@ -29,8 +29,6 @@ from retinanet_ext.losses import Interval
 from retinanet_ext.modeling import RetinaNetExt
 from retinanet_ext.modeling.inference import check_precision
 
-NUM_CLASSES_KEY = "MODEL.RETINANET.NUM_CLASSES"
-
 PATHS = tuple(
     f"DATASETS.CUSTOM.{name}" for name in ("TRAIN_JSON", "TRAIN_IMAGES", "TEST_JSON", "TEST_IMAGES")
 )
@@ -102,11 +100,6 @@ def load_config(config_file: str | os.PathLike[str], opts: Sequence[str] = ()) -
             _convert(values, cfg)
             cfg.merge_from_other_cfg(CfgNode(values))
     return cfg
-
-
-def is_num_classes_set(cfg: CfgNode) -> bool:
-    """Tell whether ``NUM_CLASSES`` is another number than Detectron2's default."""
-    return cfg.MODEL.RETINANET.NUM_CLASSES != get_cfg().MODEL.RETINANET.NUM_CLASSES
 
 
 def _read_file(path: str, cfg: CfgNode) -> dict[str, Any]:

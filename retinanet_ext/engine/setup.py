@@ -27,7 +27,7 @@ from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.anchor_coverage import warn_of_unreached_boxes
 from retinanet_ext.data.register import registered_classes
 from retinanet_ext.engine.checkpoint import Checkpointer, find_weights
-from retinanet_ext.engine.config_check import check_config, is_num_classes_set, use_cpu_without_cuda
+from retinanet_ext.engine.config_check import check_config, use_cpu_without_cuda
 from retinanet_ext.engine.config_warnings import config_warnings
 from retinanet_ext.engine.launch import torchrun_store
 from retinanet_ext.engine.run_info import write_run_info
@@ -69,7 +69,7 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     args.resume = args.resume or _is_restart_of_own_run(cfg, args.eval_only)
     args.weights, args.resume = find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     with _first_process_first():
-        prepare_datasets(cfg, num_classes_is_set=is_num_classes_set(cfg), eval_only=args.eval_only)
+        prepare_datasets(cfg, eval_only=args.eval_only)
     if args.eval_only:
         cfg.MODEL.WEIGHTS = args.weights
         cfg.OUTPUT_DIR = comm.all_gather(_evaluation_folder(cfg.OUTPUT_DIR))[0]

@@ -91,7 +91,7 @@ def config(*opts: Any) -> CfgNode:
 def prepare(*opts: Any, eval_only: bool = False) -> CfgNode:
     """Check and register the data that keys name."""
     cfg = config(*opts)
-    prepare_datasets(cfg, num_classes_is_set=False, eval_only=eval_only)
+    prepare_datasets(cfg, eval_only=eval_only)
     return cfg
 
 

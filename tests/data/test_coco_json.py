@@ -42,7 +42,7 @@ def test_json_without_what_is_needed_is_refused(case: str, bccd: Bccd, cfg: CfgN
     spoil, expected = UNUSABLE[case]
     spoil(bccd)
     with pytest.raises(InputError, match=expected) as error:
-        prepare_datasets(bccd.use(cfg), num_classes_is_set=False, eval_only=False)
+        prepare_datasets(bccd.use(cfg), eval_only=False)
     assert str(error.value).startswith(str(bccd.train_json))
     assert len(str(error.value).splitlines()) == 1
 

@@ -59,7 +59,7 @@ def use(tmp_path: Path) -> Any:
         for image in content["images"]:
             Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "images" / image["file_name"])
         (tmp_path / "mine.json").write_text(json.dumps(content))
-        cfg, _ = load_config(str(SMALL), [item for pair in keys.items() for item in pair])
+        cfg = load_config(str(SMALL), [item for pair in keys.items() for item in pair])
         custom = cfg.DATASETS.CUSTOM
         custom.TRAIN_JSON = custom.TEST_JSON = str(tmp_path / "mine.json")
         custom.TRAIN_IMAGES = custom.TEST_IMAGES = str(tmp_path / "images")
@@ -69,7 +69,7 @@ def use(tmp_path: Path) -> Any:
 
 
 def prepare(cfg: CfgNode) -> None:
-    prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
+    prepare_datasets(cfg, eval_only=False)
 
 
 def refusal(cfg: CfgNode) -> str:

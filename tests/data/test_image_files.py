@@ -107,7 +107,7 @@ def test_test_images_that_are_training_images_are_counted(
     opts = [*eight.write().opts(), *test.write().opts("TEST")]
     prepare(*opts)
     lines = list({line for line in log.messages if "are training images too" in line})
-    cfg, _ = load_config(str(SMALL), opts)
+    cfg = load_config(str(SMALL), opts)
     report = check_data(cfg)
     assert report.content["shared_images"] == lines and report.exit_code == 0
     if case in ("others", "same size"):
@@ -311,7 +311,7 @@ def test_size_that_is_left_out_is_the_files(
     assert trained_on() == trained_on("custom_test") == ALL
     (line,) = {line for line in log.messages if line.startswith(f"{eight.json}: images without")}
     assert line.endswith(f"files: 8, such as a1.jpg (image id 1) of {WIDTH} x {HEIGHT}")
-    cfg, _ = load_config(str(SMALL), opts)
+    cfg = load_config(str(SMALL), opts)
     report = check_data(cfg)
     assert f"note  {report.content['data_sets'][0]['notes'][0]}\nNothing is wrong" in report.text
 

@@ -144,7 +144,7 @@ def test_a_range_is_scaled_and_clipped(tmp_path: Path) -> None:
 )
 def test_the_key_on_the_command_line(given: Any, expected: Any) -> None:
     try:
-        cfg, _ = load_config("configs/quickstart.yaml", ["INPUT.PIXEL_RANGE", given])
+        cfg = load_config("configs/quickstart.yaml", ["INPUT.PIXEL_RANGE", given])
         parse_pixel_range(cfg.INPUT.PIXEL_RANGE)
     except InputError as error:
         assert expected in (None, "list") and "INPUT.PIXEL_RANGE" in str(error)
@@ -157,9 +157,9 @@ def test_the_key_in_a_saved_config(tmp_path: Path, cfg: CfgNode) -> None:
         cfg.INPUT.PIXEL_RANGE = value
         (tmp_path / "config.yaml").write_text(cfg.dump())
         file, word = str(tmp_path / "config.yaml"), ["INPUT.PIXEL_RANGE", "percentiles"]
-        found = load_config(file)[0].INPUT.PIXEL_RANGE
+        found = load_config(file).INPUT.PIXEL_RANGE
         assert found == value
-        assert load_config(file, word)[0].INPUT.PIXEL_RANGE == ["percentiles"]
+        assert load_config(file, word).INPUT.PIXEL_RANGE == ["percentiles"]
         plain = cfg.clone()
         plain.INPUT.PIXEL_RANGE = ["auto"]
         plain.merge_from_file(file)  # as Detectron2 does
@@ -176,11 +176,11 @@ def deepen(bccd: Bccd, convert: Callable[[np.ndarray], np.ndarray], suffix: str 
 
 
 def small(bccd: Bccd) -> CfgNode:
-    return bccd.use(load_config("configs/small_R18_FPN.yaml")[0])
+    return bccd.use(load_config("configs/small_R18_FPN.yaml"))
 
 
 def prepare(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    prepare_datasets(cfg, num_classes_is_set=False, eval_only=eval_only)
+    prepare_datasets(cfg, eval_only=eval_only)
 
 
 def test_percentiles_become_two_numbers_of_the_training_images(

@@ -37,7 +37,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.parametrize("name", IMBALANCE_DIAL)
 def test_points_are_as_imbalanced_as_they_are_called(name: str, folders: dict[str, Path]) -> None:
-    cfg, _ = load_config(str(QUICKSTART), ["INPUT.MIN_SIZE_TRAIN", "[0]"])
+    cfg = load_config(str(QUICKSTART), ["INPUT.MIN_SIZE_TRAIN", "[0]"])
     records = to_dataset_dicts(read_coco_json(str(folders[name] / "train.json")), "")
     backbone, grid = build_grid(cfg)
     data = training_boxes(cfg, records, backbone)

@@ -163,7 +163,7 @@ def test_config_keys_are_what_is_drawn(
     cfg.merge_from_list(
         [f"DATASETS.SAMPLE.{c}" if i % 2 == 0 else c for i, c in enumerate(changes)]
     )
-    prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
+    prepare_datasets(cfg, eval_only=False)
     assert len(DatasetCatalog.get("retinanet_ext_sample_val")) == 2
     records = DatasetCatalog.get("retinanet_ext_sample_train")
     assert [len(record["annotations"]) for record in records] == [3] * 5
@@ -211,7 +211,7 @@ def test_what_cannot_be_drawn_is_refused(
     use_sample_set(cfg)
     cfg.merge_from_list([f"DATASETS.SAMPLE.{key}", value])
     with pytest.raises(InputError) as raised:
-        prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
+        prepare_datasets(cfg, eval_only=False)
     message = str(raised.value)
     assert message.startswith(f"DATASETS.SAMPLE.{key} ")
     assert allowed in message

@@ -56,7 +56,7 @@ def use(*opts: Any, eval_only: bool = False) -> CfgNode:
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         group, _, name = key.removeprefix("DATASETS.").partition(".")
         cfg.DATASETS[group][name] = value
-    prepare_datasets(cfg, num_classes_is_set=False, eval_only=eval_only)
+    prepare_datasets(cfg, eval_only=eval_only)
     return cfg
 
 
@@ -125,7 +125,7 @@ def test_faults_name_their_file(eight: Eight, other: Eight) -> None:
     missing = f"{other.images}/none.jpg (image id 1) is missing"
     assert str(error.value).startswith(f"{eight.json}, {other.json}: {other.json}: {missing}")
     opts = [f"[{', '.join(item)}]" if isinstance(item, list) else item for item in opts]
-    cfg, _ = load_config(str(SMALL), opts)
+    cfg = load_config(str(SMALL), opts)
     text = check_data(cfg).text
     assert f"{other.json}: {missing}" in text
     assert f"{other.json}: annotation 3 of image 3 (b3.jpg): bbox is [1, 2, 3]" in text
@@ -269,15 +269,13 @@ def test_lists_are_read_from_files_and_command_lines(
     if place == "file":
         config_file, opts = tmp_path / "config.yaml", []
         config_file.write_text(f"_BASE_: {SMALL}\nDATASETS: {{CUSTOM: {{TRAIN_JSON: {text}}}}}\n")
-    cfg, _ = load_config(str(config_file), opts)
+    cfg = load_config(str(config_file), opts)
     custom = dict(cfg.DATASETS.CUSTOM)
     assert custom["TRAIN_JSON"] == files
     # A saved config is read again, by yacs itself too, and the command line has the last word.
     saved = tmp_path / "saved.yaml"
     saved.write_text(cfg.dump())
-    again, _ = load_config(
-        str(saved), [f"{CUSTOM}TRAIN_JSON", files[0], f"{CUSTOM}CLASSES", "[dog]"]
-    )
+    again = load_config(str(saved), [f"{CUSTOM}TRAIN_JSON", files[0], f"{CUSTOM}CLASSES", "[dog]"])
     custom = again.DATASETS.CUSTOM
     assert custom["TRAIN_JSON"] == files[0] and custom["CLASSES"] == ["dog"]
     again.merge_from_list([f"{CUSTOM}TRAIN_JSON", files[1]])

@@ -36,7 +36,7 @@ TINY_ANCHORS = ("MODEL.ANCHOR_GENERATOR.BASE_SCALE", "0.5")
 
 
 def small(*opts: Any) -> CfgNode:
-    cfg, _ = load_config(str(SMALL), [str(opt) for opt in opts])
+    cfg = load_config(str(SMALL), [str(opt) for opt in opts])
     return cfg
 
 
@@ -143,7 +143,7 @@ def test_coverage_is_of_what_the_detector_is_trained_on(bccd: Bccd) -> None:
                 *("INPUT.MIN_SIZE_TRAIN", [short_side], "INPUT.MAX_SIZE_TRAIN", 390),
             )
         )
-        prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
+        prepare_datasets(cfg, eval_only=False)
         records = get_detection_dataset_dicts(["custom_train"])
         backbone, grid = build_grid(cfg)
         data = training_boxes(cfg, records, backbone)
@@ -167,7 +167,7 @@ def test_coverage_is_of_what_the_detector_is_trained_on(bccd: Bccd) -> None:
 
 def test_each_training_size_counts(bccd: Bccd) -> None:
     bccd.write()
-    prepare_datasets(bccd.use(small()), num_classes_is_set=False, eval_only=False)
+    prepare_datasets(bccd.use(small()), eval_only=False)
     records = DatasetCatalog.get("custom_train")
     for sides, sampling, num in (([96, 128], "choice", 2), ([96, 128], "range", 3), ([0], "", 1)):
         cfg = small("INPUT.MIN_SIZE_TRAIN", sides)
@@ -200,7 +200,7 @@ def test_suggested_keys_reach_more_boxes_when_pasted(bccd: Bccd) -> None:
 def test_training_warns_of_boxes_that_no_anchor_reaches(bccd: Bccd) -> None:
     for opts, is_warned in ((TINY_ANCHORS, True), ((), False)):
         cfg = bccd.use(small(*opts))
-        prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
+        prepare_datasets(cfg, eval_only=False)
         warnings = warn_of_unreached_boxes(cfg)
         assert len(warnings) == is_warned
         assert all("custom_train: no anchor reaches" in line for line in warnings)
@@ -208,7 +208,7 @@ def test_training_warns_of_boxes_that_no_anchor_reaches(bccd: Bccd) -> None:
 
 
 def test_other_detectors_are_not_warned_of(bccd: Bccd, cfg: CfgNode) -> None:
-    prepare_datasets(bccd.use(cfg), num_classes_is_set=False, eval_only=False)
+    prepare_datasets(bccd.use(cfg), eval_only=False)
     assert cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
     assert warn_of_unreached_boxes(cfg) == []
 
@@ -228,7 +228,7 @@ def test_every_kind_with_a_choice_has_a_key(cfg: CfgNode) -> None:
 def test_keys_that_speak_of_classes_are_held_to_the_data(bccd: Bccd, cfg: CfgNode) -> None:
     cfg.merge_from_file("configs/small_R18_FPN.yaml", allow_unsafe=False)
     cfg.MODEL.RETINANET.NUM_CLASSES = 80
-    report = check_data(bccd.use(cfg), num_classes_is_set=True)
+    report = check_data(bccd.use(cfg))
     assert report.exit_code == 1 and "NUM_CLASSES is 80, but custom_train has 3" in report.text
     cfg.MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA = [["nope", 0.5]]
     assert "CLASS_ALPHA takes pairs" in check_data(bccd.use(cfg)).text

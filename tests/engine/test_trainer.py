@@ -27,7 +27,7 @@ IMAGES = Path("tests/fixtures/bccd_mini/images")
 def make_cfg(output_dir, *opts):
     values = ["MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(output_dir), *opts]
     cfg = load_config("tests/engine/tiny.yaml", values)
-    prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
+    prepare_datasets(cfg, eval_only=False)
     return cfg
 
 

@@ -136,8 +136,8 @@ def test_same_seed_gives_the_same_initial_weights():
 def test_twenty_steps_on_real_images(monkeypatch):
     """In float64, for in float32 a different rounding of step 1 is a different run by step 10."""
     stay_in_float64(monkeypatch)
-    cfg, _ = load_config("tests/engine/tiny.yaml", ["MODEL.DEVICE", "cpu", "SEED", "0"])
-    prepare_datasets(cfg, num_classes_is_set=False, eval_only=False)
+    cfg = load_config("tests/engine/tiny.yaml", ["MODEL.DEVICE", "cpu", "SEED", "0"])
+    prepare_datasets(cfg, eval_only=False)
     losses = {}
     for architecture in ("RetinaNet", "RetinaNetExt"):
         seed_all_rng(0)
