@@ -20,9 +20,15 @@ from PIL import Image
 
 from retinanet_ext.data import CheckedDatasetMapper
 from retinanet_ext.data.loader import batch_by_aspect_ratio, build_train_loader, shard_batch
-from retinanet_ext.engine.config_check import TRAINING_CHOICES
 from retinanet_ext.errors import InputError
 
+SAMPLERS = (
+    "TrainingSampler",
+    "RepeatFactorTrainingSampler",
+    "RandomSubsetTrainingSampler",
+    "WeightedTrainingSampler",
+    "WeightedCategoryTrainingSampler",
+)
 NAME, OTHER = "loader_test", "loader_test_2"
 SIZES = [(60, 40), (40, 60), (50, 50), (64, 32), (32, 64), (48, 40), (60, 44)]
 BATCH = 4
@@ -203,7 +209,7 @@ def test_images_without_objects_are_used_where_wanted(loader_cfg):
     assert len(SIZES) - 1 in set(itertools.chain(*image_ids(batches)))
 
 
-@pytest.mark.parametrize("sampler", TRAINING_CHOICES["DATALOADER.SAMPLER_TRAIN"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_going_on_after_n_batches_is_as_taking_n(sampler, workers, loader_cfg):
     """With a random seed, which travels in the state."""

@@ -227,8 +227,8 @@ def test_every_kind_with_a_choice_has_a_key(cfg: CfgNode) -> None:
 
 def test_keys_that_speak_of_classes_are_held_to_the_data(bccd: Bccd, cfg: CfgNode) -> None:
     cfg.merge_from_file("configs/small_R18_FPN.yaml", allow_unsafe=False)
-    cfg.MODEL.RETINANET.NUM_CLASSES = 80
+    cfg.MODEL.RETINANET.NUM_CLASSES = 20
     report = check_data(bccd.use(cfg))
-    assert report.exit_code == 1 and "NUM_CLASSES is 80, but custom_train has 3" in report.text
+    assert report.exit_code == 1 and "NUM_CLASSES is 20, but custom_train has 3" in report.text
     cfg.MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA = [["nope", 0.5]]
     assert "CLASS_ALPHA takes pairs" in check_data(bccd.use(cfg)).text
