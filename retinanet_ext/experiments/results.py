@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from retinanet_ext.errors import InputError
-from retinanet_ext.experiments.record import Record, read_json, read_records
+from retinanet_ext.experiments.record import UNFINISHED, Record, read_json, read_records
 from retinanet_ext.experiments.statistics import (
     WORDS,
     RowResult,
@@ -111,7 +111,8 @@ def read_results(campaign: Path) -> Results:
     """
     if not campaign.is_dir():
         raise InputError(f"{campaign}: there is no such folder; name one that the runner wrote")
-    runs = sorted(read_records(campaign), key=lambda run: (run.seed, run.folder.name))
+    ended = [run for run in read_records(campaign) if run.status != UNFINISHED]
+    runs = sorted(ended, key=lambda run: (run.seed, run.folder.name))
     if not runs:
         raise InputError(f"{campaign}: no run has ended here yet, so there is nothing to report")
     newest: dict[str, str] = {}  # row -> key of its last run
