@@ -22,7 +22,6 @@ from retinanet_ext.experiments.statistics import (
     RULE,
     RowResult,
     TableResult,
-    Verdict,
     duration,
     number,
     signed,
@@ -129,7 +128,16 @@ def _findings(results: Results) -> Iterator[str]:
         numbers = ("difference in AP (95 % interval)", "in the paper")
         yield _markdown_table(
             ("table", "the paper's claim", "here", *numbers),
-            [(table.table.name, *_claim_cells(verdict)) for table, verdict in verdicts],
+            [
+                (
+                    table.table.name,
+                    _escape(verdict.text),
+                    verdict.word,
+                    verdict.measured,
+                    signed(verdict.paper_difference),
+                )
+                for table, verdict in verdicts
+            ],
             numbers=(3, 4),
         )
         yield RULE
@@ -153,16 +161,6 @@ def _findings(results: Results) -> Iterator[str]:
         )
     elif not any(row.values("AP") for table in results.tables for row in table.rows):
         yield "No row has an AP yet."
-
-
-def _claim_cells(verdict: Verdict) -> tuple[str, ...]:
-    remarks = f" ({'; '.join(verdict.remarks)})" if verdict.remarks else ""
-    return (
-        _escape(verdict.claim.text + remarks),
-        verdict.word,
-        verdict.measured,
-        signed(verdict.paper_difference),
-    )
 
 
 def _best_cells(table: TableResult, best: RowResult) -> tuple[str, ...]:

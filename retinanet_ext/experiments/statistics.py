@@ -112,6 +112,11 @@ class Verdict:
     remarks: tuple[str, ...]
 
     @property
+    def text(self) -> str:
+        """Return the claim with the remarks in brackets."""
+        return self.claim.text + (f" ({'; '.join(self.remarks)})" if self.remarks else "")
+
+    @property
     def measured(self) -> str:
         """Return the difference with its interval."""
         if self.interval is None:
