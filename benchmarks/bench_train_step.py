@@ -5,7 +5,7 @@
 R-50-FPN, 80 classes, SGD with momentum, the same images and boxes for all; medians and quartiles of
 interleaved repetitions. "network alone" is forward and backward of this detector's backbone and
 head: the time that no loss, matching or optimizer can save. torchvision's FPN takes P6 from P5, and
-its head differs only in its initial values. Precisions are set by autocast for all alike; float16 on
+its head differs only in its initial values. Autocast sets the precision of all of them; float16 on
 CUDA runs without a gradient scaler, whose cost would be equal for all. Memory is measured in a
 separate step.
 """
