@@ -87,10 +87,7 @@ def analyze_loss(
         InputError: a value that is not allowed, a missing file, a checkpoint of another model,
             data without objects, an earlier result, an output that cannot be written
     """
-    Interval("[1, inf)").check("--num-images", 1 if num_images is None else num_images)
-    Interval(f"[1, {MAX_SAMPLE}]").check("--positives", num_positives)
-    Interval(f"[1, {MAX_SAMPLE}]").check("--negatives", num_negatives)
-    Interval("[0, inf)").check("--seed", seed)
+    _check_numbers(num_images, num_positives, num_negatives, seed)
     if "://" not in weights and not Path(weights.partition("?")[0]).is_file():
         raise InputError(f"--weights {weights!r} is not a file")
     folder = _choose_folder(output, weights, dataset)
@@ -112,10 +109,7 @@ def analyze_loss(
     names = list(cfg.DATASETS[dataset.upper()])
     head = f"Loss without alpha on {len(images)} images of {', '.join(names)}, weights {weights}"
     text = f"{head}\n\n{format_tables(curves)}"
-    conclusion = conclude(curves)
-    content = {
-        "format": FORMAT,
-        "version": retinanet_ext.__version__,
+    facts = {
         "config_file": config_file,
         "opts": list(opts),
         "weights": weights,
@@ -123,16 +117,26 @@ def analyze_loss(
         "num_images": len(images),
         "seed": seed,
         "text": text,
-        "conclusion": conclusion,
-        "fractions": FRACTIONS.tolist(),
-        "curves": [_describe(curve) for curve in curves],
+        "conclusion": conclude(curves),
     }
+    files = "\n".join(f"Wrote {path}" for path in _write(folder, facts, curves))
+    return f"{text}\n\n{files}\n\n{facts['conclusion']}"
+
+
+def _write(folder: Path, facts: dict[str, Any], curves: Sequence[LossCurve]) -> list[Path]:
+    """Write the pictures, then the JSON file, and return all paths."""
     json_file, *pictures = _files(folder)
     for path in pictures:
         save_figure(figure_4(curves), path)
-    write_file(json_file, to_json(content, indent=1, ensure_ascii=False))  # last: all is there
-    files = "\n".join(f"Wrote {path}" for path in _files(folder))
-    return f"{text}\n\n{files}\n\n{conclusion}"
+    content = {
+        "format": FORMAT,
+        "version": retinanet_ext.__version__,
+        **facts,
+        "fractions": FRACTIONS.tolist(),
+        "curves": [_describe(curve) for curve in curves],
+    }
+    write_file(json_file, to_json(content, indent=1, ensure_ascii=False))
+    return [json_file, *pictures]
 
 
 @torch.no_grad()
@@ -201,6 +205,15 @@ def format_tables(curves: Sequence[LossCurve]) -> str:
 def _count(curve: LossCurve) -> str:
     sampled = "" if curve.sampled == curve.seen else f", {curve.sampled} of them sampled"
     return f"{curve.seen} {curve.side}s{sampled}"
+
+
+def _check_numbers(
+    num_images: int | None, num_positives: int, num_negatives: int, seed: int
+) -> None:
+    Interval("[1, inf)").check("--num-images", 1 if num_images is None else num_images)
+    Interval(f"[1, {MAX_SAMPLE}]").check("--positives", num_positives)
+    Interval(f"[1, {MAX_SAMPLE}]").check("--negatives", num_negatives)
+    Interval("[0, inf)").check("--seed", seed)
 
 
 def _files(folder: Path) -> list[Path]:
