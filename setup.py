@@ -16,7 +16,7 @@ setup(
     python_requires=">=3.10",
     packages=find_packages(include=["retinanet_ext", "retinanet_ext.*"]),
     entry_points={"console_scripts": ["retinanet-ext = retinanet_ext.cli:main"]},
-    package_data={"retinanet_ext": ["py.typed"]},
+    package_data={"retinanet_ext": ["py.typed", "experiments/*.yaml"]},
     install_requires=[
         "torch>=2.6",
         "torchvision",

@@ -1,11 +1,11 @@
-"""Inference, post-processing alone or the whole of it: time and memory beside the others'.
+"""Inference, post-processing alone or end to end: time and memory beside the other detectors'.
 
     python benchmarks/bench_inference.py [--images 1 8] [--device cuda] [--save]
     python benchmarks/bench_inference.py --network [--precision bfloat16] [--images 1 8] [--save]
 
 From the head's output to detections: Detectron2's RetinaNet, torchvision's and this detector get
-the same logits and deltas, of 80 classes at 608 x 800. Laying them out anchor by anchor is part of
-each that needs it. The limit is one reading of logits and deltas.
+the same logits and deltas, of 80 classes at 608 x 800. Permuting them to one row per anchor is
+included where an implementation needs it. The limit reads logits and deltas once.
 
 With ``--network`` from the images to detections, R-50-FPN: ratios are to Detectron2's in float32,
 whose weights are this detector's too. The others get a precision by an autocast around them, this
@@ -99,7 +99,7 @@ def parse() -> argparse.Namespace:
 
 
 def bench_postprocessing(args: argparse.Namespace) -> None:
-    """Measure from the head's output on."""
+    """Measure post-processing, from the head's output."""
     models = {}
     for name in ("RetinaNet", "RetinaNetExt"):
         opts = ["MODEL.META_ARCHITECTURE", name, "MODEL.DEVICE", args.device]
@@ -167,13 +167,13 @@ def bench_postprocessing(args: argparse.Namespace) -> None:
 def make_realistic(
     detect: Callable[[], object], backbone: nn.Module, cls_score: nn.Module, share: float
 ) -> None:
-    """Have BatchNorm fit the images, and that share of the scores exceed .05.
+    """Fit BatchNorm to the images, and make the given share of the scores exceed .05.
 
     Args:
-        detect: detects in the images
-        backbone: of the detector, in eval mode
+        detect: runs the detector on the images
+        backbone: the detector's, in eval mode
         cls_score: the layer whose outputs are the logits
-        share: of all logits, above 0
+        share: fraction of all logits, above 0
     """
     layers = [layer for layer in backbone.modules() if isinstance(layer, nn.BatchNorm2d)]
     for layer in layers:
@@ -194,7 +194,7 @@ def make_realistic(
 
 
 def bench_network(args: argparse.Namespace) -> None:
-    """Measure from the images on."""
+    """Measure the whole inference, from the images."""
     device, precision = args.device, args.precision
     stock = make_detectron2("RetinaNet", device)[0].eval()
     ours = {

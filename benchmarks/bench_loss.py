@@ -2,10 +2,10 @@
 
     python benchmarks/bench_loss.py [--height 608 --width 800] [--save]
 
-Logits of two images, 80 classes, P3 to P7 with nine anchors a cell, as the head gives them: each
-way starts from them and ends with their gradient, so permuting, concatenating and one-hot targets
-count. Interleaved repetitions, medians and quartiles. Memory is beyond the logits, in multiples of
-them. The limit is one reading of the logits and one writing of the gradient.
+The input is the head's output for two images: logits of 80 classes, P3 to P7, nine anchors per
+cell. Each implementation starts from it and ends with its gradient, so permuting, concatenating and
+one-hot targets are included. Medians and quartiles of interleaved repetitions. Memory excludes the
+logits and is in multiples of them. The limit reads the logits and writes the gradient once.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def torchvision(levels: list[Tensor], labels: Tensor, weight: float) -> Tensor:
 
 
 def ours() -> Callable[[list[Tensor], Tensor, float], Tensor]:
-    """The one pass, by blocks or by the kernel."""
+    """Return this package's fused loss: in blocks on a CPU, by the kernel on a GPU."""
     loss, alpha = LOSSES["focal"].bind(gamma=2.0), class_weights(0.25, K)
 
     def call(levels: list[Tensor], labels: Tensor, weight: float) -> Tensor:

@@ -1,19 +1,18 @@
-"""What OHEM costs against a training step.
+"""The cost of OHEM beside that of a training step.
 
     python benchmarks/bench_sampling.py [--height 608 --width 800] [--device cuda]
 
-Two images a step, R-50-FPN with 80 classes, interleaved repetitions, medians. The losses of the
-anchors are those of the model itself: as initialised (every negative alike), with scores spread as
-in training, and spread with all positives easier than the negatives (the worst case for 1:3).
+Two images per step, R-50-FPN with 80 classes, medians of interleaved repetitions. The anchors'
+losses are the model's own: as initialised (all negatives alike), with scores spread as in training,
+and spread with all positives easier than the negatives (the worst case for 1:3).
 """
 
 from __future__ import annotations
 
-import argparse
-import time
 from collections.abc import Callable
 
 import torch
+from common import argument_parser, measure
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -31,35 +30,18 @@ SELECTIONS = {
 }
 
 
-def seconds(function: Callable[[], object], device: str) -> float:
-    """Return the wall time of one call, the device's work included."""
-    start = time.perf_counter()
-    function()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 def main() -> None:
     """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argument_parser(__doc__.splitlines()[0], repeat=5)
     parser.add_argument("--height", type=int, default=608)
     parser.add_argument("--width", type=int, default=800)
     parser.add_argument("--boxes", type=int, default=20)
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-
+    torch.set_num_threads(args.threads)
     torch.manual_seed(0)
-    # Random weights need statistics of their own: with frozen ones their activations explode.
-    opts = [
-        "MODEL.DEVICE",
-        args.device,
-        "MODEL.RESNETS.NORM",
-        "BN",
-        "MODEL.BACKBONE.FREEZE_AT",
-        "0",
-    ]
+    # BatchNorm, because with frozen statistics the activations of random weights explode.
+    opts = ["MODEL.DEVICE", args.device]
+    opts += ["MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"]
     cfg, _ = load_config("configs/retinanet_R50_FPN.yaml", opts)
     model = build_model(cfg).train()
     batch = []
@@ -97,16 +79,10 @@ def main() -> None:
             calls[f"{name}, {when}"] = lambda ohem=ohem, losses=losses: ohem(
                 losses, labels, anchors.tensor, 80
             )
-    times: dict[str, list[float]] = {name: [] for name in calls}
     with EventStorage():
-        for repetition in range(args.repeat + 1):  # the first warms up
-            for name, call in calls.items():
-                duration = seconds(call, args.device)
-                if repetition:
-                    times[name].append(duration)
-    medians = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+        medians = {name: t.median for name, t in measure(calls, args.repeat).items()}
     base = medians["training step, all anchors"]
-    print(f"{len(anchors)} anchors an image, {int((labels < 80).sum() - (labels < 0).sum())} "
+    print(f"{len(anchors)} anchors per image, {int((labels < 80).sum() - (labels < 0).sum())} "
           f"positive in the batch, {args.device}, {torch.get_num_threads()} threads")  # fmt: skip
     print(
         tabulate(

@@ -2,11 +2,12 @@
 
     python benchmarks/bench_train_step.py [--precision bfloat16] [--ways "ours, all" ...] [--save]
 
-R-50-FPN, 80 classes, the same images and boxes for all, SGD with momentum; interleaved repetitions,
-medians and quartiles. "network alone" is this detector's backbone and head forward and backward:
-what no loss, matching or optimizer can save. torchvision's FPN takes P6 from P5 and its head
-differs in initial values alone. Precisions are by autocast, for all alike; on CUDA float16 goes
-without a scaler, which costs all the same. Memory is measured in a step of its own.
+R-50-FPN, 80 classes, SGD with momentum, the same images and boxes for all; medians and quartiles of
+interleaved repetitions. "network alone" is forward and backward of this detector's backbone and
+head: the time that no loss, matching or optimizer can save. torchvision's FPN takes P6 from P5, and
+its head differs only in its initial values. Autocast sets the precision of all of them; float16 on
+CUDA runs without a gradient scaler, whose cost would be equal for all. Memory is measured in a
+separate step.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ OURS = {
 
 
 class Network(nn.Module):
-    """Backbone and head of a detector, ending in scalars that reach every output."""
+    """Backbone and head of a detector, reduced to scalars that depend on every output."""
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
@@ -59,7 +60,7 @@ def make_detectron2(
     architecture: str, device: str, opts: tuple[str, ...] = ()
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Build Detectron2's RetinaNet or this one, with Detectron2's normaliser and labels."""
-    # Random weights need statistics of their own: with frozen ones their activations explode.
+    # BatchNorm, because with frozen statistics the activations of random weights explode.
     cfg, _ = load_config(
         CONFIG,
         [
@@ -76,7 +77,7 @@ def make_detectron2(
 
 
 def make_torchvision(args: object) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """Build torchvision's at the same image size, so that it does not resize."""
+    """Build torchvision's RetinaNet at the same image size, so that it does not resize."""
     torch.manual_seed(0)
     model = retinanet_resnet50_fpn(
         weights=None,

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved timing, peak memory, the machine's name, saved results."""
+"""Shared by the benchmarks: interleaved timing, peak memory, hardware name, saved results."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Timing:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """The spread: a quarter of the repetitions took less, a quarter more."""
+        """The first and third quartile, in seconds."""
         if len(self.seconds) == 1:
             return self.median, self.median
         low, _, high = statistics.quantiles(self.seconds, method="inclusive")
@@ -46,7 +46,7 @@ class Timing:
 
 
 def argument_parser(description: str, repeat: int) -> argparse.ArgumentParser:
-    """Return a parser of the options that every benchmark has."""
+    """Return a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--repeat", type=int, default=repeat, help="repetitions of every call")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -58,12 +58,12 @@ def argument_parser(description: str, repeat: int) -> argparse.ArgumentParser:
 def measure(
     calls: Mapping[str, Callable[[], object]], repeat: int, *, warmup: int = 1
 ) -> dict[str, Timing]:
-    """Time calls in turn, round after round, so that a slow spell of the machine meets them all.
+    """Time calls in turn, round after round, so that a slow phase of the machine affects all alike.
 
     Args:
-        calls: name -> what to time, a CUDA device's work included
-        repeat: rounds that count
-        warmup: rounds before them that do not
+        calls: name -> call to time, including its work on a CUDA device
+        repeat: number of rounds that count
+        warmup: number of rounds before them that do not count
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repetition in range(warmup + repeat):
@@ -78,18 +78,18 @@ def measure(
 
 
 def autocast(precision: str, device: str) -> AbstractContextManager:
-    """Return the context in which a network is computed in a precision."""
+    """Return the autocast context for a precision; no context for float32."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(torch.device(device).type, getattr(torch, precision))
 
 
 def peak_memory(call: Callable[[], object], device: str = "cpu") -> int:
-    """Return the most bytes that one call holds beyond what was held before it.
+    """Return the peak number of bytes that one call allocates beyond what was allocated before.
 
-    On CUDA as its allocator counts them. On the CPU the sum of what PyTorch's allocator hands out
-    and takes back, as the profiler records it: exact and repeatable where the process's resident
-    set is neither, but blind to memory that a library takes on its own (oneDNN's workspaces).
+    On CUDA the allocator counts them. On the CPU the profiler records the allocations of PyTorch's
+    allocator. Unlike the resident set size this is exact and repeatable, but it misses memory that
+    a library allocates itself (oneDNN's workspaces).
     """
     if device.startswith("cuda"):
         _synchronize()
@@ -101,7 +101,7 @@ def peak_memory(call: Callable[[], object], device: str = "cpu") -> int:
     cpu = [ProfilerActivity.CPU]
     with profile(activities=cpu, profile_memory=True, acc_events=True) as recorded:
         result = call()
-    del result  # released after the recording: what a call returns is part of its peak
+    del result  # freed only after recording, because the returned value is part of the peak
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -111,20 +111,20 @@ def peak_memory(call: Callable[[], object], device: str = "cpu") -> int:
 
 
 def hardware(device: str = "cpu") -> str:
-    """Return the name of the processor that ``device`` is."""
+    """Return the name of the CPU or GPU behind ``device``."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return re.sub(r"\((R|TM)\)", "", cpu_name())
 
 
 def save(what: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> Path:
-    """Write ``results/<what>_<hardware>_<date>.json``; earlier files stay.
+    """Write ``results/<what>_<hardware>_<date>.json``; earlier files are kept.
 
     Args:
         what: the benchmark's name
-        rows: one dict a line of its table; a :class:`Timing` is written as its median and
+        rows: one dict per line of its table; a :class:`Timing` is written as its median and
             quartiles in seconds
-        args: the settings, of :func:`argument_parser`
+        args: the settings, from :func:`argument_parser`
     """
     name = hardware(args.device)
     date = datetime.date.today().isoformat()

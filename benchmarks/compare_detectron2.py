@@ -1,10 +1,10 @@
-"""Train this detector and Detectron2's RetinaNet side by side: losses, AP, time, memory.
+"""Train this detector and Detectron2's RetinaNet and compare losses, AP, time and memory.
 
     python benchmarks/compare_detectron2.py --config-file configs/small_R18_FPN.yaml \
         DATASETS.CUSTOM.TRAIN_JSON train.json DATASETS.CUSTOM.TRAIN_IMAGES images ...
 
-Same config, data, seed and machine, one after the other, each in a process of its own so that
-peak memory is its own. Results go to ``OUTPUT_DIR/<architecture>``.
+Both use the same config, data, seed and machine. They run one after the other, each in its own
+process so that peak memory is separate. Results go to ``OUTPUT_DIR/<architecture>``.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Everything that needs a CUDA device, in one go: tests, benchmarks, and trainings to their AP.
+"""Run everything that needs a CUDA device: tests, benchmarks, and trainings with their AP.
 
     python benchmarks/device.py --data FOLDER [--minutes 8] [--parts tests loss ...] [--out output]
 
-Parts run one after the other, each in a process of its own and for no longer than its share of
-the minutes; after each the page ``device.md`` and ``device.json`` are written anew, so that what
-was measured is there even if the machine is taken away. Benchmarks save their results below
-``benchmarks/results``. The trainings, on FOLDER's ``instances_{train,val}.json`` and ``images``,
-run side by side. ``--dry-run`` shrinks everything to find mistakes on a CPU.
+Parts run one after another, each in its own process and with its own time limit. ``device.md`` and
+``device.json`` are rewritten after each part, so that nothing measured is lost if the machine goes
+away. Benchmarks save their results in ``benchmarks/results``. The trainings, on FOLDER's
+``instances_{train,val}.json`` and ``images``, run side by side. ``--dry-run`` shrinks everything to
+test this script on a CPU.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ TRAININGS = {
 
 @dataclass(frozen=True)
 class Part:
-    """One command or several side by side, and how long they may take.
+    """One command, or several side by side, with a time limit.
 
     Attributes:
         commands: name -> arguments of Python
-        seconds: limit of all of them together
+        seconds: time limit for all of them together
     """
 
     commands: dict[str, list[str]]
@@ -133,7 +133,7 @@ def run(part: Part, seconds: float, args: argparse.Namespace) -> dict[str, dict]
 
 
 def write_page(results: dict[str, dict], args: argparse.Namespace) -> None:
-    """Write what there is so far as JSON and as a page."""
+    """Write the results so far as JSON and as Markdown."""
     device = hardware("cuda") if torch.cuda.is_available() else hardware()
     content = {"hardware": device, "torch": torch.__version__, "parts": results}
     (args.out / "device.json").write_text(json.dumps(content, indent=1) + "\n")
@@ -147,7 +147,7 @@ def write_page(results: dict[str, dict], args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Run the parts that fit into the minutes."""
+    """Run the parts that fit into ``--minutes``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data to train on")
     parser.add_argument("--minutes", type=float, default=8.0)
@@ -164,7 +164,7 @@ def main() -> None:
     for name in args.parts or parts:
         left = end - time.monotonic()
         if left < 10:
-            print(f"{name}: skipped, the time is up", flush=True)
+            print(f"{name}: skipped, out of time", flush=True)
             continue
         results[name] = run(parts[name], min(parts[name].seconds, left), args)
         codes = {n: (r["exit_code"], r["seconds"]) for n, r in results[name].items()}

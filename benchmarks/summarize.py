@@ -1,4 +1,4 @@
-"""Write benchmarks/README.md from the saved results: of each benchmark and setting the newest.
+"""Write benchmarks/README.md from the newest saved result of each benchmark and setting.
 
 python benchmarks/summarize.py
 """
@@ -52,7 +52,7 @@ def summarize() -> str:
 
 
 def _age(path: Path) -> tuple[str, int]:
-    """Return date and number of a file: ``loss_cpu_2026-01-31_2.json`` is later than without."""
+    """Return date and number of a file; ``x_2026-01-31_2.json`` is newer than the one without 2."""
     date, _, number = path.stem.partition("_20")[2].partition("_")
     return date, int(number or 1)
 

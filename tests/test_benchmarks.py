@@ -1,4 +1,4 @@
-"""The benchmarks' page says what the saved results say."""
+"""The benchmarks' page agrees with the saved results."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ def test_the_page_is_made_from_the_results():
         [sys.executable, "-c", program], cwd=FOLDER, capture_output=True, text=True
     )
     assert made.stdout == (FOLDER / "README.md").read_text(encoding="utf-8"), made.stderr
-    for path in FOLDER.glob("results/*.json"):  # of one setting the newest alone is kept
+    for path in FOLDER.glob("results/*.json"):  # only the newest per setting is kept
         content = json.loads(path.read_text())
         assert (
             f"{content['date']}, torch {content['torch']}, commit {content['commit']}"

@@ -1,6 +1,6 @@
 """Value and gradient of registered losses over x_t (figure 1, appendix A and B).
 
-All without alpha, as the paper plots them. x_t is the logit signed by the label, and
+All without alpha, as in the paper's plots. x_t is the logit signed by the label, and
 p_t = sigmoid(x_t).
 """
 
@@ -51,8 +51,8 @@ def loss_curve(spec: str, x_t: Tensor, label: str = "") -> Curve:
 
     Args:
         spec: a loss and its parameters, see :func:`parse_spec`
-        x_t: where, of any shape
-        label: by default the loss with all its parameters
+        x_t: points of any shape
+        label: by default the name of the loss and all its parameters
 
     Raises:
         InputError: see :func:`parse_spec`

@@ -38,13 +38,12 @@ HARDEST = (0.2, 0.01)
 FRACTIONS = np.unique(np.r_[np.linspace(0, 1, 101), 1 - np.logspace(-2, -6, 41)].round(9))
 """Where the CDF is read off: each percent, and closer together towards the hardest windows."""
 
-# Entries (anchors times classes) taken at once, so that what is computed on the way stays small.
-CHUNK = 2**18
+CHUNK = 2**18  # entries (anchors times classes) per step, so that temporaries stay small
 
 
 @dataclass(frozen=True)
 class PaperCurve:
-    """A curve of figure 4, measured in the paper's vector drawing.
+    """A curve of figure 4, measured in the paper's vector graphics.
 
     Attributes:
         cdf: fraction of the windows, easiest first -> their share of the loss
@@ -84,19 +83,18 @@ PAPER: Mapping[str, Mapping[float, PaperCurve]] = {
 class Reservoir:
     """A uniform sample of a stream: all of it until full, then Vitter's algorithm R.
 
-    Each item takes one random number, so the sample does not depend on how the stream is cut.
+    Each item takes one random number, so the sample does not depend on how the stream is split.
+
+    Args:
+        num_values: float32 numbers kept per item
+        capacity: items kept
+        rng: the source of randomness, not shared
 
     Attributes:
         seen: items so far
     """
 
     def __init__(self, num_values: int, capacity: int, rng: np.random.Generator) -> None:
-        """
-        Args:
-            num_values: float32 numbers kept of each item
-            capacity: items kept
-            rng: the source of randomness, not shared
-        """
         self.seen = 0
         self._values = np.empty((num_values, capacity), np.float32)
         self._rng = rng
@@ -107,11 +105,11 @@ class Reservoir:
         return self._values[:, : self.seen]
 
     def add(self, items: Tensor, values: Callable[[Tensor], Tensor]) -> None:
-        """Take the next items of the stream.
+        """Add the next items of the stream.
 
         Args:
             items: (n, ...)
-            values: what to keep, (m, ...) -> (num_values, m); called on the chosen items alone
+            values: what to keep, (m, ...) -> (num_values, m); called only on the chosen items
         """
         chosen, slots = self._draw(len(items))
         kept = values(items[torch.from_numpy(chosen).to(items.device)])
@@ -126,7 +124,7 @@ class Reservoir:
         self.seen += count
         chosen = np.flatnonzero(slots < capacity)
         slots = slots[chosen]
-        if later.any():  # of several items for one slot the last one stays
+        if later.any():  # the last of several items for one slot stays
             slots, last = np.unique(slots[::-1], return_index=True)
             chosen = chosen[::-1][last]
         return chosen, slots
@@ -160,16 +158,16 @@ class LossCurve:
 
 
 class CumulativeLoss:
-    """The cumulative distribution of losses: float32 values, sums in float64."""
+    """The cumulative distribution of float32 losses, summed in float64 chunk by chunk.
+
+    Args:
+        losses: one dimension, not negative; sorted in place
+
+    Raises:
+        InputError: the losses sum to 0
+    """
 
     def __init__(self, losses: np.ndarray) -> None:
-        """
-        Args:
-            losses: one dimension, not negative; sorted in place
-
-        Raises:
-            InputError: there is no loss to share out
-        """
         losses.sort()
         sums = [_sum(losses[start : start + CHUNK]) for start in range(0, len(losses), CHUNK)]
         self._losses = losses
@@ -179,7 +177,7 @@ class CumulativeLoss:
             raise InputError(f"the losses of {len(losses)} windows sum to {self.total:g}")
 
     def share_of_easiest(self, fraction: float) -> float:
-        """Return the share of the loss carried by that fraction of the windows, easiest first.
+        """Return the share of the loss that a fraction of the windows, easiest first, carries.
 
         Linear between windows.
         """
@@ -187,12 +185,8 @@ class CumulativeLoss:
         index = min(int(position), len(self._losses) - 1)
         chunk = index // CHUNK
         below = self._before[chunk] + _sum(self._losses[chunk * CHUNK : index])
-        # Python's float first: a float32 would make the product one too.
+        # float() first, because the product with a float32 would be float32.
         return float(below + (position - index) * float(self._losses[index])) / self.total
-
-    def share_of_hardest(self, fraction: float) -> float:
-        """Return the share of the loss carried by that fraction of the windows, hardest first."""
-        return 1 - self.share_of_easiest(1 - fraction)
 
     def fraction_with(self, share: float) -> float:
         """Return the fraction of the windows, easiest first, that carries a share of the loss."""
@@ -212,7 +206,11 @@ def _sum(losses: np.ndarray) -> float:
 class WindowSample:
     """Uniform samples of positive and negative windows in both readings, from a stream.
 
-    Keeps 4 bytes a pair and 16 bytes an anchor: 0.2 GB for the paper's 10^7 negatives.
+    Holds 4 bytes per pair and 16 bytes per anchor: 0.2 GB for the paper's 10^7 negatives.
+
+    Args:
+        num_positives, num_negatives: windows kept of each side, in each reading
+        seed: the same seed and stream give the same sample
     """
 
     def __init__(
@@ -222,11 +220,6 @@ class WindowSample:
         num_negatives: int = NUM_NEGATIVES,
         seed: int = 0,
     ) -> None:
-        """
-        Args:
-            num_positives, num_negatives: windows kept of each side, in each reading
-            seed: the same seed and stream give the same sample
-        """
         self._focal = [LOSSES["focal"].bind(gamma=gamma) for gamma in GAMMAS]
         capacity = {"positive": num_positives, "negative": num_negatives}
         num_values = {"anchor": len(GAMMAS), "pair": 1}
@@ -240,7 +233,7 @@ class WindowSample:
 
     @torch.no_grad()
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Take the anchors of an image, or some of them.
+        """Add the anchors of an image, or some of them.
 
         Args:
             logits: (R, K), any float type
@@ -267,7 +260,7 @@ class WindowSample:
         return torch.stack([focal(x_t).sum(1) for focal in self._focal])
 
     def curves(self) -> list[LossCurve]:
-        """Return all curves of figure 4. Sorts the sample in place: nothing is added afterwards.
+        """Return all curves of figure 4. Sorts the sample in place, so call it last.
 
         Raises:
             InputError: there is no positive or no negative window
@@ -305,7 +298,7 @@ def _measure(reading: str, side: str, gamma: float, seen: int, losses: np.ndarra
         seen=seen,
         sampled=len(losses),
         mean_loss=cumulative.total / len(losses),
-        hardest={fraction: cumulative.share_of_hardest(fraction) for fraction in HARDEST},
+        hardest={part: 1 - cumulative.share_of_easiest(1 - part) for part in HARDEST},
         half_loss_fraction=cumulative.fraction_with(0.5),
         cdf=tuple(cumulative.share_of_easiest(fraction) for fraction in FRACTIONS),
     )
@@ -318,10 +311,10 @@ NO_BURDEN = 0.1  # their loss is at most this part of the loss of the positives
 def conclude(curves: Sequence[LossCurve]) -> str:
     """Return one sentence on what the curves mean for the choice of gamma.
 
-    A gamma above 0 takes the loss of easy windows away. That matters where, at gamma 0, the
-    easiest 80 % of the negative anchors carry much of the negatives' loss (above
-    :data:`CONCENTRATED`) and their loss is not small beside that of all foreground anchors (above
-    :data:`NO_BURDEN`). Anchors are read as a whole, as training sums them, without alpha.
+    A gamma above 0 removes the loss of easy windows. That matters if, at gamma 0, the easiest 80 %
+    of the negative anchors carry much of the negatives' loss (above :data:`CONCENTRATED`) and
+    their loss is not small beside that of all foreground anchors (above :data:`NO_BURDEN`). The
+    reading is ``anchor``, as in training, without alpha.
     """
     by_gamma = {(c.side, c.gamma): c for c in curves if c.reading == "anchor"}
     easy = {gamma: 1 - by_gamma["negative", gamma].hardest[0.2] for gamma in GAMMAS}

@@ -1,7 +1,7 @@
 """Drawings of losses in the paper's figures: 1, 5 and 6 (curves), 4 (cumulative loss).
 
-Figures are made without pyplot, so nothing global changes. Colours are those of Okabe and Ito, told
-apart by people of any colour vision.
+Figures are made without pyplot, so no global state changes. The colours are Okabe and Ito's, which
+are distinguishable with any colour vision.
 """
 
 from __future__ import annotations
@@ -34,29 +34,31 @@ GROUND = {"positive": "foreground", "negative": "background"}
 
 
 def draw_losses(what: Sequence[str]) -> tuple[str, Figure]:
-    """Draw one of the paper's figures, or losses of one's choice.
+    """Draw one of the paper's figures, or any registered losses.
 
     Args:
         what: ``1``, ``5`` or ``6`` alone, or specs such as ``focal:gamma=3``
 
     Returns:
-        a file name without its ending, and the figure
+        a file name without its suffix, and the figure
 
     Raises:
         InputError: an unknown loss or parameter, or a value out of range
     """
-    known = {"1": figure_1, "5": figure_5, "6": figure_6}
-    elsewhere = {"2": "experiments report", "4": "analyze-loss"}
-    elsewhere["7"] = elsewhere["2"]
+    known = {
+        "1": figure_1,
+        "5": lambda: figure_5_or_6("value", 5),
+        "6": lambda: figure_5_or_6("gradient", 10),
+    }
+    measured = {"2": "experiments report", "4": "analyze-loss", "7": "experiments report"}
     for item in what:
-        if item in elsewhere:
-            command = f"retinanet-ext {elsewhere[item]}"
+        if item in measured:
+            command = f"retinanet-ext {measured[item]}"
             raise InputError(f"figure {item} is drawn from measurements by {command}")
-    if len(what) == 1 and what[0] in known:
+        if item in known and len(what) > 1:
+            raise InputError(f"figure {item} is drawn alone, got {' '.join(what)}")
+    if what[0] in known:
         return f"figure_{what[0]}", known[what[0]]()
-    figures = [item for item in what if item in known]
-    if figures:
-        raise InputError(f"figure {figures[0]} is drawn alone, got {' '.join(what)}")
     return "losses", losses_figure(what)
 
 
@@ -80,18 +82,10 @@ def figure_1() -> Figure:
     return figure
 
 
-def figure_5() -> Figure:
-    """Draw the loss of CE, FL and FL* against x_t (figure 5)."""
+def figure_5_or_6(attribute: str, limit: float) -> Figure:
+    """Draw the loss ("value", figure 5) or gradient ("gradient", figure 6) of CE, FL and FL*."""
     figure, (axes,) = _figure(5.0, 3.6)
-    _plot(axes, _curves(FIGURES_5_AND_6, _x_t(5)), "value")
-    _add_legend(axes)
-    return figure
-
-
-def figure_6() -> Figure:
-    """Draw the gradient of CE, FL and FL* against x_t (figure 6)."""
-    figure, (axes,) = _figure(5.0, 3.6)
-    _plot(axes, _curves(FIGURES_5_AND_6, _x_t(10)), "gradient")
+    _plot(axes, _curves(FIGURES_5_AND_6, _x_t(limit)), attribute)
     _add_legend(axes)
     return figure
 
@@ -99,11 +93,7 @@ def figure_6() -> Figure:
 def losses_figure(specs: Sequence[str]) -> Figure:
     """Draw loss and gradient of registered losses against x_t.
 
-    Args:
-        specs: see :func:`~retinanet_ext.analysis.curves.parse_spec`
-
-    Raises:
-        InputError: see there
+    ``specs`` and errors are those of :func:`~retinanet_ext.analysis.curves.parse_spec`.
     """
     figure, panels = _figure(9.0, 3.6, columns=2)
     _plot(panels[0], [loss_curve(spec, _x_t(5)) for spec in specs], "value")
@@ -113,9 +103,9 @@ def losses_figure(specs: Sequence[str]) -> Figure:
 
 
 def figure_4(curves: Sequence[LossCurve]) -> Figure:
-    """Draw the cumulative loss of positives and negatives, a row for each reading (figure 4).
+    """Draw the cumulative loss of positives and negatives, one row per reading (figure 4).
 
-    Circles are the paper's, measured in its drawing; it does not say which reading is its own.
+    Circles are measured in the paper's drawing. The paper does not say which reading is its own.
     """
     readings = [reading for reading in READINGS if any(c.reading == reading for c in curves)]
     figure, panels = _figure(7.8, 3.7 * len(readings), rows=len(readings), columns=2)
@@ -141,8 +131,8 @@ def _plot_cdf(axes: Axes, curve: LossCurve, index: int, num_curves: int) -> None
     axes.scatter(
         list(paper), list(paper.values()), s=16, facecolors="none", edgecolors=colour, alpha=0.6
     )
-    # A CDF of sorted losses stays below the diagonal: labels above it are never drawn over. Each
-    # is tied to its curve by a line across the diagonal, all parallel.
+    # A CDF of sorted losses stays below the diagonal, so labels above it are never covered. A line
+    # across the diagonal connects each label to its curve.
     level = 1.3 - 0.45 * index / max(num_curves - 1, 1)
     x = np.interp(level, FRACTIONS + cdf, FRACTIONS)
     axes.annotate(
@@ -205,7 +195,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     """Write a figure as ``.svg`` or ``.png``, the same bytes for the same figure.
 
     Raises:
-        InputError: another ending, the file exists, or it cannot be written
+        InputError: another suffix, the file exists, or it cannot be written
     """
     path = Path(path)
     metadata = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}

@@ -39,7 +39,7 @@ STYLE = {
     "svg.hashsalt": "retinanet_ext",  # the same bytes for the same figure
 }
 MAX_POINTS = 150  # of a training curve
-MAX_LOSS = 100  # times the median: the end of the axis of training curves
+MAX_LOSS = 100  # upper limit of the axis of training curves, as a multiple of the median
 
 # AP on COCO and milliseconds on an Nvidia M40 of figure 2's other detectors; YOLOv2 is not plotted.
 FIGURE_2_OTHERS = {
@@ -51,22 +51,22 @@ FIGURE_2_OTHERS = {
     "FPN FRCN": (36.2, 172),
 }
 SPEED = (
-    "Accuracy against the time per image. Left: measured here; right: the paper's, with the other "
-    "detectors of its figure 2. The times are of different machines and cannot be compared "
-    "between the panels."
+    "AP against inference time per image. Left: measured here. Right: the paper, with the other "
+    "detectors of its figure 2. The two panels were measured on different machines, so their "
+    "times cannot be compared."
 )
 FOCAL_STAR = (
-    "FL* at the settings of figure 7. Left: as in the paper, blue where AP is above 33.5, grey "
-    "where it is below or training did not converge. Middle: coloured by the AP measured here, "
-    "dotted where it diverged. Right: mean AP of each setting, in a frame of the paper's colour."
+    "FL* at the settings of figure 7. Left: as in the paper, blue if AP is above 33.5, grey if it "
+    "is below or training did not converge. Middle: coloured by the AP measured here, dotted if "
+    "training diverged. Right: mean AP of each setting, framed in the paper's colour."
 )
 DIAL = (
-    "AP against the number of background anchors per foreground anchor. A dot is a seed, a line "
-    "the mean. Right: the mean's distance from the best loss at the same imbalance; the bar is "
-    "one standard deviation to each side."
+    "AP against the number of background anchors per foreground anchor. Each dot is a seed; lines "
+    "connect the means. Right: the mean's distance from the best loss at the same imbalance; bars "
+    "are ± one standard deviation."
 )
 TRAINING = (
-    "Training curves, a panel per row and a line per seed: the whole loss (black) and the "
+    "Training curves, one panel per row and one line per seed: total loss (black) and "
     "classification loss (blue). Losses with different settings have different scales."
 )
 
@@ -105,15 +105,16 @@ def draw_figures(tables: Sequence[TableResult]) -> dict[str, list[Drawing]]:
 
 
 def draw_training(curves: Mapping[RowResult, Sequence[np.ndarray]]) -> Figure:
-    """Draw the losses of each row by iteration, small multiples on common axes."""
+    """Draw the losses of each row by iteration: one panel per row, with shared axes."""
     columns = min(4, len(curves))
     lines = math.ceil(len(curves) / columns)
     figure = Figure(figsize=(WIDTH, 0.6 + 1.4 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
     for axes, (row, runs) in zip(grid.flat, curves.items(), strict=False):
         for iteration, total, classification in runs:
-            axes.plot(iteration, total, color=INK, lw=0.9)
-            axes.plot(iteration, classification, color=BLUE)
+            marker = "." if len(iteration) == 1 else ""  # a line of one point is invisible
+            axes.plot(iteration, total, marker, color=INK, lw=0.9)
+            axes.plot(iteration, classification, marker, color=BLUE)
         if row.has_diverged:
             axes.text(0.97, 0.93, "diverged", color=RED, ha="right", va="top",
                       transform=axes.transAxes)  # fmt: skip
@@ -123,7 +124,7 @@ def draw_training(curves: Mapping[RowResult, Sequence[np.ndarray]]) -> Figure:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
     losses = np.concatenate([run[1:].ravel() for runs in curves.values() for run in runs])
-    if not np.isnan(losses).all():  # the others would be flat beside a run that diverged
+    if not np.isnan(losses).all():  # beside a run that diverged the others would look flat
         top = min(1.2 * np.nanmax(losses), MAX_LOSS * np.nanmedian(losses))
         grid[0, 0].set_ylim(top=top)
     for axes in list(grid.flat)[len(curves) :]:
@@ -164,7 +165,7 @@ def draw_speed(tables: Sequence[TableResult]) -> Figure:
 
 
 def draw_focal_star(table: TableResult) -> Figure:
-    """Draw FL* over x_t at each setting, by the paper's outcome and by the measured AP."""
+    """Draw FL* over x_t at each setting, coloured by the paper's outcome and by measured AP."""
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     paper, measured, plane = figure.subplots(1, 3)
     aps = {row: fmean(row.values("AP")) for row in table.rows if row.values("AP")}
@@ -248,7 +249,7 @@ def _curves(row: RowResult) -> list[np.ndarray]:
 
 
 def _read_curve(run: Path) -> np.ndarray:
-    """Return iterations, whole loss and classification loss, thinned by means; may be empty."""
+    """Return iterations, total and classification loss, averaged to few points; may be empty."""
     names = ("iteration", "total_loss", "loss_cls")
     lines = [line for line in read_metrics(run) if "total_loss" in line]
     if not lines:

@@ -1,4 +1,4 @@
-"""How the loss of a checkpoint concentrates on hard anchors of a data set (figure 4)."""
+"""Measure how the loss of a checkpoint concentrates on hard anchors of a data set (figure 4)."""
 
 from __future__ import annotations
 
@@ -50,11 +50,8 @@ from retinanet_ext.modeling.matching import label_anchors
 
 FORMAT = 1
 RESULT = "loss_cdf"
-SECONDS_BETWEEN_LINES = 10
 MAX_SAMPLE = 10**9  # 20 GB
 COLUMNS = (("positive", 0.2), ("negative", 0.01), ("negative", 0.2))
-
-logger = logging.getLogger(__name__)
 
 
 def analyze_loss(
@@ -71,20 +68,20 @@ def analyze_loss(
 ) -> str:
     """Measure figure 4 on a data set and write ``loss_cdf.json``, ``.svg`` and ``.png``.
 
-    The images are taken in random order and as in evaluation: one at a time, resized to the test
-    size, not flipped. Anchors are labelled by the model's own matcher.
+    The images come in random order and as in evaluation: one at a time, resized to the test size,
+    not flipped. The model's own matcher labels the anchors.
 
     Args:
         config_file, opts: the config the weights were trained with, as for training
         weights: the checkpoint
         dataset: ``train`` or ``test``, for the images of ``DATASETS.TRAIN`` or ``DATASETS.TEST``
-        num_images: at most so many of them; all by default
-        num_positives, num_negatives: windows sampled at most of each side
+        num_images: maximum number of images; all by default
+        num_positives, num_negatives: maximum number of windows sampled of each side
         seed: of the order of images and of the sample
         output: folder; ``loss_cdf-<dataset>`` beside the weights by default
 
     Returns:
-        the result as text: tables, the files, and what it means for gamma as its last line
+        the result as text: tables, the files, and as its last line what it means for gamma
 
     Raises:
         InputError: a value that is not allowed, a missing file, a checkpoint of another model,
@@ -112,10 +109,7 @@ def analyze_loss(
     names = list(cfg.DATASETS[dataset.upper()])
     head = f"Loss without alpha on {len(images)} images of {', '.join(names)}, weights {weights}"
     text = f"{head}\n\n{format_tables(curves)}"
-    conclusion = conclude(curves)
-    content = {
-        "format": FORMAT,
-        "version": retinanet_ext.__version__,
+    facts = {
         "config_file": config_file,
         "opts": list(opts),
         "weights": weights,
@@ -123,13 +117,26 @@ def analyze_loss(
         "num_images": len(images),
         "seed": seed,
         "text": text,
-        "conclusion": conclusion,
+        "conclusion": conclude(curves),
+    }
+    files = "\n".join(f"Wrote {path}" for path in _write(folder, facts, curves))
+    return f"{text}\n\n{files}\n\n{facts['conclusion']}"
+
+
+def _write(folder: Path, facts: dict[str, Any], curves: Sequence[LossCurve]) -> list[Path]:
+    """Write the pictures, then the JSON file, and return all paths."""
+    json_file, *pictures = _files(folder)
+    for path in pictures:
+        save_figure(figure_4(curves), path)
+    content = {
+        "format": FORMAT,
+        "version": retinanet_ext.__version__,
+        **facts,
         "fractions": FRACTIONS.tolist(),
         "curves": [_describe(curve) for curve in curves],
     }
-    _write(folder, content, curves)
-    files = "\n".join(f"Wrote {path}" for path in _files(folder))
-    return f"{text}\n\n{files}\n\n{conclusion}"
+    write_file(json_file, to_json(content, indent=1, ensure_ascii=False))
+    return [json_file, *pictures]
 
 
 @torch.no_grad()
@@ -144,8 +151,8 @@ def sample_windows(
     Args:
         model: a RetinaNet, this plugin's or Detectron2's; put in evaluation mode
         batches: one image each, with ``instances``
-        num_images: for the lines of progress
-        sample: changed in place
+        num_images: for the progress log
+        sample: modified in place
 
     Raises:
         InputError: the model's output is not finite
@@ -161,12 +168,7 @@ def sample_windows(
         instances = inputs["instances"].to(model.device)
         (labels,), _ = label_anchors(model.anchor_matcher, anchors, [instances], model.num_classes)
         sample.add(logits, labels)
-        log_every_n_seconds(
-            logging.INFO,
-            f"{done} of {num_images} images",
-            SECONDS_BETWEEN_LINES,
-            name=__name__,
-        )
+        log_every_n_seconds(logging.INFO, f"{done} of {num_images} images", 10, name=__name__)
 
 
 def predict_logits(model: DenseDetector, inputs: dict[str, Any]) -> tuple[Tensor, Boxes]:
@@ -179,7 +181,7 @@ def predict_logits(model: DenseDetector, inputs: dict[str, Any]) -> tuple[Tensor
 
 
 def format_tables(curves: Sequence[LossCurve]) -> str:
-    """Return a table a reading: the shares of the hardest windows beside the paper's."""
+    """Return one table per reading: the shares of the hardest windows beside the paper's."""
     by_key = {(curve.reading, curve.side, curve.gamma): curve for curve in curves}
     header = ["γ"]
     for side, fraction in COLUMNS:
@@ -208,8 +210,7 @@ def _count(curve: LossCurve) -> str:
 def _check_numbers(
     num_images: int | None, num_positives: int, num_negatives: int, seed: int
 ) -> None:
-    if num_images is not None:
-        Interval("[1, inf)").check("--num-images", num_images)
+    Interval("[1, inf)").check("--num-images", 1 if num_images is None else num_images)
     Interval(f"[1, {MAX_SAMPLE}]").check("--positives", num_positives)
     Interval(f"[1, {MAX_SAMPLE}]").check("--negatives", num_negatives)
     Interval("[0, inf)").check("--seed", seed)
@@ -230,7 +231,7 @@ def _choose_folder(output: str | Path | None, weights: str, dataset: str) -> Pat
 
 
 def _make_folder(folder: Path) -> None:
-    """Make the folder, and find out now and not after hours whether it can be written to."""
+    """Make the folder and check that it is writable now, not after hours of measuring."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -241,7 +242,7 @@ def _make_folder(folder: Path) -> None:
 def _choose_images(
     cfg: CfgNode, dataset: str, num_images: int | None, seed: int
 ) -> list[dict[str, Any]]:
-    """Return images in random order; of those for training the ones that training uses."""
+    """Return images in random order; for ``train`` only those that training uses."""
     names = cfg.DATASETS[dataset.upper()]
     images = get_detection_dataset_dicts(
         names, filter_empty=dataset == "train" and cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
@@ -257,7 +258,7 @@ def _choose_images(
 
 
 def _make_mapper(cfg: CfgNode) -> CheckedDatasetMapper:
-    """Return the mapper of evaluation, except that annotations are kept."""
+    """Return the mapper of evaluation, with annotations kept."""
     return CheckedDatasetMapper(
         is_train=True,
         augmentations=build_augmentation(cfg, is_train=False),
@@ -289,12 +290,3 @@ def _describe(curve: LossCurve) -> dict[str, Any]:
         "cdf": dict(paper.cdf),
     }
     return content
-
-
-def _write(folder: Path, content: dict[str, Any], curves: Sequence[LossCurve]) -> None:
-    """Write pictures and, once they are there, the json."""
-    json_file, *pictures = _files(folder)
-    figure = figure_4(curves)
-    for path in pictures:
-        save_figure(figure, path)
-    write_file(json_file, to_json(content, indent=1, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""``report.md`` as one HTML page that needs no other file and no script."""
+"""Render ``report.md`` as one HTML page that needs no other file and no script."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ p > em { color: light-dark(#555, #aaa); }
 
 
 def render_page(markdown: str, folder: Path) -> str:
-    """Return a report as a page; pictures are read from ``folder`` and become part of it."""
+    """Return a report as a page; pictures are read from ``folder`` and embedded."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(markdown)
     for token, following in pairwise(tokens):
@@ -62,7 +62,7 @@ def anchor(heading: str) -> str:
 
 
 def _data_uri(path: Path) -> str:
-    """Return a picture as a data URI; empty if it cannot be read, so that its caption is shown."""
+    """Return a picture as a data URI; an empty one if it cannot be read, to show its caption."""
     try:
         if path.suffix == ".svg":
             kind, content = "svg+xml", path.read_bytes()

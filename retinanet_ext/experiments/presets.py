@@ -132,7 +132,7 @@ def find_rows(
 def row_arguments(preset: Preset, row: Row, seed: int, opts: Sequence[str]) -> list[str]:
     """Return a row's config as KEY VALUE pairs: the preset's, then ``opts``, then the row's own.
 
-    What a row varies cannot be overridden: the row would no longer be what its name says.
+    What a row varies cannot be overridden; otherwise its name would be wrong.
     """
     own = {**row.overrides, **row.preset_overrides.get(preset.name, {}), "SEED": seed}
     return [*_pairs(preset.overrides), *opts, *_pairs(own)]
@@ -160,7 +160,7 @@ def row_config(
     cfg, num_classes_is_set = load_config(
         str(configs / preset.configs[row.model]), row_arguments(preset, row, seed, opts)
     )
-    # In a sweep every row would come out alike.
+    # Otherwise all rows of a sweep would give the same result.
     if ineffective := ineffective_keys(cfg):
         raise InputError(f"row {row.name}: {ineffective[0]}")
     return cfg, num_classes_is_set

@@ -1,10 +1,10 @@
-"""What a run leaves behind, so that a report needs nothing but the folder."""
+"""The record of a run, one JSON file, and the metrics in its folder."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from retinanet_ext.files import to_json, write_file
 
 FORMAT = 1
 RECORD = "record.json"
-FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
+FINISHED, DIVERGED, FAILED, UNFINISHED = "finished", "diverged", "failed", "unfinished"
 
 
 @dataclass
@@ -22,15 +22,16 @@ class Record:
     """The result of one run: one config, one seed.
 
     Attributes:
-        rows: every ``table/row`` that this very run stands for.
-        status: ``finished``, ``diverged`` (a result too) or ``failed``.
-        message: how it diverged or failed; a remark otherwise.
-        metrics: AP in percent, as COCO's evaluation names it; None where it is not defined.
-        inference_ms: median milliseconds an image.
-        wall_seconds: all parts of a run that was cut off together.
-        commit: of the project's code, of each part of a run that was cut off; empty outside of git.
-        hardware: cpu, threads, gpus and num_processes of the run, and jobs: how many such runs
-            went on at a time.
+        rows: every ``table/row`` whose config this is.
+        status: ``finished``, ``diverged`` (a result too), ``failed``, or ``unfinished`` while it
+            runs and after it was cut off.
+        key: digest of the config without its seed and folder.
+        message: how it diverged or failed.
+        metrics: AP in percent, under the names of COCO's evaluation; None where undefined.
+        inference_ms: median milliseconds per image.
+        wall_seconds: total over all parts of a run that was cut off.
+        commit: of the project's code, for each part of the run; empty outside of git.
+        hardware: ``cpu``, ``threads``, ``gpus`` and ``num_processes``.
     """
 
     rows: list[str]
@@ -81,45 +82,40 @@ def read_record(folder: Path) -> Record:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return a json file's object, or raise :class:`InputError` naming the file."""
+    """Return the object in a JSON file, or raise :class:`InputError` naming the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if not isinstance(content, dict):
-        raise InputError(f"{path} does not hold a json object")
+        raise InputError(f"{path} does not hold a JSON object")
     return content
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a json file whole or not at all."""
+    """Write a JSON file atomically."""
     write_file(path, to_json(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return the lines of Detectron2's ``metrics.json``, each iteration's last one, in order.
+    """Return the lines of Detectron2's ``metrics.json``, the last one of each iteration, in order.
 
     A run that was cut off repeats the iterations since its last checkpoint, and may end in half
     a line.
     """
-    return sorted(_last_lines(run / "metrics.json").values(), key=lambda line: line["iteration"])
-
-
-def _last_lines(path: Path) -> dict[tuple[int, bool], dict[str, Any]]:
-    def lines() -> Iterator[dict[str, Any]]:
-        for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-            try:
-                line = json.loads(text)
-            except ValueError:
-                continue
-            if isinstance(line, dict) and "iteration" in line:
-                yield line
-
-    return {(line["iteration"], "bbox/AP" in line): line for line in lines()}
+    path = run / "metrics.json"
+    last = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        last[line["iteration"], "bbox/AP" in line] = line
+    return sorted(last.values(), key=lambda line: line["iteration"])
 
 
 def final_metrics(run: Path) -> tuple[dict[str, float | None], float | None]:
-    """Return AP by name, and milliseconds an image, of the last evaluation in ``metrics.json``."""
+    """Return AP by name, and milliseconds per image, of the last evaluation in ``metrics.json``."""
     evaluations = [line for line in read_metrics(run) if "bbox/AP" in line]
     if not evaluations:
         return {}, None

@@ -22,7 +22,6 @@ from retinanet_ext.experiments.statistics import (
     RULE,
     RowResult,
     TableResult,
-    Verdict,
     duration,
     number,
     signed,
@@ -53,8 +52,8 @@ def write_reports(output: Path) -> Iterator[Path]:
 def write_report(campaign: Path) -> tuple[Path, Path, Path]:
     """Write ``runs.csv``, ``report.md``, ``report.html`` and ``figures/*.svg`` of a campaign.
 
-    They follow from the records alone and replace earlier ones; the same records give the same
-    bytes. The page needs no other file.
+    They depend only on the records and replace earlier ones: the same records give the same bytes.
+    The page needs no other file.
 
     Raises:
         InputError: no run has ended, a record cannot be read, or the report cannot be written,
@@ -77,7 +76,7 @@ def write_report(campaign: Path) -> tuple[Path, Path, Path]:
 
 
 def render_csv(results: Results) -> str:
-    """Return a line per run: record, metrics, and each config key that any run does not default."""
+    """Return a line per run: record, metrics, and each config key that some run changes."""
     cfg = get_cfg()
     add_retinanet_ext_config(cfg)
     defaults = flatten(cfg)
@@ -103,7 +102,7 @@ def render_csv(results: Results) -> str:
 
 
 def render_markdown(results: Results, figures: Mapping[str, Sequence[Drawing]]) -> str:
-    """Return the report in GitHub's Markdown; figures are named, not contained."""
+    """Return the report in GitHub's Markdown, with links to the figures."""
     blocks = ["# The experiments of *Focal Loss for Dense Object Detection*, measured"]
     blocks.append("\n".join(f"- **{k}**: {_escape(v)}" for k, v in results.facts.items()))
     blocks += [f"> **Note.** {_escape(warning)}" for warning in results.warnings]
@@ -129,7 +128,16 @@ def _findings(results: Results) -> Iterator[str]:
         numbers = ("difference in AP (95 % interval)", "in the paper")
         yield _markdown_table(
             ("table", "the paper's claim", "here", *numbers),
-            [(table.table.name, *_claim_cells(verdict)) for table, verdict in verdicts],
+            [
+                (
+                    table.table.name,
+                    _escape(verdict.text),
+                    verdict.word,
+                    verdict.measured,
+                    signed(verdict.paper_difference),
+                )
+                for table, verdict in verdicts
+            ],
             numbers=(3, 4),
         )
         yield RULE
@@ -137,25 +145,22 @@ def _findings(results: Results) -> Iterator[str]:
     if best:
         yield "### Best row of each table"
         yield _markdown_table(
-            ("table", "best row here", "AP", "not told apart from it", "best in the paper", "AP"),
+            (
+                "table",
+                "best row here",
+                "AP",
+                "indistinguishable from it",
+                "best in the paper",
+                "AP",
+            ),
             [(table.table.name, *_best_cells(table, row)) for table, row in best],
         )
         yield (
-            "Not told apart: the interval of the difference includes 0; with one seed nothing is "
-            "told apart. The best is the highest of several means, so its own is likely too high."
+            "Indistinguishable: the interval of the difference includes 0. One seed is not enough "
+            "to tell. The best mean is the highest of several, so it is likely an overestimate."
         )
     elif not any(row.values("AP") for table in results.tables for row in table.rows):
         yield "No row has an AP yet."
-
-
-def _claim_cells(verdict: Verdict) -> tuple[str, ...]:
-    remarks = f" ({'; '.join(verdict.remarks)})" if verdict.remarks else ""
-    return (
-        _escape(verdict.claim.text + remarks),
-        verdict.word,
-        verdict.measured,
-        signed(verdict.paper_difference),
-    )
 
 
 def _best_cells(table: TableResult, best: RowResult) -> tuple[str, ...]:
@@ -217,7 +222,7 @@ def _pictures(results: Results) -> Iterator[str]:
     pictures = {path: caption for path, caption in pictures.items() if path.is_file()}
     if pictures:
         yield "## Sample detections"
-        yield "Of the best row of each table. Ground truth at the left, detections at the right."
+        yield "The best row of each table: ground truth on the left, detections on the right."
     for path, caption in pictures.items():
         yield f"{_escape(caption)}:"
         yield _picture(caption, path, results.folder)
@@ -231,7 +236,7 @@ def _runs(results: Results) -> Iterator[str]:
     yield "## Every run"
     text = "All settings and metrics of each run are in `runs.csv`."
     if results.sparse:
-        text += f" Tables of which only one row was run are left out: {', '.join(results.sparse)}."
+        text += f" Tables with only one row that was run are left out: {', '.join(results.sparse)}."
     yield text
     yield _markdown_table(
         ("folder", "rows", "seed", "status", "iterations", "starts", "wall time", "commit"),
@@ -254,12 +259,12 @@ def _runs(results: Results) -> Iterator[str]:
 def _markdown_table(
     head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Container[int] = ()
 ) -> str:
-    """Return a table; the columns in ``numbers`` are aligned right."""
+    """Return a table whose columns in ``numbers`` are right-aligned."""
     rule = ["---:" if column in numbers else "---" for column in range(len(head))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (map(_escape, head), rule, *rows))
 
 
 def _escape(text: str) -> str:
-    """Return text in one line in which Markdown and HTML mean nothing."""
+    """Return text in one line, with the markup of Markdown and HTML escaped."""
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text)

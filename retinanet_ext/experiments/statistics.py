@@ -19,18 +19,18 @@ WORDS = (HOLDS, FAILS, NOISE, ONE_SEED, UNMEASURED)
 
 RULE = (
     "A claim says that one row of a table has a higher AP than another. The interval is Welch's "
-    "95 % t interval for the difference of the two means over seeds. The claim holds where the "
-    "whole interval lies above 0, does not hold where it lies below 0, and is within the noise "
-    "otherwise. One seed in either row gives no interval, and nothing is concluded from it. A row "
-    "that diverged with every seed loses to one that finished. Means are over the runs that "
-    "finished; ± is the standard deviation over seeds."
+    "95 % t interval for the difference of the two means over seeds. The claim holds if the whole "
+    "interval lies above 0, does not hold if it lies below 0, and is within the noise otherwise. "
+    "If either row has a single seed, there is no interval and no conclusion. A row that diverged "
+    "with every seed loses to one that finished. Means are over the runs that finished; ± is the "
+    "standard deviation over seeds."
 )
 
 SAID_BY_VALUE = ("loss", "method", "backbone", "background : foreground")
-"""Settings whose values need no name."""
+"""Columns whose values are clear without the column's name."""
 
 OTHER_DATA = ("imbalance",)
-"""Tables whose rows differ in their data, so that their APs are not those of one test set."""
+"""Tables whose rows have different test sets, so that their APs cannot be compared."""
 
 SHOWN = ("AP", "AP50", "AP75")
 SHOWN_WHERE_PRINTED = ("APs", "APm", "APl", "ms")
@@ -46,7 +46,7 @@ class RowResult:
 
     @property
     def label(self) -> str:
-        """Return the columns left of the paper's numbers in one line."""
+        """Return the row's settings in one line."""
         return ", ".join(
             value if name in SAID_BY_VALUE else f"{name} {value}"
             for name, value in self.row.settings.items()
@@ -59,18 +59,18 @@ class RowResult:
 
     @property
     def has_diverged(self) -> bool:
-        """Return whether it diverged with every seed that did not fail."""
+        """Whether it diverged with every seed that did not fail."""
         return {run.status for run in self.runs} - {FAILED} == {DIVERGED}
 
     def values(self, metric: str) -> list[float]:
-        """Return a metric of the finished runs where it is defined; "ms" is per image."""
+        """Return a metric of each finished run for which it is defined; "ms" is per image."""
         values = [
             run.inference_ms if metric == "ms" else run.metrics.get(metric) for run in self.finished
         ]
         return [value for value in values if value is not None and math.isfinite(value)]
 
     def cells(self, metrics: Sequence[str]) -> list[str]:
-        """Return the mean of each metric, with the spread of the three shown for every table."""
+        """Return the mean of each metric, for AP, AP50 and AP75 with the spread."""
         cells = []
         for metric, values in zip(metrics, map(self.values, metrics), strict=True):
             mean = number(fmean(values) if values else None)
@@ -79,7 +79,7 @@ class RowResult:
 
     @property
     def notes(self) -> list[str]:
-        """Return what became of the runs that did not finish, one line per kind."""
+        """Return how the runs that did not finish ended, one line per message."""
         seeds: dict[str, list[str]] = {}
         for run in self.runs:
             if run.status != FINISHED:
@@ -94,7 +94,7 @@ class RowResult:
 
     @property
     def status(self) -> str:
-        """Return the number of runs, and what became of those that did not finish."""
+        """Return the number of runs, and how those that did not finish ended."""
         if not self.runs or not self.notes:
             return count(len(self.runs), "seed") if self.runs else "not run"
         return f"{len(self.finished)} of {len(self.runs)} finished; {'; '.join(self.notes)}"
@@ -102,7 +102,7 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim of the paper beside what was measured; differences in points of AP."""
+    """A claim of the paper beside the measured difference in AP."""
 
     claim: Claim
     word: str
@@ -110,6 +110,11 @@ class Verdict:
     interval: tuple[float, float] | None
     paper_difference: float | None
     remarks: tuple[str, ...]
+
+    @property
+    def text(self) -> str:
+        """Return the claim with the remarks in brackets."""
+        return self.claim.text + (f" ({'; '.join(self.remarks)})" if self.remarks else "")
 
     @property
     def measured(self) -> str:
@@ -132,13 +137,13 @@ def welch_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float
 
 
 def highest(rows: Sequence[RowResult]) -> RowResult | None:
-    """Return the row of the highest mean AP, the first of equals; None where no row has one."""
+    """Return the row with the highest mean AP, the first of equals; None if no row has an AP."""
     rows = [row for row in rows if row.values("AP")]
     return max(rows, key=lambda row: fmean(row.values("AP")), default=None)
 
 
 def judge(claim: Claim, better: RowResult, others: Sequence[RowResult]) -> Verdict:
-    """Hold a claim against the runs of its rows, by :data:`RULE`; of ``others`` the best counts."""
+    """Judge a claim by :data:`RULE`, against the row of ``others`` with the highest AP."""
     worse = highest(others) or others[0]
     a, b = better.values("AP"), worse.values("AP")
     difference = fmean(a) - fmean(b) if a and b else None
@@ -173,12 +178,12 @@ class TableResult:
 
     @property
     def measured(self) -> list[RowResult]:
-        """Return the rows that were run, whatever became of them."""
+        """Return the rows that were run, however they ended."""
         return [row for row in self.rows if row.runs]
 
     @property
     def metrics(self) -> list[str]:
-        """Return the paper's three metrics, and others that it prints for this table."""
+        """Return AP, AP50, AP75 and the other metrics that the paper prints for this table."""
         printed = {metric for row in self.rows for metric in row.row.paper}
         return [*SHOWN, *(metric for metric in SHOWN_WHERE_PRINTED if metric in printed)]
 
@@ -189,7 +194,7 @@ class TableResult:
 
     @property
     def best(self) -> RowResult | None:
-        """Return the row of the highest mean AP; None if the rows' data differ."""
+        """Return the row with the highest mean AP; None if the rows have different test sets."""
         return None if self.table.name in OTHER_DATA else highest(self.rows)
 
     @property
@@ -212,17 +217,17 @@ class TableResult:
 
 
 def number(value: float | None) -> str:
-    """Return a number as the paper prints it; a dash where there is none."""
+    """Return a number as the paper prints it; a dash if there is none."""
     return "–" if value is None else f"{value:.1f}"
 
 
 def signed(value: float | None) -> str:
-    """Return a difference with its sign, a typographic minus; a dash where there is none."""
+    """Return a difference with its sign and a typographic minus; a dash if there is none."""
     return "–" if value is None else f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 def with_spread(values: Sequence[float]) -> str:
-    """Return mean ± standard deviation (n - 1); without the latter below two values."""
+    """Return mean ± sample standard deviation; the mean alone below two values."""
     if len(values) < 2:
         return number(values[0] if values else None)
     return f"{fmean(values):.1f} ± {stdev(values):.1f}"

@@ -1,0 +1,195 @@
+"""Plan a campaign: which configs are run with which seeds, and in which folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from detectron2.config import CfgNode
+
+import retinanet_ext
+from retinanet_ext.data.sample_set import GENERATOR_VERSION
+from retinanet_ext.data.sources import read_texts
+from retinanet_ext.errors import InputError
+from retinanet_ext.experiments import record
+from retinanet_ext.experiments.presets import (
+    Preset,
+    find_preset,
+    find_rows,
+    row_arguments,
+    row_config,
+)
+from retinanet_ext.experiments.tables import Row, Table
+
+
+@dataclass(frozen=True)
+class Run:
+    """One config to be run with one seed.
+
+    Attributes:
+        rows: every ``table/row`` of the preset that has this config.
+        key: digest of the config without its seed and folder.
+        config_file, arguments: for ``train_net.py``, without OUTPUT_DIR.
+    """
+
+    rows: tuple[str, ...]
+    key: str
+    seed: int
+    config_file: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Return the name of the run's folder, after its first row."""
+        table, row = self.rows[0].split("/")
+        return f"{table}_{row}_seed{self.seed}".replace(":", "-")
+
+    @property
+    def label(self) -> str:
+        """Return the name of the run in the log."""
+        others = f" (= {', '.join(self.rows[1:])})" if len(self.rows) > 1 else ""
+        return f"{self.rows[0]}{others} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Campaign:
+    """A folder of runs that may be compared: one preset, config, data and package version."""
+
+    folder: Path
+    content: dict[str, Any]
+
+
+def plan(
+    preset_name: str,
+    *,
+    tables: Sequence[str] = (),
+    rows: Sequence[str] = (),
+    seeds: int | None = None,
+    num_gpus: int = 1,
+    opts: Sequence[str] = (),
+    root: Path,
+    output: Path,
+) -> tuple[Campaign, list[Run]]:
+    """Return the campaign and its runs, seed after seed; nothing is written.
+
+    Args:
+        preset_name: a key of :data:`~retinanet_ext.experiments.presets.PRESETS`
+        tables, rows: names; none means all
+        seeds: number of seeds per row, numbered from 1; by default the preset's
+        num_gpus: number of processes per run
+        opts: alternating config keys and values for all rows
+        root: folder of ``train_net.py`` and ``configs/``
+        output: folder of all campaigns
+
+    Raises:
+        InputError: an unknown name, key or value; a data file that cannot be read
+    """
+    preset = find_preset(preset_name)
+    chosen = find_rows(tables, rows, preset)
+    if seeds is not None and seeds < 1:
+        raise InputError(f"--seeds must be at least 1, got {seeds}")
+    if num_gpus < 1:
+        raise InputError(f"--num-gpus must be at least 1, got {num_gpus}")
+    _check_opts(preset, chosen, opts)
+    configs = root / "configs"
+    file_digest = cache(_file_digest)
+
+    def key(row: Row) -> str:
+        return _digest(row_config(preset, row, 0, opts, configs)[0], file_digest)
+
+    campaign = _campaign(preset, num_gpus, opts, configs, output, file_digest)
+    names: dict[str, list[str]] = {}
+    keys: dict[str, str] = {}  # by table/row
+    for table, row in find_rows((), (), preset):
+        name = f"{table.name}/{row.name}"
+        keys[name] = key(row)
+        names.setdefault(keys[name], []).append(name)
+    distinct: dict[str, Row] = {}
+    for table, row in chosen:
+        distinct.setdefault(keys[f"{table.name}/{row.name}"], row)
+    return campaign, [
+        Run(
+            rows=tuple(names[key]),
+            key=key,
+            seed=seed,
+            config_file=configs / preset.configs[row.model],
+            arguments=tuple(row_arguments(preset, row, seed, opts)),
+        )
+        for seed in range(1, (seeds or preset.seeds) + 1)
+        for key, row in distinct.items()
+    ]
+
+
+def _check_opts(preset: Preset, chosen: Sequence[tuple[Table, Row]], opts: Sequence[str]) -> None:
+    """Refuse options that a row would silently override."""
+    if len(opts) % 2:
+        raise InputError(
+            f"config values come as pairs KEY VALUE, got {' '.join(opts)}; "
+            "several tables are given as --table A --table B"
+        )
+    for key in opts[::2]:
+        if key in ("OUTPUT_DIR", "SEED"):
+            raise InputError(f"{key} is set by the runner; see --output and --seeds")
+        for table, row in chosen:
+            if key in row.overrides or key in row.preset_overrides.get(preset.name, {}):
+                raise InputError(
+                    f"{key} is what table {table.name} itself sets (row {row.name}); leave it "
+                    "out, or name other tables with --table"
+                )
+
+
+def _campaign(
+    preset: Preset,
+    num_gpus: int,
+    opts: Sequence[str],
+    configs: Path,
+    output: Path,
+    file_digest: Callable[[str], str],
+) -> Campaign:
+    cfg, _ = row_config(preset, Row("base", {}, {}), 0, opts, configs)
+    if len(cfg.DATASETS.TEST) > 1:
+        raise InputError(f"DATASETS.TEST must name one data set here, got {cfg.DATASETS.TEST}")
+    files = {side: read_texts(cfg, f"DATASETS.CUSTOM.{side}_JSON") for side in ("TRAIN", "TEST")}
+    data = {
+        side.lower(): {
+            "name": ", ".join(files[side] or cfg.DATASETS[side]),
+            "sha256": ", ".join(map(file_digest, files[side])),
+        }
+        for side in files
+    }
+    content = {
+        "format": record.FORMAT,
+        "preset": preset.name,
+        "version": retinanet_ext.__version__,
+        "num_gpus": num_gpus,
+        "opts": list(opts),
+        "data": data,
+    }
+    parts = retinanet_ext.__version__, GENERATOR_VERSION, num_gpus, _digest(cfg, file_digest)
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
+    return Campaign(output / f"{preset.name}-{digest}", content)
+
+
+def _digest(cfg: CfgNode, file_digest: Callable[[str], str]) -> str:
+    """Return a digest of what a run's result depends on: data files by content, not by path."""
+    cfg = cfg.clone()
+    cfg.OUTPUT_DIR, cfg.SEED = "", 0
+    for side in ("TRAIN", "TEST"):
+        files = read_texts(cfg, f"DATASETS.CUSTOM.{side}_JSON")
+        cfg.DATASETS.CUSTOM[f"{side}_JSON"] = ", ".join(map(file_digest, files))
+        cfg.DATASETS.CUSTOM[f"{side}_IMAGES"] = ""
+    return hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _file_digest(path: str) -> str:
+    if not path:
+        return ""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
