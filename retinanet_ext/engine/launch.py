@@ -49,7 +49,7 @@ from retinanet_ext.engine.distributed import (
     stop_at_interrupt,
 )
 from retinanet_ext.engine.resume import saved_seed
-from retinanet_ext.engine.run_info import read_manifest, write_manifest
+from retinanet_ext.engine.run_info import write_run_info
 from retinanet_ext.engine.scaling import scale_schedule
 from retinanet_ext.engine.summary import summarize
 from retinanet_ext.engine.trainer import Trainer
@@ -217,13 +217,7 @@ def _is_own_earlier_run(output_dir: str, names: list[str], eval_only: bool) -> b
 
     An earlier run of another job is refused in every start, not just in the first.
     """
-    starts = read_manifest(output_dir)["starts"]
-    return (
-        is_restarted()
-        and not eval_only
-        and bool(starts and set(starts[-1]["jobs"]) & set(names))
-        and bool(_earlier_run(output_dir))
-    )
+    return is_restarted() and not eval_only and bool(_earlier_run(output_dir))
 
 
 def _save_registered(sources: list[Source]) -> str:
@@ -299,6 +293,7 @@ def check_model(
             reinit = cfg.MODEL.RETINANET.REINIT_MISMATCHED and not saved
             Checkpointer(
                 model,
+                str(Path(weights).parent) if resume else "",
                 reinit_mismatched=reinit,
                 complete=eval_only,
                 class_names=registered_classes(
@@ -378,12 +373,11 @@ def _work(job: Job) -> None:
     if seed_is_drawn:
         logger.info("SEED %d is drawn", cfg.SEED)
     if comm.is_main_process():
-        write_manifest(
+        write_run_info(
             cfg,
             command=job.command,
             weights=job.weights,
             resumed=job.is_resumed,
-            jobs=job.names,
             eval_only=args.eval_only,
         )
     try:

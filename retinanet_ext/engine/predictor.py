@@ -163,20 +163,18 @@ def _load_weights(model: nn.Module, cfg: CfgNode) -> list[str]:
     Returns:
         the class names in the file, empty where it has none
     """
-    checkpointer = Checkpointer(model, complete=True)
     if cfg.MODEL.WEIGHTS:
         try:
-            return saved_class_names(checkpointer.load(cfg.MODEL.WEIGHTS))
+            return saved_class_names(Checkpointer(model, complete=True).load(cfg.MODEL.WEIGHTS))
         except InputError as error:  # a run's config names what it began with, such as a backbone
-            last, _ = last_checkpoint(cfg.OUTPUT_DIR)
+            last = last_checkpoint(cfg.OUTPUT_DIR)
             has = f"; OUTPUT_DIR has {last}" if last else ""
             raise InputError(f"{error}{has}") from error
-    last, passed_over = last_checkpoint(cfg.OUTPUT_DIR)
+    last = last_checkpoint(cfg.OUTPUT_DIR)
     if not last:
         raise InputError(
             f"MODEL.WEIGHTS is empty, and OUTPUT_DIR {cfg.OUTPUT_DIR} holds no checkpoint; set "
             "MODEL.WEIGHTS to the weights of the model"
         )
-    because = "".join(f"; {reason}" for reason in passed_over)
-    logger.warning("MODEL.WEIGHTS is empty: the last checkpoint is used, %s%s", last, because)
-    return saved_class_names(checkpointer.load(last))
+    logger.warning("MODEL.WEIGHTS is empty: the last checkpoint is used, %s", last)
+    return saved_class_names(Checkpointer(model, cfg.OUTPUT_DIR, complete=True).load(last))

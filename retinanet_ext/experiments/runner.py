@@ -22,7 +22,6 @@ import torch
 from detectron2.config import CfgNode
 
 import retinanet_ext
-from retinanet_ext import provenance
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.sample_set import GENERATOR_VERSION
 from retinanet_ext.data.sources import read_texts
@@ -30,6 +29,7 @@ from retinanet_ext.engine.checkpoint import find_weights
 from retinanet_ext.engine.config_check import check_config, load_config, use_cpu_without_cuda
 from retinanet_ext.engine.distributed import end_with_parent
 from retinanet_ext.engine.launch import check_model
+from retinanet_ext.engine.run_info import commit, cpu_name, versions
 from retinanet_ext.errors import DIVERGED as DIVERGED_EXIT
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments import record
@@ -289,7 +289,7 @@ def _check_row(run: Run, device: str, num_gpus: int) -> None:
 def _hardware(device: str, num_gpus: int) -> dict[str, Any]:
     gpus = range(num_gpus) if device.startswith("cuda") else ()
     return {
-        "cpu": provenance.cpu_name(),
+        "cpu": cpu_name(),
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
         "num_processes": num_gpus,
         "threads": max(1, torch.get_num_threads() // num_gpus),
@@ -374,7 +374,7 @@ def _add_start(folder: Path, run: Run) -> list[dict[str, Any]]:
     if starts and (output := folder / "output.txt").exists():
         seconds = max(0.0, output.stat().st_mtime - starts[-1]["time"])
         starts[-1].setdefault("seconds", round(seconds, 1))
-    starts.append({"time": time.time(), "commit": provenance.commit()})
+    starts.append({"time": time.time(), "commit": commit()})
     content = {"key": run.key, "rows": run.rows, "starts": starts}
     record.write_json(folder / RUN, content)
     return starts
@@ -406,7 +406,7 @@ def _write_record(
         started=_local_time(starts[0]["time"]),
         ended=_local_time(now),
         commit=", ".join(dict.fromkeys(start["commit"] for start in starts)),
-        versions=provenance.versions(),
+        versions=versions(),
         hardware=hardware,
         folder=folder,
     )
