@@ -114,14 +114,13 @@ def test_code_on_the_command_line_is_text(key, value, capsys, marker):
 
 
 @pytest.mark.parametrize("name", ["weights.pkl", "weights.PKL", "weights.pth", "weights.pyth"])
-@pytest.mark.parametrize("inside", ["model", "beside the model", "alone"])
+@pytest.mark.parametrize("inside", ["model", "beside the model"])
 def test_payload_in_weights(name, inside, refused, marker, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")  # as other libraries ask for
     payload = Payload(marker)
     content = {
         "model": {"model": {"a": payload}},
         "beside the model": {"model": {}, "model_state": {}, "optimizer": payload},
-        "alone": payload,
     }[inside]
     if name.endswith("pth"):
         torch.save(content, tmp_path / name)
