@@ -57,7 +57,7 @@ def weights(folder):
 
 
 def starts(folder):
-    return json.loads((folder / "manifest.json").read_text())["starts"]
+    return json.loads((folder / "run_info.json").read_text())
 
 
 def same(one, other):

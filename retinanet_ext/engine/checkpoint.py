@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import pickle
 import re
 import zipfile
 from collections.abc import Sequence
@@ -16,10 +15,10 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from detectron2.config import CfgNode
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from torch import nn
 
 from retinanet_ext.engine.class_matching import match_checkpoint, saved_class_names
+from retinanet_ext.engine.pickled_weights import read_pickled_weights
 from retinanet_ext.errors import InputError, first_line
 from retinanet_ext.files import atomic_write, write_file
 from retinanet_ext.modeling import to_detectron2_state_dict
@@ -151,15 +150,16 @@ class Checkpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        content, damage = {}, ""
+        content, failure = {}, None
         try:
             content = self._read(filename)
-        except OSError:
-            raise
         except Exception as error:  # unpickling a damaged file may raise anything
-            damage = f"{type(error).__name__}: {first_line(error)[:100]}"
-        # Together, because a process that went on alone would wait for the others forever.
-        damages = [found for found in comm.all_gather(damage) if found]
+            failure = error
+        # Together, because a process that raised alone would leave the others waiting.
+        reason = f"{type(failure).__name__}: {first_line(failure)[:100]}" if failure else ""
+        damages = [damage for damage in comm.all_gather(reason) if damage]
+        if isinstance(failure, OSError):
+            raise failure
         if damages:
             raise _DamagedError(
                 f"weights {self._path} are damaged, or hold Python objects other than tensors, "
@@ -176,7 +176,7 @@ class Checkpointer(DetectionCheckpointer):
 
     def _read(self, filename: str) -> dict[str, Any]:
         if filename.endswith(".pkl"):
-            return _read_pickle(filename)
+            return read_pickled_weights(filename)
         if filename.endswith(".pyth"):  # pycls's, whose names are matched by their ends
             state = self._torch_load(filename)["model_state"].items()
             weights = {k: v for k, v in state if not k.endswith("num_batches_tracked")}
@@ -189,7 +189,7 @@ class Checkpointer(DetectionCheckpointer):
             with zipfile.ZipFile(f) as archive:
                 spoilt = archive.testzip()  # torch does not compare checksums
             if spoilt:
-                raise ValueError(f"the checksum of {spoilt}")
+                raise ValueError(f"the checksum of {spoilt} differs")
         # Stated, because an environment variable changes the default of weights_only.
         return torch.load(f, map_location="cpu", mmap=is_zip, weights_only=True)
 
@@ -277,44 +277,6 @@ class Checkpointer(DetectionCheckpointer):
                 f"weights {self._path} hold {len(foreign)} tensors this model has no place for, "
                 f"such as {foreign[0]}: they are another architecture's"
             )
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Unpickle arrays, numbers, text and their containers, and refuse everything else."""
-
-    ALLOWED = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("_codecs", "encode"),  # how Python 2's bytes are written
-            ("numpy", "dtype"),
-            ("numpy", "ndarray"),
-            *(
-                (f"numpy.{core}.{module}", name)
-                for core in ("core", "_core")  # before and since numpy 2
-                for module, name in (
-                    ("multiarray", "_reconstruct"),
-                    ("multiarray", "scalar"),
-                    ("numeric", "_frombuffer"),
-                )
-            ),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-def _read_pickle(filename: str) -> dict[str, Any]:
-    """Read ``.pkl`` weights as Detectron2 does, without running code."""
-    with PathManager.open(filename, "rb") as file:
-        data = _ArrayUnpickler(file, encoding="latin1").load()
-    if "model" in data and "__author__" in data:
-        return data
-    blobs = data.get("blobs", data)
-    weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
-    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
 
 def find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> tuple[str, bool]:

@@ -201,7 +201,7 @@ def test_image_of_huge_size(honest, refused, data):
     assert image["file_name"] in refused(CONFIG, *opts())
 
 
-@pytest.mark.parametrize("size", [10**9, 10**18, 1e308])
+@pytest.mark.parametrize("size", [10**9, 1e308])
 def test_json_that_says_a_huge_size(size, refused, data):
     content, opts, _ = data
     content["images"][0]["width"] = size
