@@ -156,7 +156,9 @@ class Checkpointer(DetectionCheckpointer):
         except Exception as error:  # unpickling a damaged file may raise anything
             failure = error
         # Together, because a process that raised alone would leave the others waiting.
-        reason = f"{type(failure).__name__}: {first_line(failure)[:100]}" if failure else ""
+        reason = type(failure).__name__ if failure else ""
+        if isinstance(failure, ValueError | RuntimeError):  # others advise to switch off the check
+            reason += f": {first_line(failure)[:100]}"
         damages = [damage for damage in comm.all_gather(reason) if damage]
         if isinstance(failure, OSError):
             raise failure

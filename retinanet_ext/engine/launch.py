@@ -300,7 +300,7 @@ def check_model(
                     cfg, "TEST" if eval_only else "TRAIN", read=eval_only
                 ),
                 **saved,
-            ).load(weights, None if saved else [])
+            ).load(weights, None if resume else [])
     finally:
         logging.disable(logging.NOTSET)
 
@@ -402,7 +402,9 @@ def _train_or_evaluate(cfg: CfgNode, args: argparse.Namespace) -> Any:
     if args.eval_only:
         model = Trainer.build_model(cfg)
         class_names = registered_classes(cfg, "TEST", read=True)
-        Checkpointer(model, complete=True, class_names=class_names).load(cfg.MODEL.WEIGHTS)
+        folder = str(Path(cfg.MODEL.WEIGHTS).parent) if args.resume else ""
+        checkpointer = Checkpointer(model, folder, complete=True, class_names=class_names)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         return Trainer.test(cfg, model)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)

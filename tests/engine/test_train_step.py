@@ -180,9 +180,9 @@ def test_no_more_steps_are_skipped_than_allowed(tmp_path):
     ("fails", "error"),
     [
         ("non_finite.diagnose", torch.OutOfMemoryError("no room")),
-        ("non_finite.compute_losses", RuntimeError("of a hook")),
+        ("instrumented_pass.compute_losses", RuntimeError("of a hook")),
         ("non_finite.InstrumentedPass.describe_images", KeyError("P3")),
-        ("step.save_step", TypeError("no such type")),
+        ("train_step.save_step", TypeError("no such type")),
     ],
 )
 def test_a_failed_explanation_changes_no_verdict(fails, error, tmp_path, monkeypatch):
@@ -195,7 +195,7 @@ def test_a_failed_explanation_changes_no_verdict(fails, error, tmp_path, monkeyp
     opts = ("OUTPUT_DIR", str(tmp_path), *SKIP, "SOLVER.NON_FINITE.MAX_SKIPPED", 1)
     trainer = make_trainer(*opts, batches=batches)
     monkeypatch.setattr(f"retinanet_ext.engine.{fails}", fail)
-    what = "it cannot be saved" if fails == "step.save_step" else "the explanation failed"
+    what = "it cannot be saved" if fails == "train_step.save_step" else "the explanation failed"
     expected = f"diverged at iteration 2: .*; {what}: {type(error).__name__}: .*1 steps were"
     with pytest.raises(NonFiniteError, match=expected):
         run(trainer, steps=3)
@@ -305,7 +305,7 @@ def test_faults_on_one_of_two_processes_end_both_and_are_named(tmp_path):
     skipped = [text for text in output.splitlines() if "Skipped the step" in text]
     assert len(skipped) == 2 and all("on rank 1; " in text for text in skipped)
     assert "has pixel values that are not finite" in skipped[0]
-    assert "box 0 of image " in skipped[1] and "has no area or is not finite" in skipped[1]
+    assert "box 0 of image " in skipped[1] and "is degenerate (zero area" in skipped[1]
     assert (
         "diverged at iteration 3: loss_cls" in line and "on rank 1; weight head.bbox_pred" in line
     )
@@ -351,7 +351,7 @@ def test_what_one_of_two_processes_cannot_explain_holds_up_none(tmp_path):
         {1: "unexplained", 2: "box"}, tmp_path / "run", "SOLVER.NON_FINITE.POLICY", "skip"
     )
     assert code == 2
-    assert "tests/fixtures/bccd_mini/images/" in line and "has no area or is not finite" in line
+    assert "tests/fixtures/bccd_mini/images/" in line and "is degenerate (zero area" in line
     assert "on rank 1; the explanation failed: MemoryError: no room; see " in output
     saved = tmp_path / "run/non_finite/iter_0000001_rank1.pth"
     assert "has pixel values that are not finite" in replay_step(saved)["cause"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from detectron2.engine import create_ddp_model, launch
 from detectron2.utils import comm
-from test_step import EMPTY_SHARE, make_trainer, normalized_by, run, weights
+from test_train_step import EMPTY_SHARE, make_trainer, normalized_by, run, weights
 
 from retinanet_ext.modeling.criterion import NORMALIZERS
 
