@@ -351,7 +351,7 @@ def test_what_one_of_two_processes_cannot_explain_holds_up_none(tmp_path):
         {1: "unexplained", 2: "box"}, tmp_path / "run", "SOLVER.NON_FINITE.POLICY", "skip"
     )
     assert code == 2
-    assert "tests/fixtures/bccd_mini/images/" in line and "is degenerate (zero area" in line
+    assert "tests/fixtures/bccd_mini/images/" in line and "has no area or is not finite" in line
     assert "on rank 1; the explanation failed: MemoryError: no room; see " in output
     saved = tmp_path / "run/non_finite/iter_0000001_rank1.pth"
     assert "has pixel values that are not finite" in replay_step(saved)["cause"]
