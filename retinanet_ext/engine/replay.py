@@ -41,10 +41,10 @@ def save_step(step: StepSnapshot, report: Report, states: dict[str, Any] | None)
     Raises:
         InputError: a file cannot be written
     """
-    stem = Path(step.cfg.OUTPUT_DIR, "non_finite", f"iter_{step.iteration:07d}_rank{step.rank}")
-    names = (stem.with_name(f"{stem.name}-{number}") for number in itertools.count(2))
-    while stem.with_suffix(".json").exists():
-        stem = next(names)
+    name = f"iter_{step.iteration:07d}_rank{step.rank}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    stems = (Path(step.cfg.OUTPUT_DIR, "non_finite", name) for name in names)
+    stem = next(stem for stem in stems if not stem.with_suffix(".json").exists())
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
