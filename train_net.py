@@ -47,7 +47,7 @@ def main(args):
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        engine.load_trained_weights(model, cfg)
+        engine.load_trained_weights(model, cfg, resume=args.resume)
         engine.start_run(cfg, args)
         results = Trainer.test(cfg, model)
         engine.report_results(cfg, results)

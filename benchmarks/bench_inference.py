@@ -103,7 +103,7 @@ def bench_postprocessing(args: argparse.Namespace) -> None:
     models = {}
     for name in ("RetinaNet", "RetinaNetExt"):
         opts = ["MODEL.META_ARCHITECTURE", name, "MODEL.DEVICE", args.device]
-        cfg, _ = load_config("configs/retinanet_R50_FPN.yaml", opts)
+        cfg = load_config("configs/retinanet_R50_FPN.yaml", opts)
         models[name] = build_model(cfg).eval()
     stock, ours = models.values()
     threshold = torch.tensor(ours.test_score_thresh).logit().item()

@@ -42,7 +42,7 @@ def main() -> None:
     # BatchNorm, because with frozen statistics the activations of random weights explode.
     opts = ["MODEL.DEVICE", args.device]
     opts += ["MODEL.RESNETS.NORM", "BN", "MODEL.BACKBONE.FREEZE_AT", "0"]
-    cfg, _ = load_config("configs/retinanet_R50_FPN.yaml", opts)
+    cfg = load_config("configs/retinanet_R50_FPN.yaml", opts)
     model = build_model(cfg).train()
     batch = []
     for _ in range(2):

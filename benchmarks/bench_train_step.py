@@ -61,7 +61,7 @@ def make_detectron2(
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Build Detectron2's RetinaNet or this one, with Detectron2's normaliser and labels."""
     # BatchNorm, because with frozen statistics the activations of random weights explode.
-    cfg, _ = load_config(
+    cfg = load_config(
         CONFIG,
         [
             *("MODEL.META_ARCHITECTURE", architecture, "MODEL.DEVICE", device, "MODEL.WEIGHTS", ""),

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from retinanet_ext.engine.run_info import commit, cpu_name
 from retinanet_ext.files import to_json
-from retinanet_ext.provenance import commit, cpu_name
 
 RESULTS = Path(__file__).parent / "results"
 

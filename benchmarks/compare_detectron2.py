@@ -45,12 +45,12 @@ class Recorder(HookBase):
 def run(architecture: str, args: argparse.Namespace) -> tuple[list[float], list[float], Any, float]:
     """Train one architecture; return its losses, seconds, metrics and peak memory (MiB)."""
     torch.set_num_threads(args.threads)
-    cfg, num_classes_is_set = load_config(args.config_file, args.opts)
+    cfg = load_config(args.config_file, args.opts)
     cfg.MODEL.META_ARCHITECTURE = architecture
     cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, architecture)
     if not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-    prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=False)
+    prepare_datasets(cfg, eval_only=False)
     os.makedirs(cfg.OUTPUT_DIR)  # an earlier comparison is not overwritten
     default_setup(cfg, args)
     trainer = Trainer(cfg)

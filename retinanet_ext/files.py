@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, and JSON that strict readers take."""
+"""Atomic writes, and strict JSON."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from retinanet_ext.errors import InputError
 
 @contextmanager
 def atomic_write(path: Path, *, part: Path | None = None) -> Iterator[IO[bytes]]:
-    """Open a file that takes the place of an earlier one once it is whole and on the disk.
+    """Open a temporary file that replaces ``path`` once it is complete and on the disk.
 
     Args:
-        path: the file
-        part: where it grows, in the same folder; a fresh name by default. What a killed process
-            leaves there stays, or is overwritten by the next one to use the name.
+        path: file to write
+        part: temporary file in the same folder; by default a new name. A killed process leaves it
+            behind, and the next one that uses the name overwrites it.
 
     Raises:
-        InputError: a full disk, a folder that cannot be written; an earlier file is intact
+        InputError: the disk is full or the folder not writable; an earlier file is intact
     """
     part = part or path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -37,7 +37,7 @@ def atomic_write(path: Path, *, part: Path | None = None) -> Iterator[IO[bytes]]
         finally:
             part.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
-        # torch.save raises an error of its own from the system's.
+        # torch.save raises its own error during the handling of the system's.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -45,24 +45,19 @@ def atomic_write(path: Path, *, part: Path | None = None) -> Iterator[IO[bytes]]
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all, in place of an earlier one.
+    """Write a file atomically.
 
     Raises:
-        InputError: a full disk, a folder that cannot be written; an earlier file is intact
+        InputError: as for :func:`atomic_write`
     """
+    if isinstance(content, str):
+        content = content.encode(errors="backslashreplace")  # file names need not be UTF-8
     with atomic_write(path) as file:
-        # A name of a file need not be UTF-8.
-        is_text = isinstance(content, str)
-        file.write(content.encode(errors="backslashreplace") if is_text else content)
+        file.write(content)
 
 
 def to_json(content: Any, **options: Any) -> str:
-    """Return strict JSON: null in place of NaN and infinity, for which JSON has no number.
-
-    Args:
-        content: as for ``json.dumps``
-        options: of ``json.dumps``
-    """
+    """Return ``json.dumps(content, **options)`` with null in place of NaN and infinity."""
     return json.dumps(_without_non_finite(content), allow_nan=False, **options)
 
 

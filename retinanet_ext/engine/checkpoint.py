@@ -1,10 +1,9 @@
-"""Checkpoints: written whole or not at all, and loaded whole or not at all."""
+"""Checkpoints that are written atomically, verified when read, and refused if they do not fit."""
 
 from __future__ import annotations
 
 import logging
 import math
-import pickle
 import re
 import zipfile
 from collections.abc import Sequence
@@ -15,16 +14,17 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
 from detectron2.config import CfgNode
-from detectron2.utils.file_io import PathManager
+from detectron2.utils import comm
 from torch import nn
 
 from retinanet_ext.engine.class_matching import match_checkpoint, saved_class_names
+from retinanet_ext.engine.pickled_weights import read_pickled_weights
 from retinanet_ext.errors import InputError, first_line
 from retinanet_ext.files import atomic_write, write_file
 from retinanet_ext.modeling import to_detectron2_state_dict
 
 TAG = "last_checkpoint"
-"""The file of a run that names its newest checkpoint."""
+"""Name of the file in OUTPUT_DIR that names the newest checkpoint, as in Detectron2."""
 
 CHECKPOINT = re.compile(r"model_(\d+|final)\.pth$")
 
@@ -34,16 +34,20 @@ Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
 logger = logging.getLogger(__name__)
 
 
-class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, except for the following.
+class _DamagedError(InputError):
+    """A file that is not whole, or holds objects that are refused."""
 
-    - Weights that do not fit are an :class:`InputError`. Detectron2 skips tensors of another shape
-      with a warning and goes on with random ones.
-    - Class names are saved. Outputs of the classifier are matched to the data's classes by name;
-      weights of other classes are an :class:`InputError`.
-    - No file runs code: ``.pth`` is read with ``weights_only=True`` and ``.pkl`` for arrays alone.
-    - A checkpoint takes its name once it is whole, so none is lost to a kill or a full disk, and
-      one that was damaged later is passed over for the one before.
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, with these differences.
+
+    - Weights that do not fit raise an :class:`InputError`. Detectron2 skips tensors of another
+      shape with a warning and leaves those layers random.
+    - Checkpoints hold class names. The classifier's outputs are matched to the data's classes by
+      name; weights of other classes raise an :class:`InputError`.
+    - No file runs code: ``.pth`` is read with ``weights_only=True``, and ``.pkl`` for arrays only.
+    - Saving is atomic, so that a kill or a full disk loses no checkpoint. A last checkpoint that
+      was damaged later is passed over for the one before.
     """
 
     def __init__(
@@ -58,14 +62,15 @@ class Checkpointer(DetectionCheckpointer):
     ) -> None:
         """
         Args:
-            model: the model to load into and to save
+            model: model to load into and to save
             save_dir: folder of the run's checkpoints
-            reinit_mismatched: leave layers of another shape, and the classifier's outputs of
-                classes that the weights do not name, as they are initialised; not when resuming,
-                where the optimizer's state would not fit either
-            complete: the weights must fill the whole model and all belong to it, as evaluation
-                needs; training starts what is missing anew, as with a backbone alone
-            class_names: of the data's classes 0..K-1; empty: not known, so nothing is compared
+            reinit_mismatched: keep the initial values of layers of another shape, and of the
+                classifier's outputs for classes that the weights do not name. Has no effect when
+                resuming, because the optimizer's state would not fit either
+            complete: refuse weights that do not fill the whole model, or that belong to another.
+                Evaluation needs this; training may start from a backbone alone
+            class_names: names of the data's classes 0..K-1; empty if unknown, which skips the
+                comparison
             checkpointables: as in Detectron2
         """
         super().__init__(model, save_dir, **checkpointables)
@@ -74,10 +79,10 @@ class Checkpointer(DetectionCheckpointer):
         self.class_names = [str(name) for name in class_names]
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write ``<name>.pth`` whole or not at all, and then its name into ``last_checkpoint``.
+        """Write ``<name>.pth`` atomically, then its name into ``last_checkpoint``.
 
         Raises:
-            InputError: a full disk, a folder that cannot be written; earlier checkpoints are intact
+            InputError: the disk is full or the folder not writable; earlier checkpoints are intact
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -87,7 +92,7 @@ class Checkpointer(DetectionCheckpointer):
             content["class_names"] = self.class_names
         file = Path(self.save_dir, f"{name}.pth")
         self.logger.info("Saving checkpoint to %s", file)
-        # One name for all: what a killed process left there does not fill the disk.
+        # Always the same name, so that what killed processes left does not fill the disk.
         with atomic_write(file, part=file.with_name(".unfinished_checkpoint")) as part:
             torch.save(content, part)
         self.tag_last_checkpoint(file.name)
@@ -99,16 +104,38 @@ class Checkpointer(DetectionCheckpointer):
         return bool(self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """Return what :func:`last_checkpoint` finds in the run's folder, empty if there is none."""
-        return last_checkpoint(self.save_dir)[0]
+        """Return :func:`last_checkpoint` of ``save_dir``."""
+        return last_checkpoint(self.save_dir) if self.save_dir else ""
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
-        """Load the weights and the named ``checkpointables``, all of them by default.
+        """Load the weights and the named ``checkpointables``, by default all of them.
+
+        Every process calls this, because the first process of each machine checks the file for
+        all of its processes. If ``path`` is the last checkpoint in ``save_dir`` and is damaged,
+        the newest whole checkpoint before it is loaded instead, and a warning says so.
+
+        Returns:
+            what else the file holds, such as ``iteration`` and ``class_names``
 
         Raises:
             InputError: the file is missing or unreadable, or does not fit the model
         """
-        self._path = path
+        if not path or checkpointables is not None or path != self.get_checkpoint_file():
+            return self._load_one(path, checkpointables)
+        candidates, passed_over = _run_checkpoints(self.save_dir)
+        for candidate in map(str, candidates):
+            try:
+                content = self._load_one(candidate, None)
+            except _DamagedError as error:
+                passed_over.append(str(error))
+                continue
+            if passed_over:
+                logger.warning("%s; %s is used", "; ".join(passed_over), candidate)
+            return content
+        raise _no_checkpoint_left(passed_over)
+
+    def _load_one(self, path: str, checkpointables: list[str] | None) -> dict[str, Any]:
+        self.loaded_path = path
         self._resuming = checkpointables is None and bool(self.checkpointables)
         try:
             return super().load(path, checkpointables)
@@ -123,36 +150,50 @@ class Checkpointer(DetectionCheckpointer):
             self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
+        content, failure = {}, None
         try:
-            if filename.endswith(".pkl"):
-                content = _read_pickle(filename)
-            else:
-                if zipfile.is_zipfile(filename) and (damage := _find_damage(filename)):
-                    raise ValueError(damage)
-                if filename.endswith(".pyth"):  # pycls's, whose names are matched by their ends
-                    state = self._torch_load(filename)["model_state"].items()
-                    weights = {k: v for k, v in state if not k.endswith("num_batches_tracked")}
-                    return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
-                content = super()._load_file(filename)
-        except OSError:
-            raise
-        except Exception as error:  # pickle's documentation: a damaged file may raise anything
-            raise InputError(
-                f"weights {self._path} are damaged, or hold Python objects other than tensors, "
-                f"which are refused ({type(error).__name__})"
-            ) from error
+            content = self._read(filename)
+        except Exception as error:  # unpickling a damaged file may raise anything
+            failure = error
+        # Together, because a process that raised alone would leave the others waiting.
+        reason = type(failure).__name__ if failure else ""
+        if isinstance(failure, ValueError | RuntimeError):  # others advise to switch off the check
+            reason += f": {first_line(failure)[:100]}"
+        damages = [damage for damage in comm.all_gather(reason) if damage]
+        if isinstance(failure, OSError):
+            raise failure
+        if damages:
+            raise _DamagedError(
+                f"weights {self.loaded_path} are damaged, or hold Python objects other than tensors, "
+                f"which are refused ({damages[0]})"
+            )
         if not isinstance(content.get("model"), dict) or not content["model"]:
-            raise InputError(f"weights {self._path} are not a dict of tensors by name")
+            raise InputError(f"weights {self.loaded_path} are not a dict of tensors by name")
         if self._resuming and not self.checkpointables.keys() <= content.keys():
             raise InputError(
-                f"weights {self._path} hold no state of a training to resume; name them in "
+                f"weights {self.loaded_path} hold no state of a training to resume; name them in "
                 "MODEL.WEIGHTS, without --resume, to start from them"
             )
         return content
 
+    def _read(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(".pkl"):
+            return read_pickled_weights(filename)
+        if filename.endswith(".pyth"):  # pycls's, whose names are matched by their ends
+            state = self._torch_load(filename)["model_state"].items()
+            weights = {k: v for k, v in state if not k.endswith("num_batches_tracked")}
+            return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
+        return super()._load_file(filename)
+
     def _torch_load(self, f: str) -> dict[str, Any]:
-        # Said, since an environment variable changes torch's default.
-        return torch.load(f, map_location="cpu", weights_only=True)
+        is_zip = zipfile.is_zipfile(f)
+        if is_zip and comm.get_local_rank() == 0:
+            with zipfile.ZipFile(f) as archive:
+                spoilt = archive.testzip()  # torch does not compare checksums
+            if spoilt:
+                raise ValueError(f"the checksum of {spoilt} differs")
+        # Stated, because an environment variable changes the default of weights_only.
+        return torch.load(f, map_location="cpu", mmap=is_zip, weights_only=True)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         self._match_classes(checkpoint)
@@ -166,7 +207,7 @@ class Checkpointer(DetectionCheckpointer):
             missing[:] = sorted(set(missing) - {name for name, *_ in mismatches})
         skipped = {*missing, *(name for name, *_ in mismatches)}
         if skipped.issuperset(name for name, _ in self.model.named_parameters()):
-            raise InputError(f"weights {self._path} hold no tensor of this model")
+            raise InputError(f"weights {self.loaded_path} hold no tensor of this model")
         if self.complete:
             self._check_complete(sorted(skipped), incompatible.unexpected_keys)
         return incompatible
@@ -185,13 +226,13 @@ class Checkpointer(DetectionCheckpointer):
                 "of the same name and starts the others anew"
             )
         reinit = self.reinit_mismatched and not (self._resuming or self.complete)
-        source = f"weights {self._path}"
+        source = f"weights {self.loaded_path}"
         match_checkpoint(
             checkpoint, self.class_names, self.model, source, reinit=reinit, remedy=remedy
         )
 
     def _skipped_by_heuristics(self, checkpoint: dict[str, Any]) -> list[Mismatch]:
-        """Return what Detectron2's matching by the end of names would skip for its shape."""
+        """Return the tensors that Detectron2's matching by name suffix skips for their shape."""
         if not checkpoint.get("matching_heuristics"):
             return []
         if checkpoint.get("__author__") == "Caffe2":
@@ -212,7 +253,7 @@ class Checkpointer(DetectionCheckpointer):
         texts = [f"{name} is {given}, the model's {own}" for name, given, own in mismatches]
         if self.reinit_mismatched and not self._resuming:
             logger.warning(
-                "Other shapes in %s, so these layers start anew: %s", self._path, "; ".join(texts)
+                "Other shapes in %s, so these layers start anew: %s", self.loaded_path, "; ".join(texts)
             )
             return
         more = f" (and {len(texts) - 1} more)" if len(texts) > 1 else ""
@@ -222,12 +263,12 @@ class Checkpointer(DetectionCheckpointer):
             remedy = "evaluate with the config they were trained with"
         else:
             remedy = "MODEL.RETINANET.REINIT_MISMATCHED True starts such layers anew"
-        raise InputError(f"weights {self._path} have other shapes: {texts[0]}{more}; {remedy}")
+        raise InputError(f"weights {self.loaded_path} have other shapes: {texts[0]}{more}; {remedy}")
 
     def _check_complete(self, missing: list[str], unexpected: list[str]) -> None:
         if missing:
             raise InputError(
-                f"weights {self._path} lack {len(missing)} tensors of this model, "
+                f"weights {self.loaded_path} lack {len(missing)} tensors of this model, "
                 f"such as {missing[0]}: nothing is evaluated with random layers"
             )
         # Buffers of old files (pixel_mean, pixel_std) are no sign of another architecture.
@@ -235,61 +276,22 @@ class Checkpointer(DetectionCheckpointer):
         foreign = sorted(name for name in unexpected if name.split(".")[0] in layers)
         if foreign:
             raise InputError(
-                f"weights {self._path} hold {len(foreign)} tensors this model has no place for, "
+                f"weights {self.loaded_path} hold {len(foreign)} tensors this model has no place for, "
                 f"such as {foreign[0]}: they are another architecture's"
             )
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads arrays, numbers, text and their containers; a pickle that names more is refused."""
-
-    ALLOWED = frozenset(
-        {
-            ("collections", "OrderedDict"),
-            ("_codecs", "encode"),  # how Python 2's bytes are written
-            ("numpy", "dtype"),
-            ("numpy", "ndarray"),
-            *(
-                (f"numpy.{core}.{module}", name)
-                for core in ("core", "_core")  # before and since numpy 2
-                for module, name in (
-                    ("multiarray", "_reconstruct"),
-                    ("multiarray", "scalar"),
-                    ("numeric", "_frombuffer"),
-                )
-            ),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return super().find_class(module, name)
-
-
-def _read_pickle(filename: str) -> dict[str, Any]:
-    """Read Detectron2's and Detectron's ``.pkl`` weights as Detectron2 does, but run no code."""
-    with PathManager.open(filename, "rb") as file:
-        data = _ArrayUnpickler(file, encoding="latin1").load()
-    if "model" in data and "__author__" in data:
-        return data
-    blobs = data.get("blobs", data)
-    weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}
-    return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-
-
 def find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> tuple[str, bool]:
-    """Return what will be loaded, and whether that is the last checkpoint, as with ``resume``.
+    """Return the file or URL to load, and whether it is the run's last checkpoint.
 
-    Where there is none to resume from, and without ``resume``, it is MODEL.WEIGHTS.
+    With ``resume`` it is the last checkpoint in OUTPUT_DIR, chosen by name. Without ``resume``, and
+    where there is no checkpoint, it is MODEL.WEIGHTS. Nothing is read.
 
     Raises:
-        InputError: there are no weights to evaluate, no such file, or no checkpoint that is whole
+        InputError: there are no weights to evaluate, no such file, or no checkpoint is left
     """
-    weights, passed_over = last_checkpoint(cfg.OUTPUT_DIR) if resume else ("", [])
+    weights = last_checkpoint(cfg.OUTPUT_DIR) if resume else ""
     if weights:
-        if passed_over:
-            logger.warning("%s; %s is used", "; ".join(passed_over), weights)
         return weights, True
     if resume and eval_only:
         raise InputError(
@@ -304,55 +306,56 @@ def find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> tuple[str, b
     weights = cfg.MODEL.WEIGHTS
     if eval_only and not weights:
         raise InputError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last")
-    # URLs are Detectron2's to resolve; "?matching_heuristics=True" may follow a name.
+    # Detectron2 resolves URLs. "?matching_heuristics=True" may follow a name.
     if weights and "://" not in weights and not Path(weights.partition("?")[0]).is_file():
         raise InputError(f"MODEL.WEIGHTS is {weights}, which is not a file")
     return weights, False
 
 
-def last_checkpoint(folder: str | Path) -> tuple[str, list[str]]:
-    """Return the newest whole checkpoint of a run, empty if it has none at all.
+def last_checkpoint(folder: str | Path) -> str:
+    """Return the newest checkpoint of a run by name, empty if the run has none.
 
-    ``last_checkpoint`` names it. Where that one is damaged, it is the newest of those before.
-
-    Returns:
-        the file, and what was passed over and why
+    The file ``last_checkpoint`` names it. If the named file is missing, it is the newest before.
+    Nothing but names is looked at; :meth:`Checkpointer.load` finds out whether the file is whole.
 
     Raises:
-        InputError: there are checkpoints, and all of them are damaged
+        InputError: ``last_checkpoint`` exists, but no checkpoint that it could mean
     """
+    candidates, passed_over = _run_checkpoints(folder)
+    if not candidates and passed_over:
+        raise _no_checkpoint_left(passed_over)
+    return str(candidates[0]) if candidates else ""
+
+
+def _run_checkpoints(folder: str | Path) -> tuple[list[Path], list[str]]:
+    """Return the checkpoints to try, newest first, and why the first is not the named one."""
     tag = Path(folder, TAG)
     files = [path for path in Path(folder).glob("model_*.pth") if CHECKPOINT.match(path.name)]
-    files.sort(key=lambda path: (_iteration(path), path.name))
-    passed_over = []
-    named = None
-    name = tag.read_text(errors="replace").strip() if tag.is_file() else None
-    if name is not None and name.isprintable():
-        named = Path(folder, name)
-        last = _iteration(named)
-        files = [p for p in files if p != named and _iteration(p) <= last] + [named]
-    elif name is not None:
-        passed_over.append(f"{tag} is damaged")
-    elif files:
-        passed_over.append(f"{tag} is missing")
-    for path in reversed(files):
-        damage = _find_damage(path)
-        if not damage:
-            return str(path), passed_over
-        prefix = f"{tag} names {path}, which" if path == named else path
-        passed_over.append(f"{prefix} is {damage}")
-    if passed_over:
-        raise InputError(
-            f"{'; '.join(passed_over)}: no checkpoint is left to go on from; start anew in another "
-            "OUTPUT_DIR"
-        )
-    return "", []
+    files.sort(key=lambda path: (_iteration(path), path.name), reverse=True)
+    if not tag.is_file():
+        return files, [f"{tag} is missing"] if files else []
+    name = tag.read_text(errors="replace").strip()
+    if not name.isprintable():
+        return files, [f"{tag} is damaged"]
+    named = Path(folder, name)
+    # Later checkpoints stay unused: someone who names an earlier one has a reason to.
+    earlier = [path for path in files if path != named and _iteration(path) <= _iteration(named)]
+    if named.is_file():
+        return [named, *earlier], []
+    return earlier, [f"{tag} names {named}, which is missing"]
+
+
+def _no_checkpoint_left(passed_over: list[str]) -> InputError:
+    return InputError(
+        f"{'; '.join(passed_over)}: no checkpoint is left to go on from; start anew in another "
+        "OUTPUT_DIR"
+    )
 
 
 def _iteration(checkpoint: Path) -> float:
-    """Return the last iteration in a checkpoint, of ``model_final.pth`` as the file says.
+    """Return the iteration in a checkpoint's name, or for ``model_final.pth`` in its header.
 
-    After all others comes one that does not say.
+    A file that does not say counts as the newest.
     """
     name = CHECKPOINT.match(checkpoint.name)
     if name and name[1] != "final":
@@ -360,28 +363,15 @@ def _iteration(checkpoint: Path) -> float:
     try:
         content = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
         return int(content["iteration"])
-    except Exception:  # a damaged file may raise anything
+    except Exception:  # unpickling a damaged file may raise anything
         return math.inf
-
-
-def _find_damage(path: str | Path) -> str:
-    """Return what is wrong with a file in torch's format, a zip archive; empty if it is whole."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            spoilt = archive.testzip()  # which torch does not look for
-        torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # all but the tensors
-    except (FileNotFoundError, IsADirectoryError):
-        return "missing"
-    except Exception as error:  # a damaged file may raise anything
-        return f"damaged ({first_line(error)})"
-    return f"damaged (the checksum of {spoilt})" if spoilt else ""
 
 
 def export_weights(checkpoint: str | Path, output: str | Path) -> None:
     """Write the weights of a checkpoint under the names of Detectron2's ``RetinaNet``.
 
-    The file holds them under "model", as Detectron2's checkpoints do, and the class names where
-    the checkpoint has them, and nothing else.
+    The file holds "model" as Detectron2's checkpoints do, and "class_names" if the checkpoint has
+    them.
 
     Raises:
         InputError: the checkpoint cannot be read, or the output exists

@@ -1,4 +1,4 @@
-"""Outputs of a classifier and the class names they belong to."""
+"""Match the outputs of a classifier to class names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.errors import InputError
 
 CLASSIFIER = ("head.cls_score.weight", "head.cls_score.bias")
-"""The parameters that have outputs for each class, here and in Detectron2's RetinaNet."""
+"""Parameters with one output per anchor and class, here and in Detectron2's RetinaNet."""
 
 logger = logging.getLogger(__name__)
 
@@ -34,20 +34,20 @@ def match_checkpoint(
     reinit: bool,
     remedy: str,
 ) -> None:
-    """Put the outputs of a checkpoint's classifier in the order of other class names.
+    """Reorder the outputs of a checkpoint's classifier to match the data's class names.
 
-    Nothing is done where the names are the same or either are not known.
+    Does nothing if the names are equal, or unknown on either side.
 
     Args:
-        checkpoint: with the weights under "model", where the classifier's are replaced
-        wanted: names of classes 0..K-1 of the model
-        model: that the weights will be loaded into
-        source: of the weights, for messages
-        reinit: classes that the checkpoint does not name start as the model has them
-        remedy: what to do about other names without ``reinit``, for the message
+        checkpoint: its "model" holds the weights; the classifier's are replaced
+        wanted: names of the data's classes 0..K-1
+        model: model to load the weights into
+        source: what to call the weights in messages
+        reinit: keep the model's initial outputs for classes that the checkpoint does not name
+        remedy: advice in the error message
 
     Raises:
-        InputError: the names differ in more than their order, without ``reinit``
+        InputError: the names differ in more than their order, and ``reinit`` is False
     """
     saved = saved_class_names(checkpoint)
     if not saved or not wanted or saved == list(wanted):
@@ -77,7 +77,7 @@ def match_checkpoint(
 def _match_weights(
     weights: dict[str, Tensor], saved: Sequence[str], wanted: Sequence[str], model: nn.Module
 ) -> None:
-    """Replace what has outputs for each class, but where other dimensions do not fit the model."""
+    """Replace the classifier's parameters, except where other dimensions do not fit the model."""
     own = model.state_dict()
     for name in CLASSIFIER:
         if name not in weights or name not in own:
@@ -86,9 +86,8 @@ def _match_weights(
         if shape == own_shape and rows * len(wanted) == own_rows * len(saved):
             weights[name] = match_classes(weights[name], saved, wanted, own[name])
         elif weights[name].shape == own[name].shape:
-            del weights[
-                name
-            ]  # fits by chance: other anchors per cell and another number of classes
+            # The shape fits by chance: other anchors per cell, and another number of classes.
+            del weights[name]
 
 
 def match_classes(
@@ -97,10 +96,10 @@ def match_classes(
     """Return a classifier's weight or bias with its outputs in the order of other class names.
 
     Args:
-        tensor: (A * K, ...), K fastest, of the K classes ``saved``
-        saved: K names
+        tensor: (A * K, ...) for A anchors per cell, K varying fastest; not changed
+        saved: names of the K classes of ``tensor``
         wanted: names of the L classes of the result
-        fresh: (A * L, ...), the outputs of classes that are not in ``saved``; not changed
+        fresh: (A * L, ...), the outputs for classes that are not in ``saved``; not changed
     """
     outputs = tensor.unflatten(0, (-1, len(saved)))
     matched = fresh.detach().clone().unflatten(0, (-1, len(wanted)))
@@ -114,9 +113,9 @@ def match_classes(
 def match_optimizer_state(
     optimizer: torch.optim.Optimizer, saved: Sequence[str], wanted: Sequence[str], model: nn.Module
 ) -> None:
-    """Apply :func:`match_classes` to what an optimizer keeps of the classifier, such as momentum.
+    """Apply :func:`match_classes` to the optimizer's state of the classifier, such as momentum.
 
-    Both lists name the same classes.
+    Both lists must hold the same names.
     """
     for name, parameter in model.named_parameters():
         state = optimizer.state.get(parameter, {}) if name in CLASSIFIER else {}
@@ -126,7 +125,7 @@ def match_optimizer_state(
 
 
 def _describe(names: Sequence[str], others: Sequence[str]) -> str:
-    """Return the first class names as text, those that are not among the others before all."""
+    """Return the number of classes and the first names, starting with those not in ``others``."""
     first = sorted(names, key=lambda name: name in others)
     noun = "class" if len(names) == 1 else "classes"
     return f"{len(names)} {noun} ({join_some(map(printable, first), 5)})"

@@ -1,4 +1,4 @@
-"""Settings that are allowed and rarely meant: what a person is warned of before a run."""
+"""Warnings, printed before a run starts, about settings that are legal but rarely intended."""
 
 from __future__ import annotations
 
@@ -27,11 +27,9 @@ FOREIGN_GROUPS = (
     "DATASETS.PRECOMPUTED_PROPOSAL",
     "TEST.AUG.",
 )
-"""How the keys begin that no RetinaNet reads."""
+"""Prefixes of the keys that no RetinaNet reads."""
 
-_OWN_KEYS = ("MODEL.RETINANET.CLS_LOSS.NAME", "MODEL.RETINANET.SELECTION.NAME")
-"""Keys that only this detector reads: beside another they decide nothing."""
-
+# Detectron2's keys for the same thing in other detectors -> the key that RetinaNet reads.
 _RENAMED = {
     "SMOOTH_L1_BETA": "MODEL.RETINANET.SMOOTH_L1_LOSS_BETA",
     "NUM_CONV": "MODEL.RETINANET.NUM_CONVS",
@@ -43,8 +41,8 @@ _RENAMED = {
 _BGR_MEAN, _RGB_MEAN = [103.530, 116.280, 123.675], [123.675, 116.280, 103.530]
 _BGR_STD, _RGB_STD = [57.375, 57.120, 58.395], [58.395, 57.120, 57.375]
 
-# Weights by their name -> INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD they were trained with; the first
-# that matches. From the config files and tools of Detectron2's model zoo.
+# Name of weights (first match) -> INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD that they were trained
+# with, from the configs and tools of Detectron2's model zoo.
 _WEIGHTS = {
     r"torchvision|\br(18|34|50|101|152)\.pkl": ("RGB", _RGB_MEAN, _RGB_STD),
     r"X[-_]101[-_]32x8d": ("BGR", _BGR_MEAN, _BGR_STD),
@@ -59,33 +57,28 @@ Warnings = Iterator[str]
 
 
 def config_warnings(cfg: CfgNode, weights: str, *, eval_only: bool) -> list[str]:
-    """Return what :func:`model_warnings` and, for a training, :func:`training_warnings` say.
+    """Return all warnings: of the model, the data and, unless ``eval_only``, the training.
 
     Args:
         cfg: a checked config whose data sets are registered, its schedule scaled to the batch
-        weights: as in :func:`model_warnings`
-        eval_only: leave out what concerns training alone
+        weights: file or URL to load; empty if the model starts from random weights
+        eval_only: leave out what concerns training only
     """
-    lines = [
-        *model_warnings(cfg, weights, eval_only=eval_only),
-        *_crowded_images(cfg, ["TEST"] if eval_only else ["TRAIN", "TEST"]),
+    lines = [*model_warnings(cfg, weights, eval_only=eval_only)]
+    lines += _crowded_images(cfg, ["TEST"] if eval_only else ["TRAIN", "TEST"])
+    if eval_only:
+        return lines
+    counts = [
+        sum(MetadataCatalog.get(name).get(count, 0) for name in cfg.DATASETS.TRAIN)
+        for count in ("num_images", "num_crowd_regions")
     ]
-    if not eval_only:
-        counts = [
-            sum(MetadataCatalog.get(name).get(count, 0) for name in cfg.DATASETS.TRAIN)
-            for count in ("num_images", "num_crowd_regions")
-        ]
-        lines += training_warnings(cfg, weights, *counts)
-    return lines
+    return lines + training_warnings(cfg, weights, *counts)
 
 
 def model_warnings(cfg: CfgNode, weights: str, *, eval_only: bool = False) -> list[str]:
-    """Return a line for each setting of the model that training or evaluation would ignore or miss.
+    """Return the warnings about keys without effect, pixel statistics and anchors.
 
-    Args:
-        cfg: a checked config
-        weights: the file or URL that will be loaded; empty: the model starts from random weights
-        eval_only: leave out what concerns training alone
+    Args: as in :func:`config_warnings`; the data need not be registered.
     """
     ineffective = ineffective_keys(cfg, eval_only=eval_only)
     return [*ineffective, *_pixels(cfg, weights), *_anchors(cfg, weights)]
@@ -94,13 +87,11 @@ def model_warnings(cfg: CfgNode, weights: str, *, eval_only: bool = False) -> li
 def training_warnings(
     cfg: CfgNode, weights: str, num_images: int, num_crowd_regions: int
 ) -> list[str]:
-    """Return a line for each setting of a training that will rarely end in a good detector.
+    """Return the warnings about settings of a training that rarely end in a good detector.
 
     Args:
-        cfg: a checked config, its schedule scaled to the batch
-        weights: as in :func:`model_warnings`
-        num_images: of the training data; 0: not known
-        num_crowd_regions: of the training data
+        cfg, weights: as in :func:`config_warnings`
+        num_images, num_crowd_regions: of the training data; 0 if unknown
     """
     return [
         *_learning_rate(cfg),
@@ -111,10 +102,10 @@ def training_warnings(
 
 
 def usual_learning_rate(cfg: CfgNode) -> tuple[float, float]:
-    """Return the lowest and the highest rate that is usual for the batch of a config.
+    """Return the lowest and the highest usual learning rate for ``SOLVER.IMS_PER_BATCH`` images.
 
-    The paper trains 16 images at 0.01 (section 4.1). Where all that is new has normalisation
-    layers, 0.02 is usual too (arXiv 1811.08883, section 4). Both go linearly with the batch.
+    The paper uses 0.01 for 16 images (section 4.1). With normalisation layers in FPN and head, 0.02
+    is usual too (arXiv 1811.08883, section 4). Both scale linearly with the batch.
     """
     rate = 0.01 * cfg.SOLVER.IMS_PER_BATCH / 16
     normalized = cfg.MODEL.FPN.NORM and cfg.MODEL.RETINANET.NORM
@@ -123,75 +114,63 @@ def usual_learning_rate(cfg: CfgNode) -> tuple[float, float]:
 
 def _learning_rate(cfg: CfgNode) -> Warnings:
     if cfg.SOLVER.REFERENCE_BATCH:
-        return  # the rate is the linear rule's already, from a batch that a person vouches for
+        return  # already scaled by the linear rule, from a batch that the user states
     low, high = usual_learning_rate(cfg)
-    rate, batch = cfg.SOLVER.BASE_LR, cfg.SOLVER.IMS_PER_BATCH
-    remedy = "SOLVER.REFERENCE_BATCH scales a schedule that was written for another batch"
-    if rate > 2 * high:
-        yield (
-            f"SOLVER.BASE_LR {rate:g} is {rate / high:.3g} times the usual rate for "
-            f"SOLVER.IMS_PER_BATCH {batch}, {high:g} (0.01 for 16 images, linearly): the loss may "
-            f"become infinite; {remedy}"
-        )
-    elif rate == 0:
+    rate = cfg.SOLVER.BASE_LR
+    if rate == 0:
         yield "SOLVER.BASE_LR 0 leaves all weights as they are: nothing is learned"
-    elif rate < low / 2:
+    elif rate > 2 * high or rate < low / 2:
+        usual = high if rate > high else low
+        times, effect = f"{rate / high:.3g} times", "the loss may become infinite"
+        if rate < low:
+            times, effect = f"1/{low / rate:.3g} of", "training will be slow"
         yield (
-            f"SOLVER.BASE_LR {rate:g} is 1/{low / rate:.3g} of the usual rate for "
-            f"SOLVER.IMS_PER_BATCH {batch}, {low:g} (0.01 for 16 images, linearly): training will "
-            f"be slow; {remedy}"
+            f"SOLVER.BASE_LR {rate:g} is {times} the usual rate for SOLVER.IMS_PER_BATCH "
+            f"{cfg.SOLVER.IMS_PER_BATCH}, {usual:g} (0.01 for 16 images, linearly): {effect}; "
+            "SOLVER.REFERENCE_BATCH scales a schedule that was written for another batch"
         )
 
 
 def ineffective_keys(cfg: CfgNode, *, eval_only: bool = False) -> list[str]:
-    """Return a line for each key that is set, and that nothing reads beside the other settings.
-
-    Set is what differs from its default: a config that was saved holds all keys.
+    """Return a line per key that differs from its default but is not read beside the others.
 
     Args:
-        cfg: whole, its data sets registered or not
-        eval_only: leave out what concerns training alone
+        cfg: a whole config; its data sets need not be registered
+        eval_only: leave out what concerns training only
     """
     defaults = get_cfg()
     add_retinanet_ext_config(defaults)
-    own = ("MODEL.ANCHOR_GENERATOR.", "TEST.") if eval_only else ("",)
-    # As json, for a config that was saved holds lists where the default has tuples.
-    keys = [
+    # Compared as JSON, because a saved config holds lists where the default has tuples.
+    changed = [
         key
         for key in all_keys(defaults)
         if json.dumps(read_key(cfg, key)) != json.dumps(read_key(defaults, key))
     ]
-    lines = [line for key in keys if key.startswith(own) for line in _without_effect(cfg, key)]
-    return [*lines, *(line for key in keys for line in _foreign(cfg, key))]
+    checked = ("MODEL.ANCHOR_GENERATOR.", "TEST.") if eval_only else ("",)
+    lines = [line for key in changed if key.startswith(checked) for line in _unmet(cfg, key)]
+    return lines + [line for key in changed for line in _foreign(cfg, key)]
 
 
-def _without_effect(cfg: CfgNode, key: str) -> Warnings:
-    """Yield in a line which other key would have to be set otherwise, if one."""
+def _unmet(cfg: CfgNode, key: str) -> list[str]:
+    """Return a line about the first condition under which the key counts and that does not hold."""
+    is_ours = cfg.MODEL.META_ARCHITECTURE == "RetinaNetExt"
     for other, values in find_conditions(key):
-        if other in _OWN_KEYS and not _is_ours(cfg):
-            continue
+        if not is_ours and other.endswith(("CLS_LOSS.NAME", "SELECTION.NAME")):
+            continue  # Detectron2's RetinaNet does not read these
         found = read_key(cfg, other)
         if other == "DATASETS.TRAIN":
             found = [*found, *cfg.DATASETS.TEST]
-        if not values:
-            counts = bool(found)
-        elif isinstance(found, list | tuple):
-            counts = bool({*found} & {*values})
-        else:
-            counts = found in values
-        if not counts:
-            given = json.dumps(found) if isinstance(found, list | tuple) else repr(found)
-            given = found if isinstance(found, str) and found else given
-            wanted = " or ".join(map(str, values[:2])) or "set"
-            yield (
-                f"{key} {read_key(cfg, key)} has no effect with {other} {given}; it counts with "
-                f"{other} {wanted}"
-            )
-            return
-
-
-def _is_ours(cfg: CfgNode) -> bool:
-    return cfg.MODEL.META_ARCHITECTURE == "RetinaNetExt"
+        is_list = isinstance(found, list | tuple)
+        found_values = {*found} if is_list else {found}
+        if found_values & {*values} or (not values and found):
+            continue
+        given = json.dumps(found) if is_list else found or repr(found)
+        wanted = " or ".join(map(str, values[:2])) or "set"
+        return [
+            f"{key} {read_key(cfg, key)} has no effect with {other} {given}; it counts with "
+            f"{other} {wanted}"
+        ]
+    return []
 
 
 def _foreign(cfg: CfgNode, key: str) -> Warnings:
@@ -275,7 +254,7 @@ def _crowd(cfg: CfgNode, num_crowd_regions: int) -> Warnings:
 
 
 def _crowded_images(cfg: CfgNode, splits: Sequence[str]) -> Warnings:
-    """Tell of images with more objects than the detector may return."""
+    """Warn of images with more objects than the detector may return."""
     limit = cfg.TEST.DETECTIONS_PER_IMAGE
     for name in dict.fromkeys(name for split in splits for name in cfg.DATASETS[split]):
         images_by_num_objects = MetadataCatalog.get(name).get("images_by_num_objects", {})
@@ -296,24 +275,17 @@ def _crowded_images(cfg: CfgNode, splits: Sequence[str]) -> Warnings:
 def _schedule(cfg: CfgNode, num_images: int) -> Warnings:
     solver = cfg.SOLVER
     end = f"SOLVER.MAX_ITER {solver.MAX_ITER}"
-    if solver.WARMUP_ITERS > solver.MAX_ITER:
-        yield (
-            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} is longer than {end}: the learning rate "
-            "never reaches SOLVER.BASE_LR"
-        )
+    effects = {
+        "SOLVER.WARMUP_ITERS": "the learning rate never reaches SOLVER.BASE_LR",
+        "SOLVER.CHECKPOINT_PERIOD": "nothing is saved before the end",
+        "TEST.EVAL_PERIOD": "nothing is evaluated before the end",
+    }
+    for key, effect in effects.items():
+        if read_key(cfg, key) > solver.MAX_ITER:
+            yield f"{key} {read_key(cfg, key)} is longer than {end}: {effect}"
     late = [step for step in solver.STEPS if step > solver.MAX_ITER]
     if late and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         yield f"SOLVER.STEPS {late} lie beyond {end}: the learning rate is not lowered there"
-    if solver.CHECKPOINT_PERIOD > solver.MAX_ITER:
-        yield (
-            f"SOLVER.CHECKPOINT_PERIOD {solver.CHECKPOINT_PERIOD} is longer than {end}: nothing is "
-            "saved before the end"
-        )
-    if cfg.TEST.EVAL_PERIOD > solver.MAX_ITER:
-        yield (
-            f"TEST.EVAL_PERIOD {cfg.TEST.EVAL_PERIOD} is longer than {end}: nothing is evaluated "
-            "before the end"
-        )
     seen = solver.MAX_ITER * solver.IMS_PER_BATCH
     if seen < num_images:
         yield (

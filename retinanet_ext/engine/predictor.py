@@ -35,28 +35,29 @@ logger = logging.getLogger(__name__)
 
 
 class Predictor:
-    """Detectron2's ``DefaultPredictor`` for many images at a time, of any ``INPUT.FORMAT``.
+    """Detectron2's ``DefaultPredictor`` for batches of images of any ``INPUT.FORMAT``.
 
-    Images share a batch while they come one after the other and are padded to the same size, so
-    an image has the detections that it has alone, to rounding: the sums of a larger batch are
-    rounded otherwise, in the last bits of scores and corners (about 1e-6 of them). That can swap
-    the ranks of two scores as near, and decide where one is as near to the score threshold, to the
-    last place of ``TEST.DETECTIONS_PER_IMAGE`` or to the score of a box that it overlaps. ::
+    Consecutive images share a batch if they are padded to the same size. An image then has the
+    detections that it has alone, to rounding (about 1e-6 of scores and corners), which may decide
+    ties at the score threshold, in NMS or at the last of ``TEST.DETECTIONS_PER_IMAGE``.
 
-        for path, instances in zip(paths, Predictor(cfg)(paths)):
-            ...
+    Example::
+
+        >>> predictor = Predictor(cfg)
+        >>> for path, instances in zip(paths, predictor(paths, batch_size=8)):
+        ...     print(path, instances.pred_boxes.tensor.shape, instances.scores.shape)
+
+    Attributes:
+        class_names: names of classes 0..K-1 from the weights' file, empty if it has none
     """
 
     def __init__(self, cfg: CfgNode, model: nn.Module | None = None) -> None:
         """
         Args:
-            cfg: the model, and how test images are read and resized; left as it is
-            model: a detector of that config; by default it is built, with ``MODEL.WEIGHTS``, or
-                where that is empty with the last checkpoint in ``OUTPUT_DIR``. Without CUDA it is
-                on the CPU, whatever the config says
-
-        Attributes:
-            class_names: of classes 0..K-1, where the weights' file names them; else empty
+            cfg: config of the model and of test images; not changed. Without CUDA the model is
+                built on the CPU
+            model: detector of that config. By default it is built and given ``MODEL.WEIGHTS``, or
+                if that is empty the last checkpoint in ``OUTPUT_DIR``
 
         Raises:
             InputError: there are no weights, or they do not fit the model
@@ -163,20 +164,18 @@ def _load_weights(model: nn.Module, cfg: CfgNode) -> list[str]:
     Returns:
         the class names in the file, empty where it has none
     """
-    checkpointer = Checkpointer(model, complete=True)
     if cfg.MODEL.WEIGHTS:
         try:
-            return saved_class_names(checkpointer.load(cfg.MODEL.WEIGHTS))
+            return saved_class_names(Checkpointer(model, complete=True).load(cfg.MODEL.WEIGHTS))
         except InputError as error:  # a run's config names what it began with, such as a backbone
-            last, _ = last_checkpoint(cfg.OUTPUT_DIR)
+            last = last_checkpoint(cfg.OUTPUT_DIR)
             has = f"; OUTPUT_DIR has {last}" if last else ""
             raise InputError(f"{error}{has}") from error
-    last, passed_over = last_checkpoint(cfg.OUTPUT_DIR)
+    last = last_checkpoint(cfg.OUTPUT_DIR)
     if not last:
         raise InputError(
             f"MODEL.WEIGHTS is empty, and OUTPUT_DIR {cfg.OUTPUT_DIR} holds no checkpoint; set "
             "MODEL.WEIGHTS to the weights of the model"
         )
-    because = "".join(f"; {reason}" for reason in passed_over)
-    logger.warning("MODEL.WEIGHTS is empty: the last checkpoint is used, %s%s", last, because)
-    return saved_class_names(checkpointer.load(last))
+    logger.warning("MODEL.WEIGHTS is empty: the last checkpoint is used, %s", last)
+    return saved_class_names(Checkpointer(model, cfg.OUTPUT_DIR, complete=True).load(last))

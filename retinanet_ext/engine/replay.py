@@ -1,4 +1,4 @@
-"""A step that was not finite as a file, and the step once more from that file."""
+"""Save a non-finite step to a file, and re-run it from that file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
@@ -20,7 +19,8 @@ from torch import Tensor
 
 from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.engine.config_check import use_cpu_without_cuda
-from retinanet_ext.engine.non_finite import Report, StepSnapshot, class_names, diagnose
+from retinanet_ext.engine.instrumented_pass import Batch, Report
+from retinanet_ext.engine.non_finite import StepSnapshot, class_names, diagnose
 from retinanet_ext.errors import InputError, first_line
 from retinanet_ext.files import atomic_write, write_file
 
@@ -31,29 +31,31 @@ def save_step(step: StepSnapshot, report: Report, states: dict[str, Any] | None)
     """Write ``OUTPUT_DIR/non_finite/iter_*_rank*.json``, and with ``states`` a ``.pth`` to replay.
 
     Args:
-        step: of this process
-        report: of :func:`~retinanet_ext.engine.non_finite.diagnose`
-        states: as before the step, of "model" and whatever else shall be kept
+        step: this process's step
+        report: as :func:`~retinanet_ext.engine.non_finite.diagnose` returns it
+        states: state dicts before the step: "model", and others to keep
 
     Returns:
-        the report's file
+        path of the report
 
     Raises:
-        InputError: it cannot be written
+        InputError: a file cannot be written
     """
-    stem = Path(step.cfg.OUTPUT_DIR, "non_finite", f"iter_{step.iteration:07d}_rank{step.rank}")
-    names = (stem.with_name(f"{stem.name}{suffix}") for suffix in _suffixes())
-    stem = next(name for name in names if not name.with_suffix(".json").exists())
+    name = f"iter_{step.iteration:07d}_rank{step.rank}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    stems = (Path(step.cfg.OUTPUT_DIR, "non_finite", name) for name in names)
+    stem = next(stem for stem in stems if not stem.with_suffix(".json").exists())
     try:
         stem.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{stem.parent} cannot be made: {error.strerror or error}") from error
     if states is not None:
-        content = {f.name: getattr(step, f.name) for f in fields(step)}
+        content = {field.name: getattr(step, field.name) for field in fields(step)}
         content |= {"cfg": step.cfg.dump(), "class_names": class_names(step.cfg), **states}
+        content["batches"] = [_saved_batch(batch) for batch in step.batches]
         file = stem.with_suffix(".pth")
         with atomic_write(file) as stream:
-            torch.save(_encode(content), stream)
+            torch.save(content, stream)
         report = {**report, "replay": f"retinanet-ext replay {shlex.quote(str(file))}"}
     file = stem.with_suffix(".json")
     write_file(file, json.dumps(report, indent=2, allow_nan=False))
@@ -61,16 +63,17 @@ def save_step(step: StepSnapshot, report: Report, states: dict[str, Any] | None)
 
 
 def replay_step(path: str | Path) -> Report:
-    """Repeat a saved step on one process and return its report, as ``diagnose`` does.
+    """Re-run a saved step on one process and return the report of ``diagnose``.
 
     Raises:
-        InputError: the file is missing, damaged, or not one of a step
+        InputError: the file is missing, damaged or not a saved step
     """
     try:
-        saved = _decode(torch.load(path, map_location="cpu", weights_only=True))
+        with torch.serialization.safe_globals([Instances, Boxes]):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
         weights, names = saved["model"], saved["class_names"]
         values = {field.name: saved[field.name] for field in fields(StepSnapshot)}
-    except Exception as error:  # pickle's documentation: a damaged file may raise anything
+    except Exception as error:  # unpickling a damaged file may raise anything
         raise InputError(
             f"{path} is missing, damaged or not a step saved in OUTPUT_DIR/non_finite "
             f"({type(error).__name__})"
@@ -79,11 +82,11 @@ def replay_step(path: str | Path) -> Report:
         cfg = get_cfg()
         add_retinanet_ext_config(cfg)
         of_run = CfgNode.load_cfg(values["cfg"])
-        of_run.DATASETS.pop("CUSTOM")  # not used here, and yacs takes no list where a path is
+        of_run.DATASETS.pop("CUSTOM")  # unused here; yacs takes no list in place of a path
         cfg.merge_from_other_cfg(of_run)
         trained_on = cfg.MODEL.DEVICE
         use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
-        cfg.TEST.PRECISION = "float32"  # of detection, which no step is, and not for every device
+        cfg.TEST.PRECISION = "float32"  # for detection only, and not valid on every device
         for name in cfg.DATASETS.TRAIN:
             if name not in MetadataCatalog:
                 MetadataCatalog.get(name).thing_classes = names
@@ -105,36 +108,7 @@ def replay_step(path: str | Path) -> Report:
     return diagnose(model, step)
 
 
-def _suffixes() -> Any:
-    return itertools.chain([""], (f"-{number}" for number in itertools.count(2)))
-
-
-def _encode(value: Any) -> Any:
-    """Return tensors, numbers, text and their containers; what is none of these is left out."""
-    if isinstance(value, dict):
-        return {key: _encode(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    if isinstance(value, Instances):
-        return {"image_size": list(value.image_size), **_encode(value.get_fields())}
-    if isinstance(value, Boxes):
-        return {"boxes": _encode(value.tensor)}
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, np.ndarray):
-        return torch.as_tensor(value)
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if isinstance(value, str | int | float) else None
-
-
-def _decode(value: Any) -> Any:
-    """Undo :func:`_encode` in batches."""
-    if isinstance(value, list):
-        return [_decode(item) for item in value]
-    if not isinstance(value, dict):
-        return value
-    content = {key: _decode(item) for key, item in value.items()}
-    if "image_size" in content:
-        return Instances(tuple(content.pop("image_size")), **content)
-    return Boxes(content["boxes"]) if content.keys() == {"boxes"} else content
+def _saved_batch(batch: Batch) -> Batch:
+    """Return the batch without values that ``torch.load(weights_only=True)`` refuses."""
+    allowed = Tensor | Instances | str | int | float
+    return [{k: v for k, v in inputs.items() if isinstance(v, allowed)} for inputs in batch]

@@ -1,4 +1,4 @@
-"""A schedule written for one batch, used with another."""
+"""Scale a schedule that was written for one batch size to another."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ LENGTHS = (
 def scale_schedule(cfg: CfgNode) -> list[str]:
     """Scale the schedule from ``SOLVER.REFERENCE_BATCH`` images to ``SOLVER.IMS_PER_BATCH``.
 
-    The linear rule (arXiv 1706.02677, section 2.1): with k times as many images in a batch, the
-    learning rate is k times as high and every length in iterations k times as short, so that as
-    many images are seen. A length stays at least 1, one that is 0 (off) stays 0, and steps stay
-    strictly rising. The key is then set to the new batch, so that a config that is saved and read
-    again is not scaled twice.
+    The linear rule (arXiv 1706.02677, section 2.1): for k times as many images per batch, the
+    learning rates are multiplied by k and all lengths in iterations divided by k, so that the same
+    number of images is seen. A length is at least 1, a length of 0 (off) stays 0, and steps stay
+    strictly increasing. The key is then set to the new batch, so that a saved config is not scaled
+    twice.
 
     Args:
         cfg: a checked config; changed in place
@@ -65,5 +65,5 @@ def scale_schedule(cfg: CfgNode) -> list[str]:
 
 
 def _scale_length(iterations: int, batch: int, reference: int) -> int:
-    # Whole numbers: the quotient of floats is off beyond 2^53. Half is rounded up.
+    # In integers, because float division is inexact beyond 2^53. Rounds half up.
     return max(1, (2 * iterations * reference + batch) // (2 * batch)) if iterations else 0

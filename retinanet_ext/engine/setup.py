@@ -119,14 +119,22 @@ def start_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         )
 
 
-def load_trained_weights(model: nn.Module, cfg: CfgNode) -> None:
+def load_trained_weights(model: nn.Module, cfg: CfgNode, *, resume: bool) -> None:
     """Load ``MODEL.WEIGHTS``, which must fill the whole model, for an evaluation.
+
+    Args:
+        model: loaded in place
+        cfg: as :func:`prepare_run` completes it
+        resume: whether the weights are a run's last checkpoint. If it is damaged, the one before is
+            loaded.
 
     Raises:
         InputError: the weights are damaged, or are those of another model or of other classes
     """
     class_names = registered_classes(cfg, "TEST", read=True)
-    Checkpointer(model, complete=True, class_names=class_names).load(cfg.MODEL.WEIGHTS)
+    folder = str(Path(cfg.MODEL.WEIGHTS).parent) if resume else ""
+    checkpointer = Checkpointer(model, folder, complete=True, class_names=class_names)
+    checkpointer.load(cfg.MODEL.WEIGHTS)
 
 
 def report_results(cfg: CfgNode, results: Mapping[str, Any]) -> None:

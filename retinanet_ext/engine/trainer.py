@@ -215,11 +215,11 @@ class Trainer(DefaultTrainer):
             if saved and wanted and saved != wanted:
                 match_optimizer_state(self.optimizer, saved, wanted, self.checkpointer.model)
             self.start_iter = self.iter + 1
+            self._had_ended = Path(self.checkpointer.loaded_path).name == "model_final.pth"
             self._keep_seed()
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
         self._resumes = resume
-        self._had_ended = Path(checkpoint).name == "model_final.pth"
 
     def _keep_seed(self) -> None:
         """Record the seed of the run, which goes on, in the config."""

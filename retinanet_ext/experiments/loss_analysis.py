@@ -40,8 +40,7 @@ from retinanet_ext.data import CheckedDatasetMapper, prepare_datasets
 from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.register import registered_classes
 from retinanet_ext.engine import Checkpointer, load_config
-from retinanet_ext.engine.config_check import check_config, use_cpu_without_cuda
-from retinanet_ext.engine.launch import check_model
+from retinanet_ext.engine.config_check import check_config, config_errors, use_cpu_without_cuda
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import to_json, write_file
 from retinanet_ext.losses import Interval
@@ -91,10 +90,10 @@ def analyze_loss(
     if "://" not in weights and not Path(weights.partition("?")[0]).is_file():
         raise InputError(f"--weights {weights!r} is not a file")
     folder = _choose_folder(output, weights, dataset)
-    cfg, num_classes_is_set = load_config(config_file, opts)
+    cfg = load_config(config_file, opts)
     use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
     check_config(cfg, num_processes=1, eval_only=True)
-    prepare_datasets(cfg, num_classes_is_set=num_classes_is_set, eval_only=dataset == "test")
+    prepare_datasets(cfg, eval_only=dataset == "test")
     images = _choose_images(cfg, dataset, num_images, seed)
     model = _load_model(cfg, weights, dataset)
     _make_folder(folder)
@@ -268,8 +267,8 @@ def _make_mapper(cfg: CfgNode) -> CheckedDatasetMapper:
 
 
 def _load_model(cfg: CfgNode, weights: str, dataset: str) -> DenseDetector:
-    check_model(cfg, weights, resume=False, eval_only=True)
-    model = build_model(cfg)
+    with config_errors():
+        model = build_model(cfg)
     if not isinstance(model, (RetinaNetExt, RetinaNet)):
         raise InputError(
             f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} does not label anchors by IoU; "

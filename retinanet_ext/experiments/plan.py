@@ -100,7 +100,7 @@ def plan(
     file_digest = cache(_file_digest)
 
     def key(row: Row) -> str:
-        return _digest(row_config(preset, row, 0, opts, configs)[0], file_digest)
+        return _digest(row_config(preset, row, 0, opts, configs), file_digest)
 
     campaign = _campaign(preset, num_gpus, opts, configs, output, file_digest)
     names: dict[str, list[str]] = {}
@@ -151,7 +151,7 @@ def _campaign(
     output: Path,
     file_digest: Callable[[str], str],
 ) -> Campaign:
-    cfg, _ = row_config(preset, Row("base", {}, {}), 0, opts, configs)
+    cfg = row_config(preset, Row("base", {}, {}), 0, opts, configs)
     if len(cfg.DATASETS.TEST) > 1:
         raise InputError(f"DATASETS.TEST must name one data set here, got {cfg.DATASETS.TEST}")
     files = {side: read_texts(cfg, f"DATASETS.CUSTOM.{side}_JSON") for side in ("TRAIN", "TEST")}

@@ -145,7 +145,7 @@ def _pairs(overrides: Mapping[str, Any]) -> list[str]:
 
 def row_config(
     preset: Preset, row: Row, seed: int, opts: Sequence[str], configs: Path
-) -> tuple[CfgNode, bool]:
+) -> CfgNode:
     """Return a row's config as :func:`~retinanet_ext.engine.load_config` does.
 
     Args:
@@ -157,13 +157,13 @@ def row_config(
     Raises:
         InputError: a key that is unknown, or has no effect beside the row's other settings
     """
-    cfg, num_classes_is_set = load_config(
+    cfg = load_config(
         str(configs / preset.configs[row.model]), row_arguments(preset, row, seed, opts)
     )
     # Otherwise all rows of a sweep would give the same result.
     if ineffective := ineffective_keys(cfg):
         raise InputError(f"row {row.name}: {ineffective[0]}")
-    return cfg, num_classes_is_set
+    return cfg
 
 
 def list_tables(names: Sequence[str] = ()) -> str:

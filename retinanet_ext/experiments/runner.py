@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import platform
-import re
 import signal
 import subprocess
 import sys
@@ -19,12 +17,12 @@ from typing import IO, Any
 
 import torch
 
-from retinanet_ext import provenance
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine.checkpoint import find_weights
 from retinanet_ext.engine.config_check import check_config, load_config, use_cpu_without_cuda
-from retinanet_ext.engine.distributed import end_with_parent
-from retinanet_ext.engine.launch import check_model
+from retinanet_ext.engine.launch import end_with_parent
+from retinanet_ext.engine.run_info import commit, cpu_name, versions
+from retinanet_ext.engine.trainer import Trainer
 from retinanet_ext.errors import DIVERGED as DIVERGED_EXIT
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments import record
@@ -86,35 +84,28 @@ def run_campaign(
 def _check(runs: Sequence[Run], num_gpus: int) -> dict[str, Any]:
     """Refuse what every process would refuse, and return the hardware that they will use.
 
-    The config of every row is checked; data, weights and model only of the first.
+    The config of every row is checked; the data and the model only of the first.
     """
     if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
         raise InputError(
             f"--num-gpus {num_gpus}: this machine has {torch.cuda.device_count()} CUDA devices"
         )
-    first, is_set = load_config(str(runs[0].config_file), runs[0].arguments)
+    first = load_config(str(runs[0].config_file), runs[0].arguments)
     use_cpu_without_cuda(first, num_threads=torch.get_num_threads())
     for run in {run.key: run for run in runs}.values():  # one seed of each
-        cfg, _ = load_config(str(run.config_file), run.arguments)
+        cfg = load_config(str(run.config_file), run.arguments)
         cfg.MODEL.DEVICE = first.MODEL.DEVICE
         check_config(cfg, num_processes=num_gpus, eval_only=False)
-    weights, _ = find_weights(first, resume=False, eval_only=False)
-    prepare_datasets(first, num_classes_is_set=is_set, eval_only=False)
-    check_model(first, weights, resume=False, eval_only=False)
+    find_weights(first, resume=False, eval_only=False)
+    prepare_datasets(first, eval_only=False)
+    Trainer.build_model(first)
     gpus = range(num_gpus) if first.MODEL.DEVICE.startswith("cuda") else ()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
         "num_processes": num_gpus,
         "threads": max(1, torch.get_num_threads() // num_gpus),
     }
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
-    return found[1] if found else platform.processor() or platform.machine()
 
 
 @contextmanager
@@ -200,7 +191,7 @@ def _begin(current: Record, run: Run, hardware: dict[str, Any]) -> Record:
     if current.num_starts and current.status == record.UNFINISHED and output.exists():
         begun = (current.folder / record.RECORD).stat().st_mtime
         seconds += max(0.0, output.stat().st_mtime - begun)
-    commits = [*current.commit.split(", "), provenance.commit()]
+    commits = [*current.commit.split(", "), commit()]
     begun = Record(
         rows=list(run.rows),
         seed=run.seed,
@@ -210,7 +201,7 @@ def _begin(current: Record, run: Run, hardware: dict[str, Any]) -> Record:
         num_starts=current.num_starts + 1,
         started=current.started or _now(),
         commit=", ".join(dict.fromkeys(filter(None, commits))),
-        versions=provenance.versions(),
+        versions=versions(),
         hardware=hardware,
         folder=current.folder,
     )

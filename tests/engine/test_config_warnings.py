@@ -1,4 +1,6 @@
-"""What is allowed and rarely meant is said before a run; the project's own configs say nothing."""
+"""Legal but rarely intended settings are warned of; the project's own configs give no warning."""
+
+from pathlib import Path
 
 import pytest
 
@@ -25,7 +27,7 @@ RGB = [
 
 
 def warnings_of(config, *opts, num_images=100, num_crowd_regions=0, weights=None):
-    cfg, _ = load_config(config, opts)
+    cfg = load_config(config, opts)
     weights = cfg.MODEL.WEIGHTS if weights is None else weights
     return [
         *model_warnings(cfg, weights),
@@ -33,23 +35,20 @@ def warnings_of(config, *opts, num_images=100, num_crowd_regions=0, weights=None
     ]
 
 
-@pytest.mark.parametrize("name", ["R50_FPN", "R101_FPN", "X101_FPN"])
-def test_the_papers_configs_fit(name):
-    assert warnings_of(f"configs/retinanet_{name}.yaml", num_images=118287) == []
-
-
-@pytest.mark.parametrize("name", ["quickstart", "small_R18_FPN"])
-def test_the_small_configs_fit(name):
-    assert warnings_of(f"configs/{name}.yaml") == []
-
-
-def test_a_config_that_was_saved_fits(tmp_path):
-    cfg, _ = load_config(R50)
+@pytest.mark.parametrize(
+    "file",
+    [*Path("configs").glob("*_FPN.yaml"), Path("configs/quickstart.yaml")],
+    ids=lambda p: p.stem,
+)
+def test_the_projects_configs_fit_also_when_saved(file, tmp_path):
+    num_images = 118287 if file.stem.startswith("retinanet") else 100
+    assert warnings_of(str(file), num_images=num_images) == []
+    cfg = load_config(str(file))
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    assert warnings_of(str(tmp_path / "config.yaml")) == []
+    assert warnings_of(str(tmp_path / "config.yaml"), num_images=num_images) == []
 
 
-ADVICE = {
+WARNINGS = {
     "the rate for 16 images with 2": (
         R50,
         ["SOLVER.IMS_PER_BATCH", "2"],
@@ -66,11 +65,6 @@ ADVICE = {
         ["MODEL.ROI_HEADS.NUM_CLASSES", "3"],
         ["MODEL.ROI_HEADS.NUM_CLASSES 3 has no effect", "MODEL.RETINANET.NUM_CLASSES 80 is what"],
     ),
-    "threshold of another architecture": (
-        R50,
-        ["MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.5"],
-        ["RetinaNetExt does not read it", "MODEL.RETINANET.SCORE_THRESH_TEST 0.05 is what counts"],
-    ),
     "a renamed key": (
         R50,
         ["MODEL.RPN.PRE_NMS_TOPK_TEST", "100"],
@@ -86,7 +80,6 @@ ADVICE = {
         ["MODEL.PIXEL_STD", BGR_STD],
         ["MODEL.PIXEL_STD [57.375, 57.12, 58.395] does not fit", "trained with", "[1.0, 1.0, 1.0]"],
     ),
-    "MSRA weights in RGB": (R50, ["INPUT.FORMAT", "RGB"], ["INPUT.FORMAT RGB does not fit", "BGR"]),
     "FAIR's weights without a standard deviation": (
         R50,
         ["MODEL.WEIGHTS", FAIR],
@@ -108,11 +101,6 @@ ADVICE = {
         ["PIXEL_STD [1.0, 1.0, 1.0]", "random weights", "57.375"],
     ),
     "frozen random layers": (R18, ["MODEL.BACKBONE.FREEZE_AT", "2"], ["FREEZE_AT 2", "random"]),
-    "frozen statistics of random layers": (
-        R18,
-        ["MODEL.RESNETS.NORM", "FrozenBN"],
-        ["FrozenBN normalises nothing", "BN, SyncBN or GN"],
-    ),
     "frozen statistics of random layers on the CPU": (
         R18,
         ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.DEVICE", "cpu"],
@@ -133,7 +121,7 @@ ADVICE = {
 }
 
 
-@pytest.mark.parametrize(("config", "opts", "expected"), ADVICE.values(), ids=ADVICE)
+@pytest.mark.parametrize(("config", "opts", "expected"), WARNINGS.values(), ids=WARNINGS)
 def test_one_line_names_key_value_and_remedy(config, opts, expected):
     (line,) = warnings_of(config, *opts)
     assert "\n" not in line
@@ -142,7 +130,6 @@ def test_one_line_names_key_value_and_remedy(config, opts, expected):
 
 QUIET = {
     "twice the usual rate": (R50, ["SOLVER.BASE_LR", "0.02"]),
-    "half of it": (R50, ["SOLVER.BASE_LR", "0.005"]),
     "a rate that is scaled": (
         R50,
         ["SOLVER.IMS_PER_BATCH", "2", "SOLVER.REFERENCE_BATCH", "2"],
@@ -166,11 +153,9 @@ CLS = "MODEL.RETINANET.CLS_LOSS."
 OHEM = "MODEL.RETINANET.SELECTION."
 WITHOUT_EFFECT = [
     ([CLS + "NAME", "focal_star", "MODEL.RETINANET.FOCAL_LOSS_GAMMA", "5.0"], CLS + "NAME focal"),
-    ([CLS + "CROSS_ENTROPY.ALPHA", "0.75"], CLS + "NAME cross_entropy"),
     ([OHEM + "OHEM.BATCH_SIZE", "512"], OHEM + "NAME ohem"),
     (["MODEL.META_ARCHITECTURE", "RetinaNet", CLS + "NAME", "hinge"], "RetinaNetExt"),
     (["MODEL.META_ARCHITECTURE", "RetinaNet", OHEM + "OHEM.BATCH_SIZE", "64"], "RetinaNetExt"),
-    (["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.COMPILE", "True"], "RetinaNetExt"),
     (
         [
             *("MODEL.ANCHOR_GENERATOR.NAME", "DefaultAnchorGenerator"),
@@ -179,10 +164,8 @@ WITHOUT_EFFECT = [
         "MODEL.ANCHOR_GENERATOR.NAME OctaveAnchorGenerator",
     ),
     (["SOLVER.AMP.PRECISION", "bfloat16"], "SOLVER.AMP.ENABLED True"),
-    (["SOLVER.CLIP_GRADIENTS.CLIP_VALUE", "5.0"], "SOLVER.CLIP_GRADIENTS.ENABLED True"),
     (["SOLVER.NON_FINITE.MAX_SKIPPED", "9"], "SOLVER.NON_FINITE.POLICY skip"),
     (["SOLVER.STEPS", "(100,)"], "SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR"),
-    (["INPUT.CROP.SIZE", "[0.5, 0.5]"], "INPUT.CROP.ENABLED True"),
     (
         [
             *("MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou"),
@@ -207,28 +190,28 @@ WITHOUT_EFFECT = [
 @pytest.mark.parametrize(("opts", "counts_with"), WITHOUT_EFFECT)
 def test_a_key_that_has_no_effect_is_named_with_the_one_that_would_make_it_count(opts, counts_with):
     key, value = opts[-2:]
-    (line,) = model_warnings(load_config(R18, opts)[0], "mine.pth")
+    (line,) = model_warnings(load_config(R18, opts), "mine.pth")
     assert line.startswith(f"{key} {value} has no effect with ") and counts_with in line
 
 
 def test_conditions_name_keys_that_exist():
-    cfg, _ = load_config(R18)
+    cfg = load_config(R18)
     for start, (other, _) in COUNTS_ONLY_IF.items():
         assert other in all_keys(cfg)
         assert any(key == start or key.startswith(start) for key in all_keys(cfg)), start
 
 
 def test_keys_of_training_are_not_missed_in_an_evaluation():
-    cfg, _ = load_config(R18, ["SOLVER.AMP.PRECISION", "bfloat16"])
+    cfg = load_config(R18, ["SOLVER.AMP.PRECISION", "bfloat16"])
     assert ineffective_keys(cfg) and not ineffective_keys(cfg, eval_only=True)
 
 
 def test_published_weights_have_anchors_at_the_corner():
     weights = "detectron2://COCO-Detection/retinanet_R_50_FPN_3x/190397829/model_final_5bd44e.pkl"
-    cfg, _ = load_config(R50)
+    cfg = load_config(R50)
     (line,) = model_warnings(cfg, weights)
     assert "MODEL.ANCHOR_GENERATOR.OFFSET 0.5 does not fit" in line
-    cfg, _ = load_config(R50, ["MODEL.ANCHOR_GENERATOR.OFFSET", "0.0"])
+    cfg = load_config(R50, ["MODEL.ANCHOR_GENERATOR.OFFSET", "0.0"])
     assert model_warnings(cfg, weights) == []
 
 
@@ -269,10 +252,10 @@ def test_crowd_regions_as_background():
     ],
 )
 def test_images_with_more_objects_than_are_returned(limit, eval_only, expected):
-    cfg, is_set = load_config(
+    cfg = load_config(
         "tests/engine/tiny.yaml", ["TEST.DETECTIONS_PER_IMAGE", str(limit), "MODEL.DEVICE", "cpu"]
     )
-    prepare_datasets(cfg, num_classes_is_set=is_set, eval_only=eval_only)
+    prepare_datasets(cfg, eval_only=eval_only)
     lines = config_warnings(cfg, "", eval_only=eval_only)
     found = [line for line in lines if "DETECTIONS_PER_IMAGE" in line]
     assert len(found) == len(expected)

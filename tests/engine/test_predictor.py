@@ -136,7 +136,7 @@ def save_run(folder, *opts):
 DETECT = """
 import sys
 from retinanet_ext.engine import Predictor, load_config
-cfg, _ = load_config(sys.argv[1])
+cfg = load_config(sys.argv[1])
 before = cfg.clone()
 for found in Predictor(cfg)(sys.argv[2:]):
     print(len(found), found.scores.tolist())

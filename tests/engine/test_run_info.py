@@ -1,4 +1,4 @@
-"""The manifest beside a run's results."""
+"""run_info.json beside a run's results."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ import torch
 
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine.config_check import load_config
-from retinanet_ext.engine.run_info import read_manifest, write_manifest
+from retinanet_ext.engine.run_info import write_run_info
 from retinanet_ext.errors import InputError
 
 TEST_JSON = Path("tests/fixtures/bccd_mini/instances_val.json")
@@ -17,15 +17,13 @@ TEST_JSON = Path("tests/fixtures/bccd_mini/instances_val.json")
 
 @pytest.fixture
 def write(tmp_path):
-    """Write a start of an evaluation and return the manifest as its file says."""
+    """Write a start of an evaluation and return all starts in the file."""
 
     def run(*opts, command=("train_net.py",), weights=""):
-        cfg, _ = load_config("tests/engine/tiny.yaml", ["OUTPUT_DIR", str(tmp_path), *opts])
-        prepare_datasets(cfg, num_classes_is_set=False, eval_only=True)
-        write_manifest(
-            cfg, command=command, weights=weights, resumed=False, eval_only=True, jobs=["slurm 7"]
-        )
-        return json.loads(Path(cfg.OUTPUT_DIR, "manifest.json").read_text())
+        cfg = load_config("tests/engine/tiny.yaml", ["OUTPUT_DIR", str(tmp_path), *opts])
+        prepare_datasets(cfg, eval_only=True)
+        write_run_info(cfg, command=command, weights=weights, resumed=False, eval_only=True)
+        return json.loads(Path(cfg.OUTPUT_DIR, "run_info.json").read_text())
 
     return run
 
@@ -34,66 +32,58 @@ def sha256(content):
     return hashlib.sha256(content).hexdigest()
 
 
-def test_what_a_start_says(write, tmp_path):
-    torch.save({"model": {}}, tmp_path / "weights.pth")
-    weights = str(tmp_path / "weights.pth")
-    (start,) = write("SEED", "5", weights=weights)["starts"]
-    images = list(Path("tests/fixtures/bccd_mini/images").iterdir())
-    listed = {image["file_name"] for image in json.loads(TEST_JSON.read_text())["images"]}
+def test_content_of_a_start(write, tmp_path):
+    weights = tmp_path / "weights.pth"
+    torch.save({"model": {}}, weights)
+    (start,) = write("SEED", "5", weights=str(weights))
     assert start["data"]["custom_test"] == {
         "json": str(TEST_JSON),
-        "sha256": sha256(TEST_JSON.read_bytes()),
-        "images": len(listed),
-        "bytes": sum(path.stat().st_size for path in images if path.name in listed),
+        "sha256": [sha256(TEST_JSON.read_bytes())],
+        "images": len(json.loads(TEST_JSON.read_text())["images"]),
     }
-    assert start["weights"] == {"file": weights, "sha256": sha256(Path(weights).read_bytes())}
+    assert start["weights"] == {"file": str(weights), "sha256": sha256(weights.read_bytes())}
     assert start["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert (start["seed"], start["processes"], start["jobs"]) == (5, 1, ["slurm 7"])
+    assert (start["seed"], start["processes"], start["resumed"]) == (5, 1, False)
+    assert "PyTorch" in start["environment"]
 
 
-def test_starts_are_added_and_a_config_is_kept_once(write):
-    first = write()
-    again = write("SOLVER.MAX_ITER", "4")
-    last = write()
-    assert last["starts"][:2] == again["starts"] and again["starts"][:1] == first["starts"]
-    assert [start["config"] for start in last["starts"]].count(first["starts"][0]["config"]) == 2
-    assert len(last["configs"]) == 2
-    for key, text in last["configs"].items():
-        assert key == sha256(text.encode())
+def test_starts_are_appended_and_a_config_is_written_only_where_it_changes(write):
+    write()
+    write()
+    write("SOLVER.MAX_ITER", "4")
+    starts = write()
+    assert [bool(start["config"]["text"]) for start in starts] == [True, False, True, True]
+    first, second, other, _ = [start["config"]["sha256"] for start in starts]
+    assert first == second != other
+    assert first == sha256(starts[0]["config"]["text"].encode())
 
 
-def test_nothing_of_the_person(write, monkeypatch, tmp_path):
+def test_nothing_personal_is_written(write, monkeypatch, tmp_path):
     home = tmp_path / "Zoë Somebody"
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("API_TOKEN", "hush")
     weights = "https://zoe:password@example.com/weights.pth"
-    command = ["train_net.py", f"{home}/own.yaml", f"{home}-other/x", "MODEL.WEIGHTS", weights]
-    content = write("MODEL.WEIGHTS", weights, "DATASETS.TRAIN", f"('{home}',)", command=command)
-    assert content["starts"][0]["command"] == [
-        "train_net.py",
-        "~/own.yaml",
-        f"{home}-other/x",
-        "MODEL.WEIGHTS",
-        "https://example.com/weights.pth",
-    ]
-    text = json.dumps(content, ensure_ascii=False).replace(f"{home}-other", "")
-    for secret in ("Zo", "Somebody", "zoe", "password", "hush"):
-        assert secret not in text
-    for key, config in content["configs"].items():
-        assert key == sha256(config.encode())
+    command = ["train_net.py", f"{home}/own.yaml", f"{home}-other/x", weights]
+    starts = write("MODEL.WEIGHTS", weights, "DATASETS.TRAIN", f"('{home}',)", command=command)
+    own, other, url = starts[0]["command"][1:]
+    assert (own, other) == ("~/own.yaml", f"{home}-other/x")
+    assert url == "https://example.com/weights.pth"
+    text = json.dumps(starts, ensure_ascii=False).replace(f"{home}-other", "")
+    assert [
+        secret for secret in ("Zo", "Somebody", "zoe", "password", "hush") if secret in text
+    ] == []
 
 
 def test_a_folder_whose_name_is_not_utf8(tmp_path, write):
     folder = tmp_path / "M\udce4use"  # Latin-1, as old file systems have
     folder.mkdir()
-    (start,) = write("OUTPUT_DIR", str(folder), command=[str(folder)])["starts"]
+    (start,) = write("OUTPUT_DIR", str(folder), command=[str(folder)])
     assert start["command"] == [str(folder)]
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"format": 2, "configs": {}, "starts": []}', '{"name": "app"}']
-)
-def test_a_file_of_that_name_that_is_another(text, tmp_path):
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(InputError, match=r"manifest\.json is no manifest"):
-        read_manifest(str(tmp_path))
+@pytest.mark.parametrize("text", ["", "{}", '[{"name": "app"}]'])
+def test_another_file_of_that_name_is_left_alone(text, tmp_path, write):
+    (tmp_path / "run_info.json").write_text(text)
+    with pytest.raises(InputError, match=r"run_info\.json is not a list of starts"):
+        write()
+    assert (tmp_path / "run_info.json").read_text() == text

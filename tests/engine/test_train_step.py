@@ -180,7 +180,7 @@ def test_no_more_steps_are_skipped_than_allowed(tmp_path):
     ("fails", "error"),
     [
         ("non_finite.diagnose", torch.OutOfMemoryError("no room")),
-        ("non_finite.compute_losses", RuntimeError("of a hook")),
+        ("instrumented_pass.compute_losses", RuntimeError("of a hook")),
         ("non_finite.InstrumentedPass.describe_images", KeyError("P3")),
         ("train_step.save_step", TypeError("no such type")),
     ],
@@ -306,7 +306,7 @@ def test_faults_on_one_of_two_processes_end_both_and_are_named(tmp_path):
     skipped = [text for text in output.splitlines() if "Skipped the step" in text]
     assert len(skipped) == 2 and all("on rank 1; " in text for text in skipped)
     assert "has pixel values that are not finite" in skipped[0]
-    assert "box 0 of image " in skipped[1] and "has no area or is not finite" in skipped[1]
+    assert "box 0 of image " in skipped[1] and "is degenerate (zero area" in skipped[1]
     assert (
         "diverged at iteration 3: loss_cls" in line and "on rank 1; weight head.bbox_pred" in line
     )

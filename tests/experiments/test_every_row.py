@@ -35,11 +35,11 @@ def datasets(tmp_path_factory):
 def test_one_training_and_one_evaluation_step(name, tmp_path):
     row = ROWS[name]
     opts = [*OPTS, "OUTPUT_DIR", str(tmp_path)]
-    cfg, is_set = row_config(SMALL, row, 1, opts, CONFIGS)
+    cfg = row_config(SMALL, row, 1, opts, CONFIGS)
     if name.startswith("imbalance"):
         cfg.DATASETS.SAMPLE.NUM_TRAIN, cfg.DATASETS.SAMPLE.NUM_VAL = 4, 1
         cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (96,), 96
-    prepare_datasets(cfg, num_classes_is_set=is_set, eval_only=False)
+    prepare_datasets(cfg, eval_only=False)
     cfg.SOLVER.BASE_LR = 1e-3  # the first step is taken at a warm-up's rate
     torch.manual_seed(1)
     trainer = Trainer(cfg)

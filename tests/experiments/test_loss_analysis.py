@@ -28,7 +28,7 @@ TEST_JSON = Path("tests/fixtures/bccd_mini/instances_val.json")
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A checkpoint with random weights and outputs that are spread out."""
-    cfg, _ = load_config(CONFIG, [*CPU, "MODEL.RETINANET.NUM_CLASSES", "3"])
+    cfg = load_config(CONFIG, [*CPU, "MODEL.RETINANET.NUM_CLASSES", "3"])
     torch.manual_seed(0)
     model = build_model(cfg)
     with torch.no_grad():
@@ -138,8 +138,8 @@ def test_files_and_text(result):
 
 def test_result_is_that_of_all_anchors(result, weights):
     """Against the training loss on the images and boxes of the json, scaled to the test size."""
-    cfg, _ = load_config(CONFIG, CPU)
-    prepare_datasets(cfg, num_classes_is_set=False, eval_only=True)
+    cfg = load_config(CONFIG, CPU)
+    prepare_datasets(cfg, eval_only=True)
     model = build_model(cfg).eval()
     model.load_state_dict(torch.load(weights)["model"])
     batch = [inputs for (inputs,) in Trainer.build_test_loader(cfg, "custom_test")]

@@ -307,6 +307,6 @@ def test_what_does_not_exist_is_answered_with_what_does(ask, answer):
 def test_what_a_row_varies_cannot_be_overridden():
     row = TABLES["1b"]["gamma5.0"]
     opts = ("MODEL.RETINANET.FOCAL_LOSS_GAMMA", "3.0", "SOLVER.MAX_ITER", "7")
-    cfg, _ = row_config(PRESETS["small"], row, 2, opts, CONFIGS)
+    cfg = row_config(PRESETS["small"], row, 2, opts, CONFIGS)
     assert cfg.MODEL.RETINANET.FOCAL_LOSS_GAMMA == 5.0
     assert (cfg.SOLVER.MAX_ITER, cfg.SEED) == (7, 2)
