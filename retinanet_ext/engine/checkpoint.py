@@ -253,7 +253,9 @@ class Checkpointer(DetectionCheckpointer):
         texts = [f"{name} is {given}, the model's {own}" for name, given, own in mismatches]
         if self.reinit_mismatched and not self._resuming:
             logger.warning(
-                "Other shapes in %s, so these layers start anew: %s", self.loaded_path, "; ".join(texts)
+                "Other shapes in %s, so these layers start anew: %s",
+                self.loaded_path,
+                "; ".join(texts),
             )
             return
         more = f" (and {len(texts) - 1} more)" if len(texts) > 1 else ""
@@ -263,7 +265,9 @@ class Checkpointer(DetectionCheckpointer):
             remedy = "evaluate with the config they were trained with"
         else:
             remedy = "MODEL.RETINANET.REINIT_MISMATCHED True starts such layers anew"
-        raise InputError(f"weights {self.loaded_path} have other shapes: {texts[0]}{more}; {remedy}")
+        raise InputError(
+            f"weights {self.loaded_path} have other shapes: {texts[0]}{more}; {remedy}"
+        )
 
     def _check_complete(self, missing: list[str], unexpected: list[str]) -> None:
         if missing:

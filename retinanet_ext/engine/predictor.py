@@ -43,9 +43,9 @@ class Predictor:
 
     Example::
 
-        >>> predictor = Predictor(cfg)
-        >>> for path, instances in zip(paths, predictor(paths, batch_size=8)):
-        ...     print(path, instances.pred_boxes.tensor.shape, instances.scores.shape)
+        predictor = Predictor(cfg)
+        for path, instances in zip(paths, predictor(paths, batch_size=8)):
+            print(path, instances.pred_boxes.tensor.shape, instances.scores.shape)
 
     Attributes:
         class_names: names of classes 0..K-1 from the weights' file, empty if it has none

@@ -143,9 +143,7 @@ def _pairs(overrides: Mapping[str, Any]) -> list[str]:
     return [text for pair in texts.items() for text in pair]
 
 
-def row_config(
-    preset: Preset, row: Row, seed: int, opts: Sequence[str], configs: Path
-) -> CfgNode:
+def row_config(preset: Preset, row: Row, seed: int, opts: Sequence[str], configs: Path) -> CfgNode:
     """Return a row's config as :func:`~retinanet_ext.engine.load_config` does.
 
     Args:

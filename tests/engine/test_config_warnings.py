@@ -6,7 +6,6 @@ import pytest
 
 from retinanet_ext.config_keys import COUNTS_ONLY_IF, all_keys
 from retinanet_ext.data import prepare_datasets
-from retinanet_ext.engine import main
 from retinanet_ext.engine.config_check import load_config
 from retinanet_ext.engine.config_warnings import (
     config_warnings,
@@ -14,6 +13,7 @@ from retinanet_ext.engine.config_warnings import (
     model_warnings,
     training_warnings,
 )
+from training import run_train_net
 
 R50 = "configs/retinanet_R50_FPN.yaml"
 R18 = "configs/small_R18_FPN.yaml"
@@ -268,7 +268,7 @@ def test_the_launching_process_warns_once(tmp_path, restore_logging, capfd):
     flags = ["--config-file", "tests/engine/tiny.yaml", "--num-gpus", "2"]
     opts = ["OUTPUT_DIR", str(tmp_path), "SOLVER.MAX_ITER", "1", "MODEL.RPN.NMS_THRESH", "0.6"]
     opts += ["SOLVER.REFERENCE_BATCH", "4", "MODEL.DEVICE", "cpu"]
-    assert main([*flags, *opts]) == 0
+    assert run_train_net(*flags, *opts) == 0
     output = capfd.readouterr().out
     assert output.count("MODEL.RPN.NMS_THRESH 0.6 has no effect") == 1
     assert output.count("SOLVER.BASE_LR: 0.02 -> 0.01") == 1

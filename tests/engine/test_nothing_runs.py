@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from retinanet_ext.engine import main
-
 CONFIG = "tests/engine/tiny.yaml"
 DATA = Path("tests/fixtures/bccd_mini")
 
@@ -40,7 +38,7 @@ def refused(capsys, tmp_path, marker):
 
     def run(config, *opts):
         output = ["OUTPUT_DIR", str(tmp_path / "run")]
-        assert main(["--config-file", str(config), *output, *opts]) == 2
+        assert run_train_net("--config-file", str(config), *output, *opts) == 2
         *_, last = capsys.readouterr().err.splitlines()
         assert not marker.exists()
         assert not list(tmp_path.glob("run/*"))
@@ -108,7 +106,7 @@ def test_python_file_as_a_config(refused, marker, tmp_path):
 def test_code_on_the_command_line_is_text(key, value, capsys, marker):
     text = value.format(tag=TAGS["apply"].format(marker=marker), marker=str(marker))
     opts = ["OUTPUT_DIR", "/dev/null/no", key, text, "SOLVER.MAX_ITER", "0"]
-    assert main(["--config-file", CONFIG, *opts]) == 2
+    assert run_train_net("--config-file", CONFIG, *opts) == 2
     assert not marker.exists()
     assert "error: " in capsys.readouterr().err.splitlines()[-1]
 
@@ -134,7 +132,7 @@ def test_payload_in_the_checkpoint_of_a_run(marker, tmp_path, capsys, monkeypatc
     torch.save({"model": {}, "trainer": Payload(marker)}, tmp_path / "model_0000001.pth")
     (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
     argv = ["--config-file", CONFIG, "--resume", "OUTPUT_DIR", str(tmp_path)]
-    assert main(argv) == 2
+    assert run_train_net(*argv) == 2
     assert "model_0000001.pth" in capsys.readouterr().err.splitlines()[-1]
     assert not marker.exists()
 
@@ -174,7 +172,7 @@ def test_linked_images_are_used(data, tmp_path, no_network):
         image.symlink_to(folder / image.name)
     size = ["SOLVER.MAX_ITER", "1", "TEST.DETECTION_GRID.NUM_IMAGES", "0"]
     argv = ["--config-file", CONFIG, "OUTPUT_DIR", str(tmp_path / "run"), *opts(), *size]
-    assert main(argv) == 0  # a whole run without a URL, and so without the network
+    assert run_train_net(*argv) == 0  # a whole run without a URL, and so without the network
 
 
 def png_that_says(width, height):
