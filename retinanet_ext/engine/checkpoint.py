@@ -164,8 +164,8 @@ class Checkpointer(DetectionCheckpointer):
             raise failure
         if damages:
             raise _DamagedError(
-                f"weights {self.loaded_path} are damaged, or hold Python objects other than tensors, "
-                f"which are refused ({damages[0]})"
+                f"weights {self.loaded_path} are damaged, or hold Python objects other than "
+                f"tensors, which are refused ({damages[0]})"
             )
         if not isinstance(content.get("model"), dict) or not content["model"]:
             raise InputError(f"weights {self.loaded_path} are not a dict of tensors by name")
@@ -280,8 +280,8 @@ class Checkpointer(DetectionCheckpointer):
         foreign = sorted(name for name in unexpected if name.split(".")[0] in layers)
         if foreign:
             raise InputError(
-                f"weights {self.loaded_path} hold {len(foreign)} tensors this model has no place for, "
-                f"such as {foreign[0]}: they are another architecture's"
+                f"weights {self.loaded_path} hold {len(foreign)} tensors this model has no place "
+                f"for, such as {foreign[0]}: they are another architecture's"
             )
 
 

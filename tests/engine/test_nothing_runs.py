@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from training import run_train_net
+
 CONFIG = "tests/engine/tiny.yaml"
 DATA = Path("tests/fixtures/bccd_mini")
 

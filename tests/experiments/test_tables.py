@@ -208,7 +208,7 @@ def plain(values):
 
 def paper_config(name):
     table, _, row = name.partition("/")
-    return row_config(PRESETS["paper"], TABLES[table][row], 1, (), CONFIGS)[0]
+    return row_config(PRESETS["paper"], TABLES[table][row], 1, (), CONFIGS)
 
 
 def test_every_row_of_the_paper_is_there():
