@@ -53,7 +53,7 @@ def test_console_script_is_the_command_line(packaging):
 
 
 def test_type_checkers_read_the_installed_package(packaging):
-    (marker,) = packaging["package_data"]["retinanet_ext"]
+    marker, *_ = packaging["package_data"]["retinanet_ext"]
     assert marker == "py.typed" and (ROOT / "retinanet_ext" / marker).is_file()
 
 

@@ -67,8 +67,7 @@ def analyze_loss(
 ) -> str:
     """Measure figure 4 on a data set and write ``loss_cdf.json``, ``.svg`` and ``.png``.
 
-    The images come in random order and as in evaluation: one at a time, resized to the test size,
-    not flipped. The model's own matcher labels the anchors.
+    Images come in random order, as in evaluation. The model's own matcher labels the anchors.
 
     Args:
         config_file, opts: the config the weights were trained with, as for training
@@ -83,31 +82,25 @@ def analyze_loss(
         the result as text: tables, the files, and as its last line what it means for gamma
 
     Raises:
-        InputError: a value that is not allowed, a missing file, a checkpoint of another model,
-            data without objects, an earlier result, an output that cannot be written
+        InputError: a value, file, checkpoint or output that cannot be used, data without objects
     """
     _check_numbers(num_images, num_positives, num_negatives, seed)
     if "://" not in weights and not Path(weights.partition("?")[0]).is_file():
         raise InputError(f"--weights {weights!r} is not a file")
     folder = _choose_folder(output, weights, dataset)
-    cfg = load_config(config_file, opts)
-    use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
-    check_config(cfg, num_processes=1, eval_only=True)
-    prepare_datasets(cfg, eval_only=dataset == "test")
+    cfg = _prepare_config(config_file, opts, dataset)
     images = _choose_images(cfg, dataset, num_images, seed)
     model = _load_model(cfg, weights, dataset)
     _make_folder(folder)
 
     sample = WindowSample(num_positives=num_positives, num_negatives=num_negatives, seed=seed)
-    loader = build_detection_test_loader(
-        images, mapper=_make_mapper(cfg), num_workers=cfg.DATALOADER.NUM_WORKERS
-    )
+    workers = cfg.DATALOADER.NUM_WORKERS
+    loader = build_detection_test_loader(images, mapper=_make_mapper(cfg), num_workers=workers)
     sample_windows(model, loader, len(images), sample)
     curves = sample.curves()
-
     names = list(cfg.DATASETS[dataset.upper()])
-    head = f"Loss without alpha on {len(images)} images of {', '.join(names)}, weights {weights}"
-    text = f"{head}\n\n{format_tables(curves)}"
+    where = f"on {len(images)} images of {', '.join(names)}, weights {weights}"
+    text = f"Loss without alpha {where}\n\n{format_tables(curves)}"
     facts = {
         "config_file": config_file,
         "opts": list(opts),
@@ -118,8 +111,16 @@ def analyze_loss(
         "text": text,
         "conclusion": conclude(curves),
     }
-    files = "\n".join(f"Wrote {path}" for path in _write(folder, facts, curves))
-    return f"{text}\n\n{files}\n\n{facts['conclusion']}"
+    files = [f"Wrote {path}" for path in _write(folder, facts, curves)]
+    return "\n".join([text, "", *files, "", facts["conclusion"]])
+
+
+def _prepare_config(config_file: str, opts: Sequence[str], dataset: str) -> CfgNode:
+    cfg = load_config(config_file, opts)
+    use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
+    check_config(cfg, num_processes=1, eval_only=True)
+    prepare_datasets(cfg, eval_only=dataset == "test")
+    return cfg
 
 
 def _write(folder: Path, facts: dict[str, Any], curves: Sequence[LossCurve]) -> list[Path]:

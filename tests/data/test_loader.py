@@ -385,6 +385,5 @@ def test_data_without_places_are_refused(loader_cfg):
 
 
 def test_an_unknown_sampler_is_refused(loader_cfg):
-    loader = make_loader(loader_cfg, "DATALOADER.SAMPLER_TRAIN", "Sequential")
     with pytest.raises(InputError, match="SAMPLER_TRAIN 'Sequential' cannot be used: Unknown"):
-        iter(loader)
+        make_loader(loader_cfg, "DATALOADER.SAMPLER_TRAIN", "Sequential")

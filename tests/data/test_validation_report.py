@@ -230,5 +230,6 @@ def test_keys_that_speak_of_classes_are_held_to_the_data(bccd: Bccd, cfg: CfgNod
     cfg.MODEL.RETINANET.NUM_CLASSES = 20
     report = check_data(bccd.use(cfg))
     assert report.exit_code == 1 and "NUM_CLASSES is 20, but custom_train has 3" in report.text
+    cfg.MODEL.RETINANET.NUM_CLASSES = 3
     cfg.MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA = [["nope", 0.5]]
     assert "CLASS_ALPHA takes pairs" in check_data(bccd.use(cfg)).text

@@ -32,7 +32,7 @@ def run_faulty_step(self: AccumulatingTrainer) -> None:
 
 
 class _NoRoom:
-    def __init__(self, *args: object) -> None:
+    def __init__(self, *args: object, **kwargs: object) -> None:
         raise MemoryError("no room")
 
 

@@ -95,7 +95,7 @@ def test_python_tag_in_a_config(tag, through_base, refused, marker, tmp_path):
         config = tmp_path / "config.yaml"
         config.write_text("_BASE_: bad.yaml\n")
     line = refused(config)
-    assert str(bad) in line and "python tag" in line
+    assert str(bad) in line and "could not determine a constructor for the tag" in line
 
 
 def test_python_file_as_a_config(refused, marker, tmp_path):
