@@ -61,10 +61,7 @@ def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     if args.output:
         report.refuse_existing(args.output)
     cfg = load_config(args.config_file, args.opts)
-    result = report.check_data(
-        cfg,
-        search_anchors=args.search_anchors,
-    )
+    result = report.check_data(cfg, search_anchors=args.search_anchors)
     print(result.text)
     if args.output:
         result.write(args.output)

@@ -87,6 +87,12 @@ def load_config(config_file: str | os.PathLike[str], opts: Sequence[str] = ()) -
 
     Raises:
         InputError: a file that cannot be read, an unknown key, a value of another type
+
+    Example::
+
+        >>> cfg = load_config("configs/small_R18_FPN.yaml", ["SOLVER.BASE_LR", "1"])
+        >>> cfg.SOLVER.BASE_LR
+        1.0
     """
     if not config_file:
         raise InputError("--config-file is needed, such as configs/quickstart.yaml")

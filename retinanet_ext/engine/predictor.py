@@ -41,11 +41,15 @@ class Predictor:
     detections that it has alone, to rounding (about 1e-6 of scores and corners), which may decide
     ties at the score threshold, in NMS or at the last of ``TEST.DETECTIONS_PER_IMAGE``.
 
-    Example::
+    ``Predictor(cfg)(paths)`` loads the run's weights. Here the model has random ones:
 
-        predictor = Predictor(cfg)
-        for path, instances in zip(paths, predictor(paths, batch_size=8)):
-            print(path, instances.pred_boxes.tensor.shape, instances.scores.shape)
+        >>> from detectron2.modeling import build_model
+        >>> from retinanet_ext.engine import load_config
+        >>> cfg = load_config("configs/small_R18_FPN.yaml", ["MODEL.DEVICE", "cpu"])
+        >>> predictor = Predictor(cfg, build_model(cfg))
+        >>> for instances in predictor([np.zeros((120, 160, 3), np.uint8)], batch_size=8):
+        ...     print(instances.image_size, instances.pred_boxes.tensor.shape[1])
+        (120, 160) 4
 
     Attributes:
         class_names: names of classes 0..K-1 from the weights' file, empty if it has none
