@@ -1,4 +1,4 @@
-"""One training step: precision, accumulated gradients, and what is done if it is not finite."""
+"""One training step: mixed precision, gradient accumulation and non-finite losses."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ logger = logging.getLogger(__name__)
 
 
 class AccumulatingTrainer(SimpleTrainer):
-    """Detectron2's ``SimpleTrainer`` and ``AMPTrainer`` in one, by ``SOLVER.AMP``.
+    """Detectron2's ``SimpleTrainer`` and, with ``SOLVER.AMP.ENABLED``, its ``AMPTrainer``.
 
-    In addition:
+    It differs from them in the following.
 
-    - ``SOLVER.GRAD_ACCUM_STEPS`` batches make one step, equal to that of one batch of all their
-      images.
-    - A loss or gradient that is not finite on any process is found before the weights change, by
-      all processes together, and dealt with by ``SOLVER.NON_FINITE``. With float16 an infinite
-      gradient alone is no such case unless the scale is below 1: it is how the scale is found.
-    - ``stop_requested``, which a signal handler may set on one process, becomes ``stop_agreed`` on
-      all of them with the end of the same step.
+    - A step accumulates the gradients of ``SOLVER.GRAD_ACCUM_STEPS`` micro-batches, and equals the
+      step of one batch of all their images.
+    - After each backward pass, and before the optimizer step, all processes agree on whether the
+      loss and the gradient norm are finite. ``SOLVER.NON_FINITE`` says what happens if they are
+      not. In float16 an infinite gradient alone is not a fault unless the loss scale is below 1,
+      because it is how the scale is found.
+    - A signal handler sets ``stop_requested`` on one process. At the end of the step,
+      ``stop_agreed`` is set on all of them.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class AccumulatingTrainer(SimpleTrainer):
         self.stop_requested = False
         self.stop_agreed = False
         self.skipped_steps = 0
-        self._has_updated = False  # the weights, since they were loaded
+        self._has_updated = False  # whether a step has changed the loaded weights
 
     def run_step(self) -> None:
         assert self.model.training, "the model was changed to eval mode"
@@ -86,10 +87,10 @@ class AccumulatingTrainer(SimpleTrainer):
         self._has_updated = True
 
     def _forward_and_backward(self) -> tuple[list[Batch], dict[str, Tensor], float]:
-        """Leave the step's gradient in the parameters, times the scale of float16.
+        """Compute the gradient of the step, scaled for float16, into the parameters' ``grad``.
 
         Returns:
-            the batches, the step's losses and the seconds waited for data
+            the micro-batches, the losses of the step and the seconds spent waiting for data
         """
         count = self.cfg.SOLVER.GRAD_ACCUM_STEPS
         end_step = begin_step(_unwrap(self.model), count)
@@ -112,7 +113,7 @@ class AccumulatingTrainer(SimpleTrainer):
         return batches, totals, data_time
 
     def _synchronize(self, wanted: bool) -> AbstractContextManager:
-        """Return the context in which backward averages gradients over processes, or does not."""
+        """Return a context in which backward all-reduces gradients only if ``wanted``."""
         if wanted or not isinstance(self.model, DistributedDataParallel):
             return nullcontext()
         return self.model.no_sync()
@@ -121,7 +122,7 @@ class AccumulatingTrainer(SimpleTrainer):
         return [p.grad for p in self.model.parameters() if p.grad is not None]
 
     def _agree(self, losses: dict[str, Tensor]) -> tuple[bool, bool]:
-        """Return whether any process has a step that is not finite, and whether one is to stop."""
+        """All-reduce two flags: is any process's step not finite, and was any asked to stop?"""
         finite = torch.nn.utils.get_total_norm(self._gradients()).isfinite()
         if self.grad_scaler.is_enabled():
             finite |= self.grad_scaler.scale(torch.ones((), device=self.device)) >= 1
@@ -139,7 +140,7 @@ class AccumulatingTrainer(SimpleTrainer):
         losses: dict[str, Tensor],
         buffers: list[tuple[Tensor, Tensor]],
     ) -> None:
-        """Explain the step on the processes that saw it; raise on all of them, or skip it.
+        """Explain the step on the processes where it was not finite; then raise on all, or skip it.
 
         Raises:
             NonFiniteError: as ``SOLVER.NON_FINITE`` says
@@ -162,10 +163,10 @@ class AccumulatingTrainer(SimpleTrainer):
         report = explain_step(_unwrap(self.model), step)
         _restore(buffers)
         saw = report["reproduced"] or not all(map(math.isfinite, step.losses.values()))
-        # Where no process sees it alone, the sum over processes was it: the first reports.
+        # If no process sees it alone, the sum over processes is not finite: rank 0 reports.
         if not any(comm.all_gather(saw)):
             saw = comm.is_main_process()
-        # Of steps that are skipped the first is saved whole, as there may be many.
+        # Of the skipped steps only the first is saved in full, because there may be many.
         whole = not skip or not self.skipped_steps
         line = self._save(step, report, whole=whole) if saw else ""
         lines = {rank: line for rank, line in enumerate(comm.all_gather(line)) if line}
@@ -180,7 +181,7 @@ class AccumulatingTrainer(SimpleTrainer):
         logger.warning("Skipped the step %s (%d so far)", text, self.skipped_steps)
 
     def _save(self, step: StepSnapshot, report: Report, *, whole: bool) -> str:
-        """Write the report, with a ``whole`` step to replay, and return all in one line."""
+        """Write the report, and the step itself if ``whole``, and return a one-line summary."""
         losses = ", ".join(f"{name} {loss:.4g}" for name, loss in step.losses.items())
         line = f"at iteration {step.iteration}: {losses} on rank {step.rank}; {report['cause']}"
         states = {
@@ -190,7 +191,7 @@ class AccumulatingTrainer(SimpleTrainer):
         }
         try:
             return f"{line}; see {save_step(step, report, states if whole else None)}"
-        except InputError as error:  # the diagnosis is worth more than its file
+        except InputError as error:  # the explanation matters more than its file
             return f"{line}; {error}"
         except Exception as error:
             return f"{line}; it cannot be saved: {type(error).__name__}: {first_line(error)}"
@@ -213,7 +214,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _changing_buffers(model: nn.Module) -> list[Tensor]:
-    """Return what a forward pass changes: statistics of BatchNorm, the loss's normaliser."""
+    """Return the buffers that a forward pass changes: BatchNorm statistics, the loss normaliser."""
     modules = (m for m in model.modules() if not isinstance(m, FrozenBatchNorm2d))
     return [buffer for module in modules for buffer in module.buffers(recurse=False)]
 
