@@ -158,7 +158,7 @@ class Checkpointer(DetectionCheckpointer):
         # Together, because a process that raised alone would leave the others waiting.
         reason = type(failure).__name__ if failure else ""
         if isinstance(failure, ValueError | RuntimeError):  # others advise to switch off the check
-            reason += f": {first_line(failure)[:100]}"
+            reason += f": {first_line(failure).partition('. ')[0][:100]}"
         damages = [damage for damage in comm.all_gather(reason) if damage]
         if isinstance(failure, OSError):
             raise failure
