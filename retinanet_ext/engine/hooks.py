@@ -12,7 +12,7 @@ import torch
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 
-from retinanet_ext.data.loader import seed_rngs
+from retinanet_ext.data.loader import TrainLoader, seed_rngs
 from retinanet_ext.errors import StoppedError
 
 
@@ -20,7 +20,10 @@ class SeedIterations(HookBase):
     """Make the random numbers of an iteration a function of seed, iteration and process."""
 
     def before_step(self) -> None:
-        seed_rngs(self.trainer.data_loader.seed, self.trainer.iter, comm.get_rank())
+        seed = getattr(self.trainer.data_loader, "seed", self.trainer.cfg.SEED)
+        if seed < 0:  # neither a loader nor the config has one
+            return
+        seed_rngs(seed, self.trainer.iter, comm.get_rank())
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed_all(torch.initial_seed())
 
@@ -84,7 +87,8 @@ class PreciseBN(hooks.PreciseBN):
     """
 
     def update_stats(self) -> None:
-        state = self.trainer.data_loader.state_dict(self.trainer.iter + 1)
-        self._data_loader.load_state_dict(state)
-        self._data_iter = None  # so that it starts there
+        if isinstance(self._data_loader, TrainLoader):
+            state = self.trainer.data_loader.state_dict(self.trainer.iter + 1)
+            self._data_loader.load_state_dict(state)
+            self._data_iter = None  # so that it starts there
         super().update_stats()

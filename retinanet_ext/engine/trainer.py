@@ -126,7 +126,10 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
-        """Return the training batches, in an order that can be resumed."""
+        """Return the training batches, in an order that can be resumed.
+
+        Another iterable may take its place; a resumed run then begins its images anew.
+        """
         return build_train_loader(cfg, CheckedDatasetMapper(cfg, is_train=True))
 
     @classmethod
@@ -223,6 +226,8 @@ class Trainer(DefaultTrainer):
 
     def _keep_seed(self) -> None:
         """Record the seed of the run, which goes on, in the config."""
+        if not isinstance(self.data_loader, TrainLoader):
+            return
         seed = self.data_loader.seed
         if self.cfg.SEED not in (-1, seed):
             logger.warning("SEED %d of the run goes on, and not %d", seed, self.cfg.SEED)
@@ -270,7 +275,10 @@ class Trainer(DefaultTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs besides the weights."""
-        return super().state_dict() | {"data": self.data_loader.state_dict(self.iter + 1)}
+        state = super().state_dict()
+        if isinstance(self.data_loader, TrainLoader):
+            state["data"] = self.data_loader.state_dict(self.iter + 1)
+        return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load the state of a run, except for settings of the optimizer, which are the config's.
@@ -286,9 +294,16 @@ class Trainer(DefaultTrainer):
                 f"SOLVER.MAX_ITER {self.max_iter} is less than the {self.iter + 1} iterations that "
                 "the checkpoint holds; raise it to go on, or evaluate with --eval-only --resume"
             )
-        # A checkpoint of Detectron2's trainer says only how many batches there were.
-        data = state_dict.get("data") or self.data_loader.state_dict(self.iter + 1)
-        self.data_loader.load_state_dict(data)
+        if isinstance(self.data_loader, TrainLoader):
+            # A checkpoint of Detectron2's trainer says only how many batches there were.
+            data = state_dict.get("data") or self.data_loader.state_dict(self.iter + 1)
+            self.data_loader.load_state_dict(data)
+        else:
+            logger.warning(
+                "%s does not save its place in the data: the run does not resume exactly, because "
+                "its images begin anew",
+                type(self.data_loader).__name__,
+            )
 
         groups = self.optimizer.param_groups  # loading makes new ones
         self.scheduler.base_lrs = [group["initial_lr"] for group in configured]

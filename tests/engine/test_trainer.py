@@ -2,13 +2,14 @@
 
 import copy
 import json
+import logging
 import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from detectron2.data import MetadataCatalog
+from detectron2.data import MetadataCatalog, build_detection_train_loader
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from PIL import Image
@@ -48,6 +49,27 @@ def test_unreadable_image_ends_training_with_its_name(num_workers, tmp_path):
     assert line.startswith(f"image {image} (image id 171) cannot be used")
     # Detectron2 evaluates what fails in the last iteration.
     assert not (tmp_path / "run/inference").exists()
+
+
+class WithDetectron2sLoader(Trainer):
+    @classmethod
+    def build_train_loader(cls, cfg):
+        return build_detection_train_loader(cfg)
+
+
+def test_detectron2s_loader_may_take_the_place_of_the_projects(tmp_path, caplog):
+    opts = ("SOLVER.MAX_ITER", "2", "SEED", "3", "TEST.DETECTION_GRID.NUM_IMAGES", "0")
+    trainer = WithDetectron2sLoader(make_cfg(tmp_path, *opts))
+    trainer.train()
+    assert (tmp_path / "model_final.pth").is_file()
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    logger = logging.getLogger("retinanet_ext.engine.trainer")
+    logger.addHandler(caplog.handler)
+    resumed = WithDetectron2sLoader(make_cfg(tmp_path, *opts, "SOLVER.MAX_ITER", "3"))
+    resumed.resume_or_load()
+    logger.removeHandler(caplog.handler)
+    assert resumed.start_iter == 2
+    assert "AspectRatioGroupedDataset does not save its place" in caplog.text
 
 
 def test_several_test_sets_are_kept_apart(tmp_path):
