@@ -25,6 +25,11 @@ class Trainer(engine.Trainer):
 def main(args):
     cfg = engine.load_config(args.config_file, args.opts)
     engine.prepare_run(cfg, args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        engine.load_trained_weights(model, cfg, resume=args.resume)
+        engine.start_run(cfg, args)
+        return Trainer.test(cfg, model)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     engine.start_run(cfg, args)
@@ -33,4 +38,5 @@ def main(args):
 
 if __name__ == "__main__":
     args = engine.argument_parser().parse_args()
-    sys.exit(engine.launch(main, args.num_gpus, args=(args,)))
+    processes = (args.num_gpus, args.num_machines, args.machine_rank, args.dist_url)
+    sys.exit(engine.launch(main, *processes, args=(args,)))
