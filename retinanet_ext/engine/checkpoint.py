@@ -120,9 +120,10 @@ class Checkpointer(DetectionCheckpointer):
         Raises:
             InputError: the file is missing or unreadable, or does not fit the model
         """
-        if not path or checkpointables is not None or path != self.get_checkpoint_file():
+        may_fall_back = bool(self.save_dir) and checkpointables is None
+        candidates, passed_over = _run_checkpoints(self.save_dir) if may_fall_back else ([], [])
+        if not candidates or path != str(candidates[0]):
             return self._load_one(path, checkpointables)
-        candidates, passed_over = _run_checkpoints(self.save_dir)
         for candidate in map(str, candidates):
             try:
                 content = self._load_one(candidate, None)

@@ -84,11 +84,11 @@ def launch(
             if not code:
                 dist.destroy_process_group()
             return code
-        _check_flags(num_gpus_per_machine, num_machines, machine_rank, dist_url)
+        check_processes(num_gpus_per_machine, num_machines, machine_rank, dist_url)
         if num_gpus_per_machine * num_machines == 1:
             return run(main_func, args)
         processes = (num_gpus_per_machine, num_machines, machine_rank, dist_url)
-        return _start(processes, (main_func, args), timeout)
+        return _start(main_func, *processes, args, timeout)
     except InputError as error:
         return _report(INPUT_ERROR, str(error))
 
@@ -145,7 +145,14 @@ def _tolerate_closed_streams() -> None:
         reconfigure(errors="backslashreplace")
 
 
-def _check_flags(num_local: int, num_machines: int, machine_rank: int, dist_url: str) -> None:
+def check_processes(
+    num_local: int, num_machines: int = 1, machine_rank: int = 0, dist_url: str = "auto"
+) -> None:
+    """Refuse flags of processes that cannot be started; the arguments are those of :func:`launch`.
+
+    Raises:
+        InputError: names the flag and what is allowed
+    """
     for flag, value in (("--num-gpus", num_local), ("--num-machines", num_machines)):
         if value < 1:
             raise InputError(f"{flag} must be at least 1, got {value}")
@@ -206,9 +213,16 @@ def torchrun_store() -> dist.Store | None:
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
 
 
-def _start(processes: tuple[Any, ...], work: tuple[Any, ...], timeout: timedelta) -> int:
+def _start(
+    main_func: Callable[..., Any],
+    num_local: int,
+    num_machines: int,
+    machine_rank: int,
+    dist_url: str,
+    args: tuple[Any, ...],
+    timeout: timedelta,
+) -> int:
     """Start this machine's processes, wait for them, and return the exit code."""
-    num_local, num_machines, machine_rank, dist_url = processes
     # It would warn of each process that it ends after the first one has failed.
     logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)
     met = multiprocessing.get_context("spawn").Event()
@@ -216,7 +230,7 @@ def _start(processes: tuple[Any, ...], work: tuple[Any, ...], timeout: timedelta
         with _forwarded_signals() as received, _time_limit(met):
             launch_processes(
                 *(_worker, num_local, num_machines, machine_rank, dist_url),
-                args=(*work, num_local, met),
+                args=(main_func, args, num_local, met),
                 timeout=timeout,
             )
     except KeyboardInterrupt:  # the second one; the first asked the processes to stop

@@ -82,8 +82,8 @@ class Trainer(DefaultTrainer):
         TrainerBase.__init__(self)  # DefaultTrainer's would build all of what follows differently
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.check_evaluators(cfg)
+        model = self.build_model(cfg)
         with config_errors():
-            model = self.build_model(cfg)
             optimizer = self.build_optimizer(cfg, model)
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
             data_loader = self.build_train_loader(cfg)

@@ -15,6 +15,7 @@ from detectron2.config import CfgNode
 import retinanet_ext
 from retinanet_ext.data.sample_set import GENERATOR_VERSION
 from retinanet_ext.data.sources import read_texts
+from retinanet_ext.engine.launch import check_processes
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments import record
 from retinanet_ext.experiments.presets import (
@@ -93,8 +94,7 @@ def plan(
     chosen = find_rows(tables, rows, preset)
     if seeds is not None and seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {seeds}")
-    if num_gpus < 1:
-        raise InputError(f"--num-gpus must be at least 1, got {num_gpus}")
+    check_processes(num_gpus)
     _check_opts(preset, chosen, opts)
     configs = root / "configs"
     file_digest = cache(_file_digest)

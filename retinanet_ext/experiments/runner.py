@@ -86,10 +86,6 @@ def _check(runs: Sequence[Run], num_gpus: int) -> dict[str, Any]:
 
     The config of every row is checked; the data and the model only of the first.
     """
-    if torch.cuda.is_available() and num_gpus > torch.cuda.device_count():
-        raise InputError(
-            f"--num-gpus {num_gpus}: this machine has {torch.cuda.device_count()} CUDA devices"
-        )
     first = load_config(str(runs[0].config_file), runs[0].arguments)
     use_cpu_without_cuda(first, num_threads=torch.get_num_threads())
     for run in {run.key: run for run in runs}.values():  # one seed of each
