@@ -1,7 +1,7 @@
 """Training and evaluation: what Detectron2's engine lacks."""
 
 from retinanet_ext.engine.checkpoint import Checkpointer, export_weights
-from retinanet_ext.engine.config_check import load_config
+from retinanet_ext.engine.config_load import load_config
 from retinanet_ext.engine.launch import argument_parser, launch
 from retinanet_ext.engine.predictor import Predictor
 from retinanet_ext.engine.setup import (

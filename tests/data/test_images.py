@@ -27,7 +27,7 @@ from retinanet_ext.data.images import (
     parse_pixel_range,
 )
 from retinanet_ext.data.validation_report import check_data
-from retinanet_ext.engine.config_check import load_config
+from retinanet_ext.engine.config_load import load_config
 from retinanet_ext.errors import InputError
 
 from .conftest import BCCD_MINI, Bccd

@@ -8,9 +8,9 @@ import pytest
 from retinanet_ext.engine.config_check import (
     check_config,
     config_errors,
-    load_config,
     use_cpu_without_cuda,
 )
+from retinanet_ext.engine.config_load import load_config
 from retinanet_ext.errors import InputError
 
 FOCAL = "MODEL.RETINANET.FOCAL_LOSS_GAMMA"

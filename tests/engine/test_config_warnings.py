@@ -6,7 +6,7 @@ import pytest
 
 from retinanet_ext.config_keys import COUNTS_ONLY_IF, all_keys
 from retinanet_ext.data import prepare_datasets
-from retinanet_ext.engine.config_check import load_config
+from retinanet_ext.engine.config_load import load_config
 from retinanet_ext.engine.config_warnings import (
     config_warnings,
     ineffective_keys,

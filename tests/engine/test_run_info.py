@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from retinanet_ext.data import prepare_datasets
-from retinanet_ext.engine.config_check import load_config
+from retinanet_ext.engine.config_load import load_config
 from retinanet_ext.engine.run_info import write_run_info
 from retinanet_ext.errors import InputError
 
