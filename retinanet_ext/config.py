@@ -39,8 +39,12 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     cfg.MODEL.RETINANET.CLS_LOSS.NAME = "focal"
     # Alpha per class, in place of the loss's one alpha: K numbers in [0, 1], in the order of the
     # classes; or pairs `[["Platelets", 0.75], ...]`, in YAML also `{Platelets: 0.75}`, where
-    # classes that are not named keep the loss's alpha. A run saves names as numbers. `[]`: off.
+    # classes that are not named keep the loss's alpha; or "auto": classes with fewer objects in the
+    # training data get a higher alpha. A run saves the numbers. `[]`: off.
     cfg.MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA = []
+    # Factor of the classification loss, at least 0. "auto": the gradient of a positive at the
+    # initial probability MODEL.RETINANET.PRIOR_PROB becomes that of cross entropy with alpha 0.75.
+    cfg.MODEL.RETINANET.CLS_LOSS.WEIGHT = 1.0
     for name, loss in LOSSES.items():
         for parameter, key in loss_parameter_keys(loss).items():
             if not key.startswith("MODEL.RETINANET.CLS_LOSS."):  # Detectron2 has it
@@ -107,6 +111,19 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # sizes: compiled code and cuDNN's search for algorithms are slow at each new size. It must be a
     # multiple of the backbone's own, 32. 0: pad to that only.
     cfg.INPUT.SIZE_DIVISIBILITY = 0
+
+    # Augmentations of the training images. Boxes and ignore regions follow. INPUT.RANDOM_FLIP and
+    # INPUT.CROP are Detectron2's.
+    # Range of a random factor on the resized image, such as [0.5, 2.0]. A larger image is cropped
+    # to its original size at a random place ("large-scale jitter", arXiv 2012.07177).
+    # [1.0, 1.0]: off.
+    cfg.INPUT.SCALE_JITTER = [1.0, 1.0]
+    # Largest relative change, in [0, 1], of brightness, contrast and saturation. 0.0: off.
+    cfg.INPUT.COLOR_JITTER = 0.0
+    # Flip upside down every second image, as for views from above.
+    cfg.INPUT.VERTICAL_FLIP = False
+    # Turn images by 0, 90, 180 or 270 degrees.
+    cfg.INPUT.QUARTER_TURNS = False
 
     # Grey levels that become 0 and 255 in images of more than 8 bits; 8-bit images stay as they
     # are. One word or two numbers, see docs/check_data.md#images:
@@ -176,6 +193,16 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # algorithms of torch are replaced or refused. If `SEED` < 0, a seed is drawn and logged.
     cfg.DETERMINISTIC = False
 
+    # Optimizer: "SGD", or "AdamW", whose usual BASE_LR is 0.0001 to 0.001 and WEIGHT_DECAY 0.05.
+    # AdamW does not decay norms and biases unless WEIGHT_DECAY_NORM or WEIGHT_DECAY_BIAS is set.
+    cfg.SOLVER.OPTIMIZER = "SGD"
+    # Share of the iterations, in [0, 1), that LR_SCHEDULER_NAME "WarmupFlatCosineLR" trains at
+    # BASE_LR, before the rate falls along half a cosine to BASE_LR_END.
+    cfg.SOLVER.FLAT_RATIO = 0.5
+    cfg.SOLVER.EMA = CfgNode()
+    # Decay per iteration, in [0, 1), of a moving average of the weights, which is what is evaluated
+    # and saved. 0.0: off.
+    cfg.SOLVER.EMA.DECAY = 0.0
     # Update all weights in one fused kernel per optimizer step.
     cfg.SOLVER.FUSED_OPTIMIZER = False
 

@@ -91,7 +91,13 @@ COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     "INPUT.CROP.TYPE": ("INPUT.CROP.ENABLED", (True,)),
     "INPUT.CROP.SIZE": ("INPUT.CROP.ENABLED", (True,)),
     "SOLVER.AMP.PRECISION": ("SOLVER.AMP.ENABLED", (True,)),
-    "SOLVER.BASE_LR_END": ("SOLVER.LR_SCHEDULER_NAME", ("WarmupCosineLR",)),
+    "SOLVER.BASE_LR_END": (
+        "SOLVER.LR_SCHEDULER_NAME",
+        ("WarmupCosineLR", "WarmupFlatCosineLR"),
+    ),
+    "SOLVER.FLAT_RATIO": ("SOLVER.LR_SCHEDULER_NAME", ("WarmupFlatCosineLR",)),
+    "SOLVER.MOMENTUM": ("SOLVER.OPTIMIZER", ("SGD",)),
+    "SOLVER.NESTEROV": ("SOLVER.OPTIMIZER", ("SGD",)),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("SOLVER.CLIP_GRADIENTS.ENABLED", (True,)),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": ("SOLVER.CLIP_GRADIENTS.ENABLED", (True,)),
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("norm",)),
@@ -139,7 +145,7 @@ def resolve_class_alpha(cfg: CfgNode, class_names: Sequence[str]) -> None:
     """
     node = cfg.MODEL.RETINANET.CLS_LOSS
     given, key = node.CLASS_ALPHA, CLASS_ALPHA
-    if not given or node.NAME not in LOSSES or LOSSES[node.NAME].alpha is None:
+    if list(given) in ([], ["auto"]) or node.NAME not in LOSSES or LOSSES[node.NAME].alpha is None:
         return  # the model refuses the latter two
     if not any(isinstance(item, (list, tuple)) for item in given):
         if len(given) != len(class_names):

@@ -13,6 +13,7 @@ from detectron2.data.detection_utils import read_image, transform_instance_annot
 from detectron2.data.transforms import AugInput
 from fvcore.transforms.transform import TransformList
 
+from retinanet_ext.data.augmentation import build_augmentations
 from retinanet_ext.data.images import ImageReader, explain_unreadable, find_size_fault
 from retinanet_ext.errors import InputError
 
@@ -54,7 +55,11 @@ class CheckedDatasetMapper(DatasetMapper):
             cfg.defrost()
             # These models use boxes only.
             cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False
-        return {**super().from_config(cfg, is_train), "reader": ImageReader.from_config(cfg)}
+        arguments = super().from_config(cfg, is_train)
+        if is_train:
+            augmentations = build_augmentations(cfg, arguments["augmentations"])
+            arguments["augmentations"] = augmentations
+        return {**arguments, "reader": ImageReader.from_config(cfg)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
         name = f"image {dataset_dict['file_name']} (image id {dataset_dict.get('image_id')})"

@@ -22,6 +22,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from retinanet_ext.config_keys import resolve_class_alpha
 from retinanet_ext.data import coco_json, images
+from retinanet_ext.data.class_balance import balance_class_alpha
 from retinanet_ext.data.coco_json import is_ignore_region, join_some, printable
 from retinanet_ext.data.file_names import MisnamedFiles
 from retinanet_ext.data.findings import DONE, KINDS, ValidationResult, suggest_objects
@@ -72,7 +73,10 @@ def prepare_datasets(cfg: CfgNode, *, eval_only: bool) -> None:
     if known:  # data of other code may name their classes only when they are loaded
         set_num_classes(cfg, known)
     indices = [str(index) for index in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
-    resolve_class_alpha(cfg, next(iter(known.values()), indices))
+    class_names = next(iter(known.values()), indices)
+    if not eval_only:
+        balance_class_alpha(cfg, class_names)
+    resolve_class_alpha(cfg, class_names)
     for source in sources:
         _check_files_exist(source)
     for line in describe_shared_images(paths):

@@ -71,10 +71,10 @@ def match_checkpoint(
             f"{source} are of {_describe(saved, wanted)}, but the data have "
             f"{_describe(wanted, saved)}; {remedy}"
         )
-    _match_weights(checkpoint["model"], saved, wanted, model)
+    match_weights(checkpoint["model"], saved, wanted, model)
 
 
-def _match_weights(
+def match_weights(
     weights: dict[str, Tensor], saved: Sequence[str], wanted: Sequence[str], model: nn.Module
 ) -> None:
     """Replace the classifier's parameters, except where other dimensions do not fit the model."""

@@ -41,7 +41,11 @@ RANGES = {
 TRAINING_RANGES = {
     "DATALOADER.ASPECT_RATIO_STREAMS": Interval("[0, 65536]"),
     "DATALOADER.RANDOM_SUBSET_RATIO": Interval("(0, 1]"),
+    "INPUT.COLOR_JITTER": Interval("[0, 1]"),
+    "INPUT.SCALE_JITTER": Interval("(0, 100]"),
     "INPUT.SIZE_DIVISIBILITY": Interval("[0, 16384]"),
+    "SOLVER.EMA.DECAY": Interval("[0, 1)"),
+    "SOLVER.FLAT_RATIO": Interval("[0, 1)"),
     "SOLVER.GRAD_ACCUM_STEPS": Interval("[1, 65536]"),
     "SOLVER.NON_FINITE.MAX_SKIPPED": Interval("[0, inf)"),
     "SOLVER.REFERENCE_BATCH": Interval("[0, 65536]"),
@@ -57,6 +61,7 @@ TRAINING_RANGES = {
 CHOICES = {
     "SOLVER.AMP.PRECISION": ("float16", "bfloat16"),
     "SOLVER.NON_FINITE.POLICY": ("raise", "skip"),
+    "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
 }
 
 logger = logging.getLogger(__name__)
@@ -161,7 +166,9 @@ def _check_precision(cfg: CfgNode) -> None:
 
 
 def _check_solver(cfg: CfgNode, num_processes: int) -> None:
-    solver = cfg.SOLVER
+    solver, jitter = cfg.SOLVER, cfg.INPUT.SCALE_JITTER
+    if len(jitter) != 2 or jitter[0] > jitter[1]:
+        raise InputError(f"INPUT.SCALE_JITTER takes [least, most], got {jitter}")
     # With a reference, Detectron2 scales the batch to the number of processes.
     reference = solver.REFERENCE_WORLD_SIZE
     shares = {

@@ -113,7 +113,7 @@ def usual_learning_rate(cfg: CfgNode) -> tuple[float, float]:
 
 
 def _learning_rate(cfg: CfgNode) -> Warnings:
-    if cfg.SOLVER.REFERENCE_BATCH:
+    if cfg.SOLVER.OPTIMIZER != "SGD" or cfg.SOLVER.REFERENCE_BATCH:
         return  # already scaled by the linear rule, from a batch that the user states
     low, high = usual_learning_rate(cfg)
     rate = cfg.SOLVER.BASE_LR

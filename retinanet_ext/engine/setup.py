@@ -34,6 +34,7 @@ from retinanet_ext.engine.run_info import write_run_info
 from retinanet_ext.engine.scaling import scale_schedule
 from retinanet_ext.engine.summary import summarize
 from retinanet_ext.errors import InputError, UnexpectedResultsError
+from retinanet_ext.modeling.criterion import resolve_cls_loss_weight
 
 RESULTS = ("last_checkpoint", "model_*.pth", "metrics.json", "inference")
 """What an earlier training or evaluation leaves in its OUTPUT_DIR once it has got that far."""
@@ -70,6 +71,7 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     args.weights, args.resume = find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     with _first_process_first():
         prepare_datasets(cfg, eval_only=args.eval_only)
+    resolve_cls_loss_weight(cfg)
     if args.eval_only:
         cfg.MODEL.WEIGHTS = args.weights
         cfg.OUTPUT_DIR = comm.all_gather(_evaluation_folder(cfg.OUTPUT_DIR))[0]

@@ -23,7 +23,7 @@ from detectron2.utils import comm
 from detectron2.utils.events import CommonMetricPrinter, EventWriter, TensorboardXWriter
 from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from retinanet_ext.data.loader import TrainLoader, build_train_loader
@@ -35,7 +35,9 @@ from retinanet_ext.engine.config_check import config_errors
 from retinanet_ext.engine.hooks import EvalHook, PreciseBN, SeedIterations, StopOnSignal
 from retinanet_ext.engine.metrics import StrictJSONWriter, archive_superseded_metrics
 from retinanet_ext.engine.setup import report_results
+from retinanet_ext.engine.solver import build_lr_scheduler, build_optimizer
 from retinanet_ext.engine.train_step import AccumulatingTrainer
+from retinanet_ext.engine.weight_average import WeightAverage
 from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation import BoxEvaluator, InferenceTime
 from retinanet_ext.evaluation.outputs import draw_detections, inference_dir
@@ -65,6 +67,8 @@ class Trainer(DefaultTrainer):
       settings are the config's and not the checkpoint's; a warning tells where they differ.
     - A step that is not finite is explained, and gradients can be accumulated, see
       :class:`AccumulatingTrainer`.
+    - With ``SOLVER.EMA.DECAY`` the averaged weights are evaluated and saved, see
+      :class:`WeightAverage`.
     - SIGTERM and one Ctrl-C save a checkpoint before they stop the training.
     - Inference is timed, and a picture of detections is drawn after an evaluation.
     - ``metrics.json`` is strict JSON, and holds no iteration twice.
@@ -87,12 +91,15 @@ class Trainer(DefaultTrainer):
             optimizer = self.build_optimizer(cfg, model)
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
             data_loader = self.build_train_loader(cfg)
+        self.weight_average = None
+        if cfg.SOLVER.EMA.DECAY:
+            self.weight_average = WeightAverage(model, cfg.SOLVER.EMA.DECAY)
         # Detectron2 would pass device_ids, which DDP refuses for a model on the CPU.
         devices = {} if torch.device(cfg.MODEL.DEVICE).type == "cuda" else {"device_ids": None}
         model = create_ddp_model(model, broadcast_buffers=False, **devices)
         self._trainer = AccumulatingTrainer(model, data_loader, optimizer, cfg)
         self.checkpointer = Checkpointer(
-            model,
+            self.evaluated_model,
             cfg.OUTPUT_DIR,
             reinit_mismatched=cfg.MODEL.RETINANET.REINIT_MISMATCHED,
             class_names=registered_classes(cfg, "TRAIN"),
@@ -104,6 +111,11 @@ class Trainer(DefaultTrainer):
         self._last_eval_results: Mapping[str, Any] = {}
         self._resumes = self._had_ended = False
         self.register_hooks(self.build_hooks())
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model that is evaluated and saved: the averaged one with ``SOLVER.EMA.DECAY``."""
+        return self.weight_average.model if self.weight_average else self.model
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -117,12 +129,13 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-        """Return Detectron2's SGD, fused with ``SOLVER.FUSED_OPTIMIZER``."""
-        optimizer = super().build_optimizer(cfg, model)
-        if cfg.SOLVER.FUSED_OPTIMIZER:
-            for group in optimizer.param_groups:
-                group.update(fused=True, foreach=False)
-        return optimizer
+        """Return the optimizer that ``SOLVER.OPTIMIZER`` names."""
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRScheduler:
+        """Return the schedule that ``SOLVER.LR_SCHEDULER_NAME`` names."""
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> TrainLoader:
@@ -179,9 +192,12 @@ class Trainer(DefaultTrainer):
         cfg.DATALOADER.NUM_WORKERS = 0  # of PreciseBN's own loader
         is_main = comm.is_main_process()
         all_hooks: list[HookBase] = [SeedIterations(), hooks.IterationTimer(), hooks.LRScheduler()]
-        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(self.model):
+        if self.weight_average:
+            all_hooks.append(self.weight_average)
+        model = self.evaluated_model
+        if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(model):
             loader, num_iter = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER
-            all_hooks.append(PreciseBN(cfg.TEST.EVAL_PERIOD, self.model, loader, num_iter))
+            all_hooks.append(PreciseBN(cfg.TEST.EVAL_PERIOD, model, loader, num_iter))
         if is_main:
             period = cfg.SOLVER.CHECKPOINT_PERIOD
             all_hooks.append(hooks.PeriodicCheckpointer(self.checkpointer, period))
@@ -216,12 +232,16 @@ class Trainer(DefaultTrainer):
             content = self.checkpointer.load(checkpoint)
             saved, wanted = saved_class_names(content), self.checkpointer.class_names
             if saved and wanted and saved != wanted:
-                match_optimizer_state(self.optimizer, saved, wanted, self.checkpointer.model)
+                match_optimizer_state(self.optimizer, saved, wanted, self.model)
+                if self.weight_average:
+                    self.weight_average.match_classes(saved, wanted)
             self.start_iter = self.iter + 1
             self._had_ended = Path(self.checkpointer.loaded_path).name == "model_final.pth"
             self._keep_seed()
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
+        if self.weight_average:
+            self.weight_average.after_loading()
         self._resumes = resume
 
     def _keep_seed(self) -> None:
@@ -247,7 +267,7 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     def _evaluate(self) -> Mapping[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.model)
+        self._last_eval_results = self.test(self.cfg, self.evaluated_model)
         return self._last_eval_results
 
     @classmethod
@@ -258,7 +278,7 @@ class Trainer(DefaultTrainer):
             metrics by task and name, such as ``{"bbox": {"AP": 40.1}}``; by data set where there
             are several. Empty but on the main process.
         """
-        if isinstance(model, DistributedDataParallel):
+        if comm.get_world_size() > 1:
             # Each process has its own statistics of BatchNorm; the checkpoint holds the first's.
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
@@ -286,6 +306,10 @@ class Trainer(DefaultTrainer):
         Raises:
             InputError: the run has more iterations than ``SOLVER.MAX_ITER``
         """
+        if "WeightAverage" in state_dict.get("hooks", {}) and not self.weight_average:
+            raise InputError(
+                "SOLVER.EMA.DECAY 0.0: the run averages its weights; resume it with its own value"
+            )
         groups = self.optimizer.param_groups
         configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         super().load_state_dict(state_dict)
@@ -313,7 +337,7 @@ class Trainer(DefaultTrainer):
             f"{name} {group[name]:g} -> {settings[name]:g}": None
             for group, settings in zip(groups, configured, strict=True)
             for name in ("lr", "momentum", "weight_decay")
-            if group[name] != settings[name]
+            if group.get(name) != settings.get(name)
         }
         if changed:
             logger.warning("Settings other than the checkpoint's: %s", ", ".join(changed))

@@ -6,6 +6,7 @@ anchor and its box. Boxes: XYXY in input pixels. Labels: -1 ignore, 0..K-1 class
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,8 @@ from retinanet_ext.losses.functional import Alpha, class_weights, upcast_to_floa
 from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, BoundLoss, check_alpha
 from retinanet_ext.modeling.matching import is_foreground
 from retinanet_ext.sampling import OHEM, SELECTIONS, SelectAll
+
+logger = logging.getLogger(__name__)
 
 NORMALIZERS = ("foreground_ema", "foreground", "foreground_batch", "selected")
 BOX_IOUS = {"giou": generalized_box_iou, "diou": distance_box_iou, "ciou": complete_box_iou}
@@ -71,6 +74,7 @@ class RetinaNetCriterion(nn.Module):
         box2box_transform: Box2BoxTransform,
         box_reg_loss_type: str = "smooth_l1",
         smooth_l1_beta: float = 0.0,
+        cls_loss_weight: float = 1.0,
     ) -> None:
         """
         Args:
@@ -83,6 +87,7 @@ class RetinaNetCriterion(nn.Module):
             box2box_transform: turns anchors and boxes into regression targets
             box_reg_loss_type: ``smooth_l1`` on the targets, or ``giou``, ``diou``, ``ciou``
             smooth_l1_beta: where smooth L1 turns from quadratic to linear; 0 for L1
+            cls_loss_weight: factor of the classification loss
 
         Raises:
             InputError: if an argument is invalid; the message names its config key
@@ -106,6 +111,7 @@ class RetinaNetCriterion(nn.Module):
         self.box2box_transform = box2box_transform
         self.box_reg_loss_type = box_reg_loss_type
         self.smooth_l1_beta = smooth_l1_beta
+        self.cls_loss_weight = cls_loss_weight
         # Detectron2's initial value; float64, so that averages equal those of Python's floats.
         self.register_buffer("loss_normalizer", torch.tensor(100.0, dtype=torch.float64))
         self._num_micro_batches = 1
@@ -125,6 +131,7 @@ class RetinaNetCriterion(nn.Module):
             box2box_transform=box2box_transform,
             box_reg_loss_type=node.BBOX_REG_LOSS_TYPE,
             smooth_l1_beta=node.SMOOTH_L1_LOSS_BETA,
+            cls_loss_weight=read_cls_loss_weight(cfg),
         )
 
     def forward(
@@ -175,7 +182,7 @@ class RetinaNetCriterion(nn.Module):
             anchors, upcast_to_float32(deltas), foreground & selected, matched_idxs, gt_boxes
         )
         loss_box_reg = (per_image * weights.to(per_image.dtype)).sum()
-        return {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
+        return {"loss_cls": loss_cls * self.cls_loss_weight, "loss_box_reg": loss_box_reg}
 
     def anchor_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the classification loss of each anchor, summed over classes, (N, R).
@@ -330,6 +337,35 @@ def build_cls_loss(cfg: CfgNode) -> tuple[BoundLoss, Alpha]:
             raise InputError(f"{CLASS_ALPHA} is set, but loss {loss.name!r} has no alpha")
         alpha = _class_alpha(node.CLASS_ALPHA, cfg.MODEL.RETINANET.NUM_CLASSES)
     return loss.bind(**values), alpha
+
+
+def read_cls_loss_weight(cfg: CfgNode) -> float:
+    """Return ``CLS_LOSS.WEIGHT`` as a number.
+
+    "auto" gives a positive at the initial probability pi (section 3.3) the gradient that it has
+    under cross entropy with alpha 0.75, which is 0.75 (1 - pi). The focal loss (gamma 2, alpha
+    0.25) at pi 0.01 has about a third of it.
+    """
+    node = cfg.MODEL.RETINANET
+    weight = node.CLS_LOSS.WEIGHT
+    if weight != "auto":
+        return float(Interval("[0, inf)").check("MODEL.RETINANET.CLS_LOSS.WEIGHT", weight))
+    cls_loss, alpha = build_cls_loss(cfg)
+    alphas = class_weights(alpha, node.NUM_CLASSES)
+    mean_alpha = 1.0 if alphas is None else alphas[0].mean().item()
+    prior = node.PRIOR_PROB if node.PRIOR_INIT else 0.5
+    _, gradient = cls_loss.value_and_grad(torch.tensor(prior, dtype=torch.float64).logit())
+    if not mean_alpha * gradient:
+        raise InputError("CLS_LOSS.WEIGHT auto: the loss has no gradient at a positive")
+    return 0.75 * (1 - prior) / abs(mean_alpha * gradient.item())
+
+
+def resolve_cls_loss_weight(cfg: CfgNode) -> None:
+    """Replace ``CLS_LOSS.WEIGHT auto`` by its number, so that any code can read a saved config."""
+    node = cfg.MODEL.RETINANET.CLS_LOSS
+    if node.WEIGHT == "auto" and node.NAME in LOSSES:
+        node.WEIGHT = read_cls_loss_weight(cfg)
+        logger.info("MODEL.RETINANET.CLS_LOSS.WEIGHT auto: %.4g", node.WEIGHT)
 
 
 def _class_alpha(given: Sequence[Any], num_classes: int) -> list[float]:

@@ -1,0 +1,60 @@
+"""Augmentations of the training images beyond Detectron2's keys, built from its transforms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from fvcore.transforms.transform import CropTransform, Transform, TransformList
+
+from retinanet_ext.data.images import num_channels
+
+LUMINANCE = 3  # channels of an image whose saturation can be changed
+
+
+class ScaleJitter(T.Augmentation):
+    """Scale the image by a random factor and crop it, at a random place, to its original size.
+
+    An image that has become smaller is not padded; the batch is. ("Large-scale jitter" of
+    arXiv 2012.07177, section 4, on images of any aspect ratio.)
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        super().__init__()
+        self.low, self.high = low, high
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        height, width = image.shape[:2]
+        factor = self._rand_range(self.low, self.high)
+        new_height, new_width = (max(1, round(side * factor)) for side in (height, width))
+        resize = T.ResizeTransform(height, width, new_height, new_width)
+        crop_height, crop_width = min(height, new_height), min(width, new_width)
+        top = np.random.randint(new_height - crop_height + 1)
+        left = np.random.randint(new_width - crop_width + 1)
+        crop = CropTransform(left, top, crop_width, crop_height, new_width, new_height)
+        return TransformList([resize, crop])
+
+
+def build_augmentations(cfg: CfgNode, augmentations: Sequence[T.Augmentation]) -> list:
+    """Return Detectron2's augmentations with those of the plugin's ``INPUT`` keys after them.
+
+    Args:
+        cfg: the whole config
+        augmentations: as Detectron2 builds them from the config: crop, resize and flip
+    """
+    extended = list(augmentations)
+    low, high = cfg.INPUT.SCALE_JITTER
+    if (low, high) != (1.0, 1.0):
+        extended.append(ScaleJitter(low, high))
+    if cfg.INPUT.VERTICAL_FLIP:
+        extended.append(T.RandomFlip(horizontal=False, vertical=True))
+    if cfg.INPUT.QUARTER_TURNS:
+        extended.append(T.RandomRotation([0, 90, 180, 270], sample_style="choice"))
+    if jitter := cfg.INPUT.COLOR_JITTER:
+        changes = [T.RandomBrightness, T.RandomContrast]
+        if num_channels(cfg.INPUT.FORMAT) == LUMINANCE:
+            changes.append(T.RandomSaturation)
+        extended += [change(1 - jitter, 1 + jitter) for change in changes]
+    return extended

@@ -1,0 +1,55 @@
+"""Alpha per class from the number of its objects."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import get_detection_dataset_dicts
+
+from retinanet_ext.config_keys import CLASS_ALPHA, loss_parameter_keys, read_key
+from retinanet_ext.data.images import AUTO
+from retinanet_ext.errors import InputError
+from retinanet_ext.losses import LOSSES
+from retinanet_ext.losses.registry import UNBALANCED
+
+logger = logging.getLogger(__name__)
+
+
+def balance_class_alpha(cfg: CfgNode, class_names: Sequence[str]) -> None:
+    """Replace ``CLS_LOSS.CLASS_ALPHA auto`` by K numbers, from the training annotations.
+
+    The odds alpha / (1 - alpha) of a class are those of the loss's alpha, times the square root of
+    the classes' geometric mean number of objects over the class's own.
+
+    Raises:
+        InputError: the loss has no alpha, or a class has no object
+    """
+    node = cfg.MODEL.RETINANET.CLS_LOSS
+    if list(node.CLASS_ALPHA) != [AUTO]:
+        return
+    loss = LOSSES[node.NAME]
+    if loss.alpha is None:
+        raise InputError(f"{CLASS_ALPHA} is set, but loss {loss.name!r} has no alpha")
+    counts = np.zeros(len(class_names))
+    for record in get_detection_dataset_dicts(cfg.DATASETS.TRAIN, filter_empty=True):
+        for annotation in record["annotations"]:
+            counts[annotation["category_id"]] += not annotation.get("iscrowd", 0)
+    absent = [name for name, count in zip(class_names, counts, strict=True) if not count]
+    if absent:
+        raise InputError(
+            f"{CLASS_ALPHA} auto: {', '.join(absent)} have no object in DATASETS.TRAIN "
+            f"{', '.join(cfg.DATASETS.TRAIN)}; give K numbers, or leave these classes out"
+        )
+    alpha = read_key(cfg, loss_parameter_keys(loss)["alpha"])
+    odds = 1.0 if alpha == UNBALANCED else alpha / max(1 - alpha, 1e-6)
+    odds = odds * np.sqrt(np.exp(np.log(counts).mean()) / counts)
+    node.CLASS_ALPHA = [round(float(value), 4) for value in odds / (1 + odds)]
+    pairs = zip(class_names, node.CLASS_ALPHA, counts, strict=True)
+    logger.info(
+        "%s auto: %s",
+        CLASS_ALPHA,
+        ", ".join(f"{name} {value} ({count:.0f} objects)" for name, value, count in pairs),
+    )

@@ -1,0 +1,71 @@
+"""Optimizers and learning-rate schedules that Detectron2 lacks."""
+
+from __future__ import annotations
+
+import torch
+from detectron2 import solver as detectron2_solver
+from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier, WarmupParamScheduler, get_default_optimizer_params
+from detectron2.solver.build import maybe_add_gradient_clipping
+from fvcore.common.param_scheduler import (
+    CompositeParamScheduler,
+    ConstantParamScheduler,
+    CosineParamScheduler,
+)
+from torch import nn
+
+FLAT_COSINE = "WarmupFlatCosineLR"
+
+
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer that ``SOLVER.OPTIMIZER`` names, with Detectron2's gradient clipping.
+
+    AdamW (arXiv 1711.05101) decays the weights of convolutions and linear layers only:
+    ``WEIGHT_DECAY_NORM`` and ``WEIGHT_DECAY_BIAS`` are 0 unless they are set.
+    """
+    solver = cfg.SOLVER
+    if solver.OPTIMIZER == "SGD":
+        optimizer = detectron2_solver.build_optimizer(cfg, model)
+    else:
+        params = get_default_optimizer_params(
+            model,
+            base_lr=solver.BASE_LR,
+            weight_decay=solver.WEIGHT_DECAY,
+            weight_decay_norm=solver.WEIGHT_DECAY_NORM,
+            weight_decay_bias=solver.WEIGHT_DECAY_BIAS or 0.0,
+            bias_lr_factor=solver.BIAS_LR_FACTOR,
+        )
+        adamw = torch.optim.AdamW(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
+        optimizer = maybe_add_gradient_clipping(cfg, adamw)
+    if solver.FUSED_OPTIMIZER:
+        for group in optimizer.param_groups:
+            group.update(fused=True, foreach=False)
+    return optimizer
+
+
+def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
+    """Return Detectron2's schedule, or ``WarmupFlatCosineLR``.
+
+    That one keeps the base rate for the first ``SOLVER.FLAT_RATIO`` of the iterations and then
+    falls along half a cosine to ``SOLVER.BASE_LR_END``.
+    """
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME != FLAT_COSINE:
+        return detectron2_solver.build_lr_scheduler(cfg, optimizer)
+    flat = solver.FLAT_RATIO
+    schedule = CompositeParamScheduler(
+        [
+            ConstantParamScheduler(1.0),
+            CosineParamScheduler(1.0, solver.BASE_LR_END / solver.BASE_LR),
+        ],
+        lengths=[flat, 1.0 - flat],
+        interval_scaling=["rescaled", "rescaled"],
+    )
+    warmup = WarmupParamScheduler(
+        schedule,
+        solver.WARMUP_FACTOR,
+        min(solver.WARMUP_ITERS / solver.MAX_ITER, 1.0),
+        solver.WARMUP_METHOD,
+        solver.RESCALE_INTERVAL,
+    )
+    return LRMultiplier(optimizer, multiplier=warmup, max_iter=solver.MAX_ITER)
