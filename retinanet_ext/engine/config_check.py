@@ -60,6 +60,7 @@ TRAINING_RANGES = {
 
 CHOICES = {
     "SOLVER.AMP.PRECISION": ("float16", "bfloat16"),
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
     "SOLVER.NON_FINITE.POLICY": ("raise", "skip"),
     "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
 }

@@ -14,16 +14,27 @@ from fvcore.common.param_scheduler import (
 )
 from torch import nn
 
+FULL_MODEL = "full_model"
 FLAT_COSINE = "WarmupFlatCosineLR"
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimizer that ``SOLVER.OPTIMIZER`` names, with Detectron2's gradient clipping.
+    """Return the optimizer that ``SOLVER.OPTIMIZER`` names, with gradient clipping.
+
+    ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` may be ``full_model`` besides Detectron2's types: the norm
+    of all gradients together is clipped.
 
     AdamW (arXiv 1711.05101) decays the weights of convolutions and linear layers only:
     ``WEIGHT_DECAY_NORM`` and ``WEIGHT_DECAY_BIAS`` are 0 unless they are set.
     """
     solver = cfg.SOLVER
+    clips_full_model = (
+        solver.CLIP_GRADIENTS.ENABLED and solver.CLIP_GRADIENTS.CLIP_TYPE == FULL_MODEL
+    )
+    if clips_full_model:
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.SOLVER.CLIP_GRADIENTS.ENABLED = False  # Detectron2 does not know this type
     if solver.OPTIMIZER == "SGD":
         optimizer = detectron2_solver.build_optimizer(cfg, model)
     else:
@@ -37,10 +48,20 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         )
         adamw = torch.optim.AdamW(params, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY)
         optimizer = maybe_add_gradient_clipping(cfg, adamw)
+    if clips_full_model:
+        _clip_full_model(optimizer, solver.CLIP_GRADIENTS)
     if solver.FUSED_OPTIMIZER:
         for group in optimizer.param_groups:
             group.update(fused=True, foreach=False)
     return optimizer
+
+
+def _clip_full_model(optimizer: torch.optim.Optimizer, settings: CfgNode) -> None:
+    def clip(optimizer: torch.optim.Optimizer, *_: object) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, settings.CLIP_VALUE, settings.NORM_TYPE)
+
+    optimizer.register_step_pre_hook(clip)
 
 
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:

@@ -1,0 +1,95 @@
+"""Augmentations: boxes and ignore regions follow the pixels."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from detectron2.config import CfgNode
+from detectron2.structures import BoxMode
+from PIL import Image
+
+from retinanet_ext.data import CheckedDatasetMapper
+
+HEIGHT, WIDTH = 120, 200
+BOX, REGION = [40, 30, 90, 60], [120, 70, 180, 110]  # white, grey
+
+
+@pytest.fixture
+def record(tmp_path) -> dict:
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    for (left, top, right, bottom), level in ((BOX, 250), (REGION, 120)):
+        image[top:bottom, left:right] = level
+    Image.fromarray(image).save(tmp_path / "image.png")
+    annotations = [
+        {"bbox": box, "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0, "iscrowd": crowd}
+        for box, crowd in ((BOX, 0), (REGION, 1))
+    ]
+    path = str(tmp_path / "image.png")
+    size = {"height": HEIGHT, "width": WIDTH}
+    return {"file_name": path, "image_id": 1, **size, "annotations": annotations}
+
+
+def painted(image: np.ndarray, low: int, high: int) -> list[int] | None:
+    """Return the box of the pixels with a level in a range, or None."""
+    rows, columns = np.where((image > low) & (image < high))
+    return rows.size and [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("SCALE_JITTER", [0.5, 2.0]),
+        ("VERTICAL_FLIP", True),
+        ("QUARTER_TURNS", True),
+        ("RANDOM_FLIP", "horizontal"),
+    ],
+)
+def test_boxes_follow_the_pixels(key: str, value: object, record: dict, cfg: CfgNode) -> None:
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (HEIGHT,), 10000
+    cfg.INPUT[key] = value
+    mapper = CheckedDatasetMapper(cfg, is_train=True)
+    np.random.seed(0)
+    seen = set()
+    for _ in range(24):
+        mapped = mapper(record)
+        image = mapped["image"][0].numpy()
+        seen.add((image.shape, tuple(painted(image, 185, 256) or ())))
+        boxes, regions = mapped["instances"].gt_boxes.tensor, mapped["ignore_regions"]
+        for found, (low, high) in ((boxes, (185, 256)), (regions, (60, 185))):
+            box = painted(image, low, high)
+            if box and found.numel() and (found[0, 2:] - found[0, :2]).min() > 4:
+                # Interpolation blurs an edge over a pixel or two.
+                np.testing.assert_allclose(found[0].numpy(), box, atol=2.5)
+    assert len(seen) > (1 if key.endswith("FLIP") else 3)
+
+
+def test_scale_jitter_keeps_the_size_or_less(record: dict, cfg: CfgNode) -> None:
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (60,), 10000
+    cfg.INPUT.SCALE_JITTER = [0.5, 2.0]
+    mapper = CheckedDatasetMapper(cfg, is_train=True)
+    heights = [mapper(record)["image"].shape[1] for _ in range(40)]
+    assert max(heights) == 60 and 30 <= min(heights) < 40
+
+
+def test_color_jitter_changes_levels_by_at_most_its_ratio(record: dict, cfg: CfgNode) -> None:
+    cfg.INPUT.RANDOM_FLIP = "none"
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN = (HEIGHT,), 10000
+    plain = CheckedDatasetMapper(cfg, is_train=True)(record)
+    cfg.INPUT.COLOR_JITTER = 0.1
+    mapper = CheckedDatasetMapper(cfg, is_train=True)
+    changed = [mapper(record) for _ in range(20)]
+    levels = np.array([item["image"].numpy().max() for item in changed], float)
+    assert levels.std() > 3 and levels.min() > 250 * 0.9**2 - 2
+    assert all(
+        (c["instances"].gt_boxes.tensor == plain["instances"].gt_boxes.tensor).all()
+        for c in changed
+    )
+
+
+def test_evaluation_is_not_augmented(record: dict, cfg: CfgNode) -> None:
+    plain = CheckedDatasetMapper(cfg, is_train=False)(record)["image"]
+    cfg.INPUT.SCALE_JITTER, cfg.INPUT.COLOR_JITTER = [0.5, 2.0], 0.5
+    cfg.INPUT.VERTICAL_FLIP = cfg.INPUT.QUARTER_TURNS = True
+    for _ in range(5):
+        assert (CheckedDatasetMapper(cfg, is_train=False)(record)["image"] == plain).all()
