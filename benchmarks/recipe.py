@@ -2,9 +2,9 @@
 
     python benchmarks/recipe.py --data bccd=FOLDER [--rows NAME ...] [--seeds 3] [--jobs 2]
 
-FOLDER holds ``instances_{train,val}.json`` and ``images``. Each row is a training by ``train_net.py``
-in ``--out``; rows that are finished are not run again. ``recipe.json`` there is rewritten after each
-run. ``--minutes`` ends all that runs at that time.
+FOLDER holds ``instances_{train,val}.json`` and ``images``. Each row is a training by
+``train_net.py`` in ``--out``; rows that are finished are not run again. ``recipe.json`` there is
+rewritten after each run. ``--minutes`` ends all that runs at that time.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def run_all(jobs: list[tuple[str, str, int]], args: argparse.Namespace) -> dict[
 
 
 def save(results: dict[str, Any], out: Path) -> None:
+    """Rewrite ``recipe.json``."""
     (out / "recipe.json").write_text(json.dumps(results, indent=1) + "\n")
 
 
@@ -111,6 +112,7 @@ def table_of(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    """Run what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="*", default=[], metavar="TABLE=FOLDER")
     parser.add_argument("--rows", nargs="*", default=[], metavar="TABLE/ROW", help="default: all")
