@@ -43,7 +43,14 @@ _SMALL_OVERRIDES = {
     "MODEL.ANCHOR_GENERATOR.BASE_SCALE": 2.0,  # small images hold small objects
     "DATALOADER.NUM_WORKERS": 0,
     "SOLVER.IMS_PER_BATCH": 4,
+    # The paper's optimizer, in place of the config's.
+    "SOLVER.OPTIMIZER": "SGD",
     "SOLVER.BASE_LR": 0.02,
+    "SOLVER.WEIGHT_DECAY": 0.0001,
+    "SOLVER.LR_SCHEDULER_NAME": "WarmupCosineLR",
+    "SOLVER.CLIP_GRADIENTS.ENABLED": False,
+    "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": "value",
+    "SOLVER.EMA.DECAY": 0.0,
     "SOLVER.MAX_ITER": 350,
     "SOLVER.CHECKPOINT_PERIOD": 100,
 }

@@ -43,6 +43,13 @@ def test_the_papers_schedule_on_one_gpu():
     assert cfg.TEST.EVAL_PERIOD == 0, "off stays off"
 
 
+def test_adamws_rate_scales_with_the_square_root():
+    cfg = make_cfg(OPTIMIZER="AdamW", REFERENCE_BATCH=16, IMS_PER_BATCH=4, BASE_LR=0.001)
+    scale_schedule(cfg)
+    assert cfg.SOLVER.BASE_LR == pytest.approx(0.0005)
+    assert cfg.SOLVER.MAX_ITER == 160000
+
+
 def test_a_saved_config_is_not_scaled_again(tmp_path):
     cfg = make_cfg(REFERENCE_BATCH=16, IMS_PER_BATCH=6)
     assert scale_schedule(cfg)

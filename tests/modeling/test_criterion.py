@@ -15,7 +15,7 @@ from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES
 from retinanet_ext.losses.functional import elementwise_loss
 from retinanet_ext.modeling import RetinaNetCriterion
-from retinanet_ext.modeling.criterion import NORMALIZERS
+from retinanet_ext.modeling.criterion import NORMALIZERS, resolve_cls_loss_weight
 from retinanet_ext.modeling.matching import AnchorMatcher, label_anchors
 from retinanet_ext.sampling import OHEM
 
@@ -189,9 +189,36 @@ def test_class_alpha_of_each_class():
 R = "MODEL.RETINANET."
 
 
+@pytest.mark.parametrize("name", ["focal", "cross_entropy", "hinge", "focal_star", "ce .75"])
+def test_auto_weight_gives_positives_the_gradient_of_balanced_cross_entropy(name):
+    """At the initial probability pi; cross entropy with alpha .75 itself gets weight 1."""
+    alpha = [R + "CLS_LOSS.CROSS_ENTROPY.ALPHA", 0.75] if name == "ce .75" else []
+    opts = [R + "CLS_LOSS.NAME", "cross_entropy" if alpha else name, *alpha]
+    cfg = make_cfg(*opts)
+    cfg.MODEL.RETINANET.CLS_LOSS.WEIGHT = "auto"
+    resolve_cls_loss_weight(cfg)
+    if alpha:
+        assert cfg.MODEL.RETINANET.CLS_LOSS.WEIGHT == pytest.approx(1)
+    module = RetinaNetCriterion.from_config(cfg, Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)))
+    logits = torch.full((1, 1, K), 0.01, dtype=torch.float64).logit().requires_grad_()
+    box = torch.tensor([[0.0, 0, 8, 8]])
+    module.normalizer = "foreground"
+    index = torch.zeros(1, 1, dtype=torch.long)
+    apply(module, box, logits, torch.zeros(1, 1, 4), index + 2, index, box)["loss_cls"].backward()
+    assert logits.grad[0, 0, 2].item() == pytest.approx(-0.75 * 0.99)
+
+
+def test_loss_weight_scales_the_classification_loss_alone():
+    data = predictions()
+    plain, weighted = (apply(criterion(cls_loss_weight=w), *data) for w in (1.0, 2.5))
+    assert_close(weighted["loss_cls"], 2.5 * plain["loss_cls"])
+    assert_close(weighted["loss_box_reg"], plain["loss_box_reg"])
+
+
 @pytest.mark.parametrize(
     ("opts", "words"),
     [
+        ([R + "CLS_LOSS.WEIGHT", -1.0], ["CLS_LOSS.WEIGHT", "[0, inf)", "-1.0"]),
         ([R + "CLS_LOSS.NAME", "focl"], ["CLS_LOSS.NAME", "focl", "cross_entropy, focal"]),
         ([R + "SELECTION.NAME", "hard"], ["SELECTION.NAME", "hard", "all, ohem"]),
         ([R + "FOCAL_LOSS_GAMMA", -1.0], ["FOCAL_LOSS_GAMMA", "[0, inf)", "-1.0"]),
