@@ -37,6 +37,20 @@ class ScaleJitter(T.Augmentation):
         return TransformList([resize, crop])
 
 
+class QuarterTurns(T.Augmentation):
+    """Turn the image by 90 or 270 degrees if ``is_turned``, else by 0 or 180.
+
+    The training loader sets ``is_turned``, because its batches hold images of one orientation. With
+    another loader it is None, and drawn here.
+    """
+
+    def get_transform(self, image: np.ndarray, is_turned: bool | None) -> Transform:
+        if is_turned is None:
+            is_turned = np.random.rand() < 0.5
+        angle = 90 * is_turned + 180 * np.random.randint(2)
+        return T.RotationTransform(*image.shape[:2], angle) if angle else T.NoOpTransform()
+
+
 def build_augmentations(cfg: CfgNode, augmentations: Sequence[T.Augmentation]) -> list:
     """Return Detectron2's augmentations with those of the plugin's ``INPUT`` keys after them.
 
@@ -51,7 +65,7 @@ def build_augmentations(cfg: CfgNode, augmentations: Sequence[T.Augmentation]) -
     if cfg.INPUT.VERTICAL_FLIP:
         extended.append(T.RandomFlip(horizontal=False, vertical=True))
     if cfg.INPUT.QUARTER_TURNS:
-        extended.append(T.RandomRotation([0, 90, 180, 270], sample_style="choice"))
+        extended.append(QuarterTurns())
     if jitter := cfg.INPUT.COLOR_JITTER:
         changes = [T.RandomBrightness, T.RandomContrast]
         if num_channels(cfg.INPUT.FORMAT) == LUMINANCE:

@@ -125,17 +125,20 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
         self.num_batches, self.num_images = state["num_batches"], state["num_images"]
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        batch_size = self.cfg.SOLVER.IMS_PER_BATCH
+        batch_size, turns = self.cfg.SOLVER.IMS_PER_BATCH, self.cfg.INPUT.QUARTER_TURNS
         batches = batch_by_aspect_ratio(
             self._sampler()._infinite_indices(),
             self.groups,
             batch_size=batch_size,
             num_streams=self.num_streams,
+            is_turned=self._is_turned if turns else lambda position: False,
         )
         batches = itertools.islice(batches, self.num_images // batch_size, None)
         workers = self.cfg.DATALOADER.NUM_WORKERS
         loader = DataLoader(
-            _MappedSamples(self.records, self.mapper, self.seed),
+            _MappedSamples(
+                self.records, self.mapper, self.seed, self._is_turned if turns else None
+            ),
             batch_sampler=shard_batch(
                 batches,
                 rank=comm.get_rank(),
@@ -149,6 +152,11 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
             generator=torch.Generator(),  # otherwise the global one is drawn from
         )
         return _batches(loader)
+
+    def _is_turned(self, position: int) -> bool:
+        """Tell whether a sample lies on its side: drawn here, because it decides on its batch."""
+        sequence = np.random.SeedSequence(self.seed, spawn_key=(position, 1))
+        return bool(sequence.generate_state(1)[0] & 1)
 
     def _sampler(self) -> Any:
         """Return Detectron2's sampler; its randomness depends only on the seed."""
@@ -210,24 +218,28 @@ def _check_same_records(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None
 
 
 def batch_by_aspect_ratio(
-    indices: Iterable[int], groups: Sequence[int], *, batch_size: int, num_streams: int
+    indices: Iterable[int],
+    groups: Sequence[int],
+    *,
+    batch_size: int,
+    num_streams: int,
+    is_turned: Callable[[int], bool] = lambda position: False,
 ) -> Iterator[list[Sample]]:
     """Yield batches in which the samples of each stream belong to one group.
 
     Args:
         indices: image indices, which are dealt to the streams in turn.
-        groups: group of each image.
+        groups: group of each image, 0 or 1.
         batch_size: samples per batch; all streams contribute equally, one after the other.
         num_streams: number of streams; a divisor of ``batch_size``.
+        is_turned: whether the sample at a position is of the other group than its image.
     """
     share = batch_size // num_streams
-    waiting: list[list[list[Sample]]] = [
-        [[] for _ in range(max(groups) + 1)] for _ in range(num_streams)
-    ]
+    waiting: list[list[list[Sample]]] = [[[], []] for _ in range(num_streams)]
     full: list[deque[list[Sample]]] = [deque() for _ in range(num_streams)]
     for position, index in enumerate(indices):
         stream = position % num_streams
-        samples = waiting[stream][groups[index]]
+        samples = waiting[stream][groups[index] ^ is_turned(position)]
         samples.append((position, index))
         if len(samples) == share:
             full[stream].append(samples.copy())
@@ -269,10 +281,17 @@ def preserve_rng_state() -> Iterator[None]:
 class _MappedSamples(Dataset[dict[str, Any]]):
     """Mapped images by sample; the mapper's randomness depends on the position in the stream."""
 
-    def __init__(self, records: Sequence[dict[str, Any]], mapper: Mapper, seed: int) -> None:
+    def __init__(
+        self,
+        records: Sequence[dict[str, Any]],
+        mapper: Mapper,
+        seed: int,
+        is_turned: Callable[[int], bool] | None,
+    ) -> None:
         self.records = records
         self.mapper = mapper
         self.seed = seed
+        self.is_turned = is_turned
 
     def __getitems__(self, samples: list[Sample]) -> list[dict[str, Any]]:
         with preserve_rng_state():
@@ -280,7 +299,10 @@ class _MappedSamples(Dataset[dict[str, Any]]):
 
     def _load(self, position: int, index: int) -> dict[str, Any]:
         seed_rngs(self.seed, position)
-        return self.mapper(self.records[index])
+        record = self.records[index]
+        if self.is_turned is not None:
+            record = {**record, "is_turned": self.is_turned(position)}
+        return self.mapper(record)
 
 
 def _ignore_foreign_sigterm(worker_id: int) -> None:

@@ -92,6 +92,7 @@ class CheckedDatasetMapper(DatasetMapper):
         if "sem_seg_file_name" in dataset_dict:
             sem_seg = read_image(dataset_dict.pop("sem_seg_file_name"), "L").squeeze(2)
         inputs = AugInput(image, sem_seg=sem_seg)
+        inputs.is_turned = dataset_dict.pop("is_turned", None)
         transforms = self.augmentations(inputs)
         tensor = torch.as_tensor(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
         # YUV images are float64, which a float32 model does not accept.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from detectron2.config import CfgNode
 from detectron2.structures import BoxMode
 from PIL import Image
 
-from retinanet_ext.data import CheckedDatasetMapper
+from retinanet_ext.data import CheckedDatasetMapper, prepare_datasets
+from retinanet_ext.engine import Trainer
+
+from .conftest import Bccd
 
 HEIGHT, WIDTH = 120, 200
 BOX, REGION = [40, 30, 90, 60], [120, 70, 180, 110]  # in the first and second channel
@@ -92,3 +97,16 @@ def test_evaluation_is_not_augmented(record: dict, cfg: CfgNode) -> None:
     cfg.INPUT.VERTICAL_FLIP = cfg.INPUT.QUARTER_TURNS = True
     for _ in range(5):
         assert (CheckedDatasetMapper(cfg, is_train=False)(record)["image"] == plain).all()
+
+
+def test_batches_of_turned_images_have_one_orientation(bccd: Bccd, cfg: CfgNode) -> None:
+    """All images are wide; a batch of wide and tall ones would be padded to squares."""
+    cfg.INPUT.QUARTER_TURNS, cfg.INPUT.MIN_SIZE_TRAIN = True, (48,)
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, cfg.DATALOADER.NUM_WORKERS = 3, 1, 0
+    prepare_datasets(bccd.use(cfg), eval_only=False)
+    batches = itertools.islice(Trainer.build_train_loader(cfg), 20)
+    orientations = [
+        {image["image"].shape[1] > image["image"].shape[2] for image in batch} for batch in batches
+    ]
+    assert all(len(kinds) == 1 for kinds in orientations)
+    assert 4 < sum(kinds == {True} for kinds in orientations) < 16

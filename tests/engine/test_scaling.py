@@ -46,7 +46,7 @@ def test_the_papers_schedule_on_one_gpu():
 def test_adamws_rate_scales_with_the_square_root():
     cfg = make_cfg(OPTIMIZER="AdamW", REFERENCE_BATCH=16, IMS_PER_BATCH=4, BASE_LR=0.001)
     scale_schedule(cfg)
-    assert cfg.SOLVER.BASE_LR == pytest.approx(0.0005)
+    assert pytest.approx(0.0005) == cfg.SOLVER.BASE_LR
     assert cfg.SOLVER.MAX_ITER == 160000
 
 

@@ -198,7 +198,7 @@ def test_auto_weight_gives_positives_the_gradient_of_balanced_cross_entropy(name
     cfg.MODEL.RETINANET.CLS_LOSS.WEIGHT = "auto"
     resolve_cls_loss_weight(cfg)
     if alpha:
-        assert cfg.MODEL.RETINANET.CLS_LOSS.WEIGHT == pytest.approx(1)
+        assert pytest.approx(1) == cfg.MODEL.RETINANET.CLS_LOSS.WEIGHT
     module = RetinaNetCriterion.from_config(cfg, Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)))
     logits = torch.full((1, 1, K), 0.01, dtype=torch.float64).logit().requires_grad_()
     box = torch.tensor([[0.0, 0, 8, 8]])
