@@ -13,7 +13,7 @@ from detectron2.data import MetadataCatalog
 
 from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.config_keys import all_keys, find_conditions, read_key
-from retinanet_ext.modeling.timm_backbone import BUILDER, pixel_statistics, timm_weights
+from retinanet_ext.modeling.timm_backbone import BUILDER, pixel_statistics
 
 FOREIGN_GROUPS = (
     "MODEL.ROI_",
@@ -188,7 +188,8 @@ def _pixels(cfg: CfgNode, weights: str) -> Warnings:
     own = (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
     keys = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
     fitting = next((fits for name, fits in _WEIGHTS.items() if re.search(name, weights)), None)
-    if weights and weights == timm_weights(cfg):
+    is_timm = cfg.MODEL.BACKBONE.NAME == BUILDER
+    if is_timm and weights and weights == cfg.MODEL.TIMM.WEIGHTS:
         fitting = ("RGB", *pixel_statistics(cfg.MODEL.TIMM.NAME))
     if fitting:
         wrong = [
