@@ -32,6 +32,7 @@ SECTIONS = {
     "MODEL.RETINANET.SELECTION": "Anchors that count in the loss",
     "MODEL.RETINANET": "Labels, normaliser and weights",
     "MODEL.ANCHOR_GENERATOR": "Anchors",
+    "MODEL.TIMM": "Backbones of timm",
     "MODEL": "Network",
     "SOLVER": "Optimizer and precision",
     "INPUT": "Images",

@@ -103,6 +103,20 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # See docs/training.md#classes-of-weights.
     cfg.MODEL.RETINANET.REINIT_MISMATCHED = False
 
+    cfg.MODEL.TIMM = CfgNode()
+    # Name of a model of timm, such as "mobilenetv2_100"; `timm.list_models()` lists them. It needs
+    # features at strides 8, 16 and 32, and images of any size. See docs/fine_tuning.md.
+    cfg.MODEL.TIMM.NAME = ""
+    # What fills the backbone when a training starts: a file with timm's names, or "pretrained",
+    # which timm downloads. Not read when a run is resumed or evaluated, nor where MODEL.WEIGHTS is
+    # set, because those weights hold the backbone too. Empty: random weights.
+    cfg.MODEL.TIMM.WEIGHTS = ""
+    # What the backbone's BatchNorm layers do in training. Other norms stay as they are.
+    # - "EvalBN": they keep the mean and variance of the weights, and train weight and bias
+    # - "FrozenBN": they keep all four, as Detectron2's FrozenBN
+    # - "BN": they normalise by each batch, which random weights need
+    cfg.MODEL.TIMM.NORM = "EvalBN"
+
     # Compile backbone and head with torch.compile at the first iteration (minutes).
     cfg.MODEL.COMPILE = False
     # Store images, features and weights in torch's channels_last memory format.

@@ -134,6 +134,12 @@ def opts(*values: Any) -> Change:
     return lambda case: case.opts.extend(map(str, values))
 
 
+def timm(name: str, *more: Any) -> Change:
+    """Take a model of timm as the backbone."""
+    backbone = ("MODEL.BACKBONE.NAME", "build_retinanet_timm_fpn_backbone")
+    return opts(*backbone, "MODEL.TIMM.NAME", name, *more)
+
+
 def flags(*values: str) -> Change:
     return lambda case: case.flags.extend(values)
 
@@ -552,6 +558,22 @@ CONFIG = [
         "no model, optimizer or loader can be built",
         opts("MODEL.BACKBONE.NAME", "resnet"),
     ),
+    ("a timm model that is misspelt", "did you mean mobileone_s2 or", timm("mobilenet_v2")),
+    (
+        "a timm model of another kind",
+        "strides 16, 16, 16; the FPN needs 8, 16, 32",
+        timm("test_vit"),
+    ),
+    (
+        "a timm model for images of one size",
+        "does not take images of any size",
+        timm("visformer_tiny"),
+    ),
+    (
+        "unknown norms in a timm model",
+        "known: 'EvalBN'",
+        timm("resnet18", "MODEL.TIMM.NORM", "SyncBN"),
+    ),
     (
         "a ResNet of 19 layers",
         "no model, optimizer or loader can be built",
@@ -607,6 +629,11 @@ def weights(content: Callable[[Case], str], *more: str) -> Change:
         case.flags += more
 
     return change
+
+
+def timm_weights(content: Callable[[Case], str]) -> Change:
+    """Name in MODEL.TIMM.WEIGHTS a file that ``content`` writes."""
+    return lambda case: timm("resnet18", "MODEL.TIMM.WEIGHTS", content(case))(case)
 
 
 _models: dict[str, dict[str, Any]] = {}
@@ -725,6 +752,21 @@ CHECKPOINT = [
         "weights of another width",
         "have other shapes",
         weights(lambda c: c.save("w.pth", model_weights(MODEL__FPN__OUT_CHANNELS=32))),
+    ),
+    (
+        "a timm backbone's weights that are not there",
+        "for timm's own download write pretrained",
+        timm("resnet18", "MODEL.TIMM.WEIGHTS", "none.pth"),
+    ),
+    (
+        "a timm backbone's weights of another model",
+        "of resnet18 unfilled: conv1.weight, bn1.weight",
+        timm_weights(lambda c: c.save("w.pth", nn.Linear(2, 2).state_dict())),
+    ),
+    (
+        "text as a timm backbone's weights",
+        "cannot be read as timm's weights",
+        timm_weights(lambda c: c.write("w.pth", "weights")),
     ),
     ("no weights to evaluate", "--eval-only needs weights", flags("--eval-only")),
     (

@@ -1,4 +1,5 @@
-"""Which tests may be skipped: those marked ``cuda`` without a CUDA device; in CI no others."""
+"""Which tests may be skipped: those marked ``cuda`` without a CUDA device, and those marked
+``weights`` without real weights; in CI no others."""
 
 from __future__ import annotations
 
@@ -51,7 +52,8 @@ def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield
-    if report.skipped and not hasattr(report, "wasxfail") and not item.get_closest_marker("cuda"):
+    may_skip = item.get_closest_marker("cuda") or item.get_closest_marker("weights")
+    if report.skipped and not hasattr(report, "wasxfail") and not may_skip:
         fail_in_ci(report)
     return report
 
@@ -68,7 +70,7 @@ def fail_in_ci(report: pytest.TestReport | pytest.CollectReport) -> None:
     if IN_CI:
         _, _, reason = report.longrepr
         report.outcome = "failed"
-        report.longrepr = f"{reason} (in CI only tests marked cuda may be skipped)"
+        report.longrepr = f"{reason} (in CI only tests marked cuda or weights may be skipped)"
 
 
 @pytest.fixture

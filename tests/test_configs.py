@@ -22,7 +22,8 @@ def load(name):
 
 def test_the_configs_that_others_rely_on_are_there():
     models = {f"retinanet_{depth}_FPN" for depth in ("R50", "R101", "X101")}
-    assert set(NAMES) == {*models, "base_coco", "small_R18_FPN", "quickstart"}
+    small = {f"small_{backbone}_FPN" for backbone in ("R18", "mobilenetv2")}
+    assert set(NAMES) == {*models, *small, "finetune_R50_FPN", "base_coco", "quickstart"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,8 +71,9 @@ def test_recipe_of_the_paper(name):
     assert len(MetadataCatalog.get("coco_2017_train").thing_classes) == retinanet.NUM_CLASSES
 
 
-def test_small_config_trains_every_layer():
-    cfg = load("small_R18_FPN")
+@pytest.mark.parametrize("backbone", ["R18", "mobilenetv2"])
+def test_small_config_trains_every_layer(backbone):
+    cfg = load(f"small_{backbone}_FPN")
     model = build_model(cfg)
     assert all(parameter.requires_grad for parameter in model.parameters())
     norms = [m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d | torch.nn.GroupNorm)]

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from detectron2.data import MetadataCatalog
 
@@ -62,14 +63,17 @@ def test_every_command_is_known_here():
     known = [*BY_CI, "source .venv/bin/activate", "python train_net.py", "retinanet-ext "]
     for text in COMMANDS:
         assert any(text.startswith(start) for start in known), text
-    assert len(COMMANDS) == 15
+    assert len(COMMANDS) == 16
     ci = (ROOT / ".ci/run").read_text()
     assert all(re.search(rf"^{text}\b", ci, re.M) for text in BY_CI)
 
 
 def test_own_data_then_evaluation_then_export_and_analysis(folder):
-    mine = command("python train_net.py --config-file configs/small_R18_FPN.yaml")
-    trained = run(mine, folder, *SMALL)
+    """The backbone's weights cannot be had here: random ones take their place."""
+    backbone = folder / "backbone.pth"
+    torch.save(timm.create_model("mobilenetv2_100").state_dict(), backbone)
+    mine = command("python train_net.py --config-file configs/small_mobilenetv2_FPN.yaml")
+    trained = run(mine, folder, *SMALL, "MODEL.TIMM.WEIGHTS", str(backbone))
     assert trained.returncode == 0, trained.stderr
     for name in ("model_final.pth", "metrics.json", "log.txt", "detections.png"):
         assert (folder / "output/mine" / name).is_file(), name
@@ -88,6 +92,14 @@ def test_own_data_then_evaluation_then_export_and_analysis(folder):
     assert analyzed.returncode == 0, analyzed.stderr
     assert "hardest 20 %" in analyzed.stdout
     assert (folder / "output/mine/loss_cdf-test/loss_cdf.svg").is_file()
+
+
+def test_fine_tuning_from_published_weights(stock, folder):
+    tuning = command("python train_net.py --config-file configs/finetune_R50_FPN.yaml")
+    tuned = run(tuning, folder, *SMALL, "MODEL.WEIGHTS", stock)
+    assert tuned.returncode == 0, tuned.stderr
+    classes = torch.load(folder / "output/finetuned/model_final.pth")["class_names"]
+    assert classes == ["RBC", "WBC", "Platelets"]
 
 
 def test_own_data_are_checked(folder):
@@ -138,8 +150,15 @@ def test_coco_on_eight_gpus_says_what_is_missing(folder):
     assert str(path) in coco.stderr and "DETECTRON2_DATASETS" in coco.stderr
 
 
-def test_published_weights_on_coco_of_one_image(folder):
-    """The weights cannot be had here: a stock model's take their place, in the same format."""
+@pytest.fixture(scope="module")
+def stock(folder):
+    """The published weights cannot be had here: a stock model's take their place."""
+    model = make_model("MODEL.META_ARCHITECTURE", "RetinaNet", depth=50, num_classes=80)
+    torch.save({"model": model.state_dict()}, folder / "stock.pth")
+    return "stock.pth"
+
+
+def test_published_weights_on_coco_of_one_image(stock, folder):
     coco = folder / "datasets/coco"
     (coco / "annotations").mkdir(parents=True)
     (coco / "val2017").symlink_to(ROOT / "tests/fixtures/bccd_mini/images")
@@ -148,10 +167,8 @@ def test_published_weights_on_coco_of_one_image(folder):
     ids = metadata.thing_dataset_id_to_contiguous_id
     content["categories"] = [{"id": i, "name": metadata.thing_classes[k]} for i, k in ids.items()]
     (coco / "annotations/instances_val2017.json").write_text(json.dumps(content))
-    stock = make_model("MODEL.META_ARCHITECTURE", "RetinaNet", depth=50, num_classes=80)
-    torch.save({"model": stock.state_dict()}, folder / "stock.pth")
     published = command("python train_net.py --config-file configs/retinanet_R50_FPN")
     assert published[-5].startswith("detectron2://COCO-Detection/retinanet_R_50_FPN_3x/")
-    evaluated = run(published, folder, "MODEL.WEIGHTS", "stock.pth", *SMALL[:6])
+    evaluated = run(published, folder, "MODEL.WEIGHTS", stock, *SMALL[:6])
     assert evaluated.returncode == 0, evaluated.stderr
     assert "Finished." in evaluated.stdout

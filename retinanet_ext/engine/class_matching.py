@@ -84,7 +84,8 @@ def match_weights(
             continue
         (rows, *shape), (own_rows, *own_shape) = weights[name].shape, own[name].shape
         if shape == own_shape and rows * len(wanted) == own_rows * len(saved):
-            weights[name] = match_classes(weights[name], saved, wanted, own[name])
+            tensor = torch.as_tensor(weights[name])  # of a .pkl file an array
+            weights[name] = match_classes(tensor, saved, wanted, own[name])
         elif weights[name].shape == own[name].shape:
             # The shape fits by chance: other anchors per cell, and another number of classes.
             del weights[name]

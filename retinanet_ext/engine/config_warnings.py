@@ -13,6 +13,7 @@ from detectron2.data import MetadataCatalog
 
 from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.config_keys import all_keys, find_conditions, read_key
+from retinanet_ext.modeling.timm_backbone import BUILDER, pixel_statistics
 
 FOREIGN_GROUPS = (
     "MODEL.ROI_",
@@ -95,6 +96,7 @@ def training_warnings(
     """
     return [
         *_learning_rate(cfg),
+        *_unread_timm_weights(cfg),
         *_frozen_random_layers(cfg, weights),
         *_crowd(cfg, num_crowd_regions),
         *_schedule(cfg, num_images),
@@ -186,6 +188,9 @@ def _pixels(cfg: CfgNode, weights: str) -> Warnings:
     own = (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD)
     keys = ("INPUT.FORMAT", "MODEL.PIXEL_MEAN", "MODEL.PIXEL_STD")
     fitting = next((fits for name, fits in _WEIGHTS.items() if re.search(name, weights)), None)
+    is_timm = cfg.MODEL.BACKBONE.NAME == BUILDER
+    if is_timm and weights and weights == cfg.MODEL.TIMM.WEIGHTS:
+        fitting = ("RGB", *pixel_statistics(cfg.MODEL.TIMM.NAME))
     if fitting:
         wrong = [
             (key, given, fits)
@@ -224,15 +229,29 @@ def _close(given: Any, fitting: Any) -> bool:
     return len(given) == len(fitting) and np.allclose(given, fitting, rtol=0.01)
 
 
+def _unread_timm_weights(cfg: CfgNode) -> Warnings:
+    if cfg.MODEL.TIMM.WEIGHTS and cfg.MODEL.WEIGHTS and cfg.MODEL.BACKBONE.NAME == BUILDER:
+        yield (
+            f"MODEL.TIMM.WEIGHTS {cfg.MODEL.TIMM.WEIGHTS} is not read, because MODEL.WEIGHTS "
+            f"{cfg.MODEL.WEIGHTS} is loaded, backbone included; set one of the two to ''"
+        )
+
+
 def _frozen_random_layers(cfg: CfgNode, weights: str) -> Warnings:
-    if weights or "resnet" not in cfg.MODEL.BACKBONE.NAME:
+    is_timm = cfg.MODEL.BACKBONE.NAME == BUILDER
+    if weights or not (is_timm or "resnet" in cfg.MODEL.BACKBONE.NAME):
         return
     if cfg.MODEL.BACKBONE.FREEZE_AT > 0:
         yield (
             f"MODEL.BACKBONE.FREEZE_AT {cfg.MODEL.BACKBONE.FREEZE_AT} freezes layers with random "
             "weights, for MODEL.WEIGHTS is empty; set FREEZE_AT 0, or name weights"
         )
-    if cfg.MODEL.RESNETS.NORM == "FrozenBN":
+    if is_timm and cfg.MODEL.TIMM.NORM != "BN":
+        yield (
+            f"MODEL.TIMM.NORM {cfg.MODEL.TIMM.NORM} normalises nothing with random weights, for "
+            "MODEL.TIMM.WEIGHTS is empty; set BN, or name weights"
+        )
+    if not is_timm and cfg.MODEL.RESNETS.NORM == "FrozenBN":
         # torch's needs CUDA devices; Detectron2's runs on any.
         sync = "SyncBN" if cfg.MODEL.DEVICE.startswith("cuda") else "naiveSyncBN"
         yield (

@@ -5,7 +5,10 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+from detectron2.data import MetadataCatalog
 from detectron2.utils.file_io import PathManager
+
+from retinanet_ext.engine.class_matching import CLASSIFIER
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -36,10 +39,16 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def read_pickled_weights(filename: str) -> dict[str, Any]:
-    """Read ``.pkl`` weights as Detectron2 does, without running code."""
+    """Read ``.pkl`` weights as Detectron2 does, without running code.
+
+    The RetinaNets of Detectron2's model zoo get the names of COCO's classes, which their files do
+    not hold.
+    """
     with PathManager.open(filename, "rb") as file:
         data = _ArrayUnpickler(file, encoding="latin1").load()
     if "model" in data and "__author__" in data:
+        if data["__author__"] == "Detectron2 Model Zoo" and CLASSIFIER[0] in data["model"]:
+            return {**data, "class_names": MetadataCatalog.get("coco_2017_val").thing_classes}
         return data
     blobs = data.get("blobs", data)
     weights = {name: blob for name, blob in blobs.items() if not name.endswith("_momentum")}

@@ -35,11 +35,18 @@ from retinanet_ext.engine.scaling import scale_schedule
 from retinanet_ext.engine.summary import summarize
 from retinanet_ext.errors import InputError, UnexpectedResultsError
 from retinanet_ext.modeling.criterion import resolve_cls_loss_weight
+from retinanet_ext.modeling.timm_backbone import timm_weights
 
 RESULTS = ("last_checkpoint", "model_*.pth", "metrics.json", "inference")
 """What an earlier training or evaluation leaves in its OUTPUT_DIR once it has got that far."""
 
-PER_MACHINE = ("OUTPUT_DIR", "MODEL.WEIGHTS", "DATASETS.CUSTOM.TRAIN_", "DATASETS.CUSTOM.TEST_")
+PER_MACHINE = (
+    "OUTPUT_DIR",
+    "MODEL.WEIGHTS",
+    "MODEL.TIMM.WEIGHTS",
+    "DATASETS.CUSTOM.TRAIN_",
+    "DATASETS.CUSTOM.TEST_",
+)
 """How the keys begin that may differ between machines: paths."""
 
 LOGGERS = ("retinanet_ext", "detectron2", "fvcore")
@@ -69,6 +76,7 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
         logger.info("%s", change)
     args.resume = args.resume or _is_restart_of_own_run(cfg, args.eval_only)
     args.weights, args.resume = find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
+    args.weights = args.weights or timm_weights(cfg)
     with _first_process_first():
         prepare_datasets(cfg, eval_only=args.eval_only)
     resolve_cls_loss_weight(cfg)

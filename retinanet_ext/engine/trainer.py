@@ -41,6 +41,7 @@ from retinanet_ext.engine.weight_average import WeightAverage
 from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation import BoxEvaluator, InferenceTime
 from retinanet_ext.evaluation.outputs import draw_detections, inference_dir
+from retinanet_ext.modeling.timm_backbone import load_timm_weights, timm_weights
 
 EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 """The data sets' ``evaluator_type`` that have an evaluator of boxes."""
@@ -215,7 +216,9 @@ class Trainer(DefaultTrainer):
         ]
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """Resume from the last checkpoint of the run, or load ``MODEL.WEIGHTS``.
+        """Resume from the last checkpoint of the run, or load initial weights.
+
+        These are ``MODEL.WEIGHTS``, or where that is empty ``MODEL.TIMM.WEIGHTS``.
 
         Raises:
             InputError: the weights cannot be used, or processes find different checkpoints
@@ -238,6 +241,8 @@ class Trainer(DefaultTrainer):
             self.start_iter = self.iter + 1
             self._had_ended = Path(self.checkpointer.loaded_path).name == "model_final.pth"
             self._keep_seed()
+        elif timm_weights(self.cfg):
+            load_timm_weights(self.checkpointer.model, self.cfg)
         else:
             self.checkpointer.load(self.cfg.MODEL.WEIGHTS, checkpointables=[])
         if self.weight_average:

@@ -5,6 +5,7 @@ from retinanet_ext.modeling.criterion import RetinaNetCriterion
 from retinanet_ext.modeling.head import RetinaNetExtHead
 from retinanet_ext.modeling.matching import AnchorMatcher
 from retinanet_ext.modeling.retinanet import RetinaNetExt, to_detectron2_state_dict
+from retinanet_ext.modeling.timm_backbone import TimmBackbone
 
 __all__ = [
     "AnchorMatcher",
@@ -12,5 +13,6 @@ __all__ = [
     "RetinaNetCriterion",
     "RetinaNetExt",
     "RetinaNetExtHead",
+    "TimmBackbone",
     "to_detectron2_state_dict",
 ]

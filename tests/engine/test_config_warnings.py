@@ -17,6 +17,7 @@ from training import run_train_net
 
 R50 = "configs/retinanet_R50_FPN.yaml"
 R18 = "configs/small_R18_FPN.yaml"
+MOBILENET = "configs/small_mobilenetv2_FPN.yaml"
 BGR_STD = "[57.375, 57.120, 58.395]"
 FAIR = "detectron2://ImageNetPretrained/FAIR/X-101-32x8d.pkl"
 TORCHVISION = "detectron2://ImageNetPretrained/torchvision/R-50.pkl"
@@ -28,7 +29,7 @@ RGB = [
 
 def warnings_of(config, *opts, num_images=100, num_crowd_regions=0, weights=None):
     cfg = load_config(config, opts)
-    weights = cfg.MODEL.WEIGHTS if weights is None else weights
+    weights = cfg.MODEL.WEIGHTS or cfg.MODEL.TIMM.WEIGHTS if weights is None else weights
     return [
         *model_warnings(cfg, weights),
         *training_warnings(cfg, weights, num_images, num_crowd_regions),
@@ -106,6 +107,29 @@ WARNINGS = {
         ["MODEL.RESNETS.NORM", "FrozenBN", "MODEL.DEVICE", "cpu"],
         ["FrozenBN normalises nothing", "BN, naiveSyncBN or GN"],
     ),
+    "timm's weights in BGR": (
+        MOBILENET,
+        ["INPUT.FORMAT", "BGR", "MODEL.PIXEL_MEAN", "[103.53, 116.28, 123.675]"],
+        [
+            "INPUT.FORMAT BGR, MODEL.PIXEL_MEAN [103.53, 116.28, 123.675] does not fit",
+            "trained with INPUT.FORMAT RGB, MODEL.PIXEL_MEAN [123.675, 116.28, 103.53]",
+        ],
+    ),
+    "timm's weights of another mean": (
+        MOBILENET,
+        ["MODEL.TIMM.NAME", "resnetv2_50"],
+        ["MODEL.PIXEL_STD [58.395, 57.12, 57.375]", "[127.5, 127.5, 127.5]"],
+    ),
+    "frozen statistics of random timm layers": (
+        MOBILENET,
+        ["MODEL.TIMM.WEIGHTS", ""],
+        ["MODEL.TIMM.NORM EvalBN normalises nothing", "set BN, or name weights"],
+    ),
+    "timm's weights beside those of the whole model": (
+        MOBILENET,
+        ["MODEL.WEIGHTS", "mine.pth"],
+        ["MODEL.TIMM.WEIGHTS pretrained is not read, because MODEL.WEIGHTS mine.pth"],
+    ),
     "a warm-up without an end": (
         R18,
         ["SOLVER.WARMUP_ITERS", "451"],
@@ -163,6 +187,7 @@ WITHOUT_EFFECT = [
         ],
         "MODEL.ANCHOR_GENERATOR.NAME OctaveAnchorGenerator",
     ),
+    (["MODEL.TIMM.NORM", "BN"], "MODEL.BACKBONE.NAME build_retinanet_timm_fpn_backbone"),
     (["SOLVER.AMP.PRECISION", "bfloat16"], "SOLVER.AMP.ENABLED True"),
     (["SOLVER.NON_FINITE.MAX_SKIPPED", "9"], "SOLVER.NON_FINITE.POLICY skip"),
     (["SOLVER.STEPS", "(100,)"], "SOLVER.LR_SCHEDULER_NAME WarmupMultiStepLR"),
