@@ -25,7 +25,9 @@ ROOT = Path(__file__).parents[1]
 TABLES = Path(__file__).with_suffix(".yaml")
 
 
-def command(table: dict[str, Any], row: str, seed: int, data: str, output: Path) -> list[str]:
+def command(
+    table: dict[str, Any], row: str, seed: int, args: argparse.Namespace, data: str, output: Path
+) -> list[str]:
     """Return the training of one row and seed."""
     values = {**table.get("base", {}), **table["rows"][row], "SEED": seed, "OUTPUT_DIR": output}
     config = values.pop("config", table.get("config"))
@@ -34,6 +36,7 @@ def command(table: dict[str, Any], row: str, seed: int, data: str, output: Path)
             values[f"DATASETS.CUSTOM.{split}_JSON"] = f"{data}/instances_{file}.json"
             values[f"DATASETS.CUSTOM.{split}_IMAGES"] = f"{data}/images"
     pairs = [str(part) for pair in values.items() for part in pair]
+    pairs = [args.weights if part == "{weights}" else part for part in pairs]
     return [sys.executable, "train_net.py", "--config-file", config, *pairs]
 
 
@@ -77,7 +80,7 @@ def run_all(jobs: list[tuple[str, str, int]], args: argparse.Namespace) -> dict[
                 continue
             output.parent.mkdir(parents=True, exist_ok=True)
             with open(f"{output}.log", "w") as log:
-                words = command(tables[table], row, seed, data.get(table, ""), output)
+                words = command(tables[table], row, seed, args, data.get(table, ""), output)
                 process = subprocess.Popen(
                     words, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
                 )
@@ -115,6 +118,7 @@ def main() -> None:
     """Run what the command line names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", nargs="*", default=[], metavar="TABLE=FOLDER")
+    parser.add_argument("--weights", default="", help="timm's of the rows from ImageNet weights")
     parser.add_argument("--rows", nargs="*", default=[], metavar="TABLE/ROW", help="default: all")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
