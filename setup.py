@@ -40,8 +40,8 @@ setup(
             "detectron2 @ git+https://github.com/facebookresearch/detectron2.git"
             "@02b5c4e295e990042a714712c21dc79b731e8833"
         ],
-        # Backbones: MODEL.BACKBONE.NAME build_retinanet_timm_fpn_backbone.
-        "timm": ["timm>=1.0"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "timm>=1.0"],
+        # For MODEL.BACKBONE.NAME build_retinanet_timm_fpn_backbone.
+        "timm": ["timm>=1.0.9"],
+        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "timm>=1.0.9"],
     },
 )

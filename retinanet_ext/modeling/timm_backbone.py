@@ -84,12 +84,12 @@ class TimmBackbone(Backbone):
         self._indices = {feature: strides.index(STRIDES[feature]) for feature in out_features}
         self._out_features = list(out_features)
         self._out_feature_strides = {feature: STRIDES[feature] for feature in out_features}
-        self._out_feature_channels = {name: channels[i] for name, i in self._indices.items()}
+        self._out_feature_channels = {key: channels[i] for key, i in self._indices.items()}
         self._freeze(self._try(name, in_channels), strides, freeze_at)
         self.train()
 
     def _try(self, name: str, in_channels: int) -> list[Tensor]:
-        """Return the features of a small image.
+        """Return the features of a small image, in evaluation mode and with their gradient graph.
 
         Raises:
             InputError: the model takes images of one size only, or pads them in its own way
@@ -114,6 +114,7 @@ class TimmBackbone(Backbone):
         return features
 
     def _freeze(self, features: list[Tensor], strides: list[int], freeze_at: int) -> None:
+        """Freeze what ``norm`` and ``freeze_at`` say; the gradient tells which weights matter."""
         if self.norm == "FrozenBN":
             for module in self.modules():
                 if isinstance(module, nn.BatchNorm2d):
