@@ -2,62 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from retinanet_ext.data.box_format import BOX_FORMATS, find_format_fault, is_box
 from retinanet_ext.data.coco_json import id_order, join_some, printable
-from retinanet_ext.data.entries import Rule, annotation_name, field_faults, id_of, rule_fault
+from retinanet_ext.data.entries import annotation_name, describe_fault, field_faults, id_of
 from retinanet_ext.data.findings import ValidationResult
+from retinanet_ext.data.image_files import Images
 from retinanet_ext.data.normalize import Normalized, normalize_annotations
 
 MIN_SIDE = 0.01
 """Pixels; a narrower box has no area after the resize in float32."""
 
-Faults = Iterable[tuple[int, str]]
+_Entries = Sequence[tuple[int, dict[str, Any]]]
+"""Annotations with their indices in the json."""
+
+_Faults = Iterable[tuple[int, str]]
 """Index of an annotation, and what is wrong with it."""
 
 
 def check_annotations(
-    annotations: Sequence[Any],
-    images: Mapping[int | str, dict[str, Any]],
+    content: dict[str, Any],
+    images: Images,
     listed_ids: Collection[int | str | None],
-    category_ids: Collection[int | str],
     box_format: str,
     result: ValidationResult,
 ) -> list[dict[str, Any]]:
     """Return the annotations of usable images that the policy keeps, with boxes in COCO's format.
 
     Args:
-        annotations: the list of the json, unchecked; not modified.
-        images: usable images by id.
+        content: of the json, with usable categories and unchecked annotations; not modified.
+        images: usable images.
         listed_ids: ids of all images of the json.
-        category_ids: ids of the usable categories.
         box_format: a name in :data:`~retinanet_ext.data.box_format.BOX_FORMATS`.
-        result: gets the findings.
+        result: gets the findings and notes.
     """
-    normalized = normalize_annotations(annotations, images, box_format)
+    normalized = normalize_annotations(content["annotations"], images, box_format)
     annotations, dropped = normalized.annotations, set[int]()
+    result.notes.extend(normalized.notes)
 
     def name(index: int) -> str:
         return annotation_name(index, annotations[index], images)
 
-    def add(kind: str, faults: Faults) -> None:
+    def add(kind: str, faults: _Faults) -> None:
         for index, fault in faults:
-            ids = [id_of(annotations[index], field) for field in ("image_id", "id")]
-            message = f"{name(index)}: {fault}"
-            if not result.add(kind, message, image_id=ids[0], annotation_id=ids[1]):
+            ids = {
+                "image_id": id_of(annotations[index], "image_id"),
+                "annotation_id": id_of(annotations[index]),
+            }
+            if not result.add(kind, f"{name(index)}: {fault}", **ids):
                 dropped.add(index)
 
-    for note in normalized.notes:
-        result.add("filled_field", note)
     malformed = field_faults("annotations", annotations)
     add("malformed_annotation", malformed.items())
     rest = [(i, a) for i, a in enumerate(annotations) if i not in malformed]
     add("duplicate_annotation_id", _repeated_ids(rest))
     add("unknown_image", _unknown_ids(rest, "image_id", listed_ids, "among the images"))
+    category_ids = {category["id"] for category in content["categories"]}
     ids = join_some(map(printable, sorted(category_ids, key=id_order)))
     add("unknown_class", _unknown_ids(rest, "category_id", category_ids, f"a category ({ids})"))
     add("malformed_box", _missing_boxes(rest, normalized, box_format))
@@ -76,37 +80,32 @@ def check_annotations(
     return kept
 
 
-def _unknown_ids(
-    annotations: Sequence[tuple[int, dict[str, Any]]], field: str, known: Collection[Any], what: str
-) -> Faults:
-    """Yield annotations whose ``field`` is not among the known ids."""
-    unknown = [(i, a[field]) for i, a in annotations if a[field] not in known]
+def _unknown_ids(entries: _Entries, field: str, known: Collection[Any], what: str) -> _Faults:
+    """Return the annotations whose ``field`` is not among the known ids."""
+    unknown = [(i, a[field]) for i, a in entries if a[field] not in known]
     return ((i, f"{field} {printable(value)} is not {what}") for i, value in unknown)
 
 
-def _missing_boxes(
-    annotations: Sequence[tuple[int, dict[str, Any]]], normalized: Normalized, box_format: str
-) -> Faults:
-    """Yield annotations without a box of four finite numbers."""
-    rule: Rule = (f"4 finite numbers {BOX_FORMATS[box_format]}", is_box)
+def _missing_boxes(entries: _Entries, normalized: Normalized, box_format: str) -> _Faults:
+    """Yield the annotations without a box of four finite numbers."""
     valid = set(normalized.boxes.indices)
-    for index, annotation in annotations:
-        if index not in valid and (fault := rule_fault(annotation, "bbox", rule)):
-            no_mask = ", or a polygon or mask must be there to take it from"
-            yield index, fault if annotation.get("bbox") else fault + no_mask
+    for index, annotation in entries:
+        if index not in valid and not is_box(annotation.get("bbox")):
+            allowed = f"4 finite numbers {BOX_FORMATS[box_format]}"
+            if not annotation.get("bbox"):
+                allowed += ", or a polygon or mask must be there to take it from"
+            yield index, describe_fault(annotation, "bbox", allowed)
 
 
-def _repeated_ids(annotations: Iterable[tuple[int, Mapping[str, Any]]]) -> list[tuple[int, str]]:
+def _repeated_ids(entries: _Entries) -> _Faults:
+    """Yield the annotations whose id occurred before."""
     seen: set[int | str] = set()
-    repeated = []
-    for index, annotation in annotations:
+    for index, annotation in entries:
         own_id = annotation.get("id")
-        if own_id is None:
-            continue
         if own_id in seen:
-            repeated.append((index, "the id is used before"))
-        seen.add(own_id)
-    return repeated
+            yield index, "the id is used before"
+        if own_id is not None:
+            seen.add(own_id)
 
 
 def _box_faults(normalized: Normalized, box_format: str) -> dict[str, list[tuple[int, str]]]:

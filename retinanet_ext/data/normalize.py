@@ -112,14 +112,18 @@ def normalize_annotations(
 
     Args:
         annotations: the list of the json, whatever its entries are; not modified.
-        images: usable images by id.
+        images: usable images by id, of which those whose file is missing may have no size.
         box_format: ``DATASETS.CUSTOM.BOX_FORMAT``.
     """
     result = list(annotations)
     filled: Counter[tuple[str, str]] = Counter()
     derived: dict[int, str] = {}
     indices: list[int] = []
-    sizes = {image_id: (image["width"], image["height"]) for image_id, image in images.items()}
+    sizes = {
+        image_id: (image["width"], image["height"])
+        for image_id, image in images.items()
+        if image.get("width") and image.get("height")
+    }
     for index, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
             continue
