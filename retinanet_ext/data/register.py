@@ -37,12 +37,12 @@ def prepare_datasets(cfg: CfgNode, *, eval_only: bool) -> None:
 
     ``DATASETS.CUSTOM`` becomes the data sets "custom_train" and "custom_test", which replace
     ``DATASETS.TRAIN`` and ``DATASETS.TEST``. The sample set is drawn at its first use.
-    ``DATASETS.CHECK`` says what to do with findings in these data. ``MODEL.RETINANET.NUM_CLASSES``
+    ``DATASETS.CHECK`` is the policy for findings in these data. ``MODEL.RETINANET.NUM_CLASSES``
     becomes the number of class names, names in ``CLS_LOSS.CLASS_ALPHA`` become numbers, and
     ``INPUT.PIXEL_RANGE percentiles`` becomes two numbers.
 
-    Every process calls this. What is found about image files is cached, see
-    :class:`~retinanet_ext.data.file_cache.FileCache`, so let one process per machine call it first.
+    Every process calls this function. Let one process per machine call it first, because
+    :class:`~retinanet_ext.data.file_cache.FileCache` keeps what is found about image files.
 
     Args:
         cfg: the whole config; modified in place. A second call changes nothing more.
@@ -197,12 +197,12 @@ def _log_findings(cfg: CfgNode, source: Source, checked: ValidationResult) -> No
 def _json_for_evaluation(checked: ValidationResult) -> str:
     """Return the annotation file that the evaluation reads: the user's own, or a completed copy.
 
-    The copy holds only what is used. It belongs to this process, which deletes it at its end, so
-    that it cannot be outdated or half written by another process.
+    The copy holds only what is used. It belongs to this process, which deletes it when it exits,
+    because a shared copy could be outdated or half written by another process.
     """
     completed = coco_json.complete_for_evaluation(checked.content)
     if not checked.is_labelled:  # the evaluation looks whether the list exists
-        completed = {key: value for key, value in completed.items() if key != "annotations"}
+        completed.pop("annotations", None)
     if completed == checked.original and coco_json.is_plain_utf8(checked.json_file):
         return checked.json_file
     folder = tempfile.mkdtemp(prefix="retinanet_ext_")

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from retinanet_ext.data.annotations import check_annotations
+from retinanet_ext.data.annotations import check_annotations, find_duplicate_boxes
 from retinanet_ext.data.box_format import check_box_format_name
 from retinanet_ext.data.class_choice import choose_classes, explain_unused_classes
 from retinanet_ext.data.coco_json import is_ignore_region, join_some, printable, read_coco_json
-from retinanet_ext.data.duplicates import find_duplicate_boxes
 from retinanet_ext.data.entries import entry_name, field_faults, id_of, image_name, leaves_folder
 from retinanet_ext.data.findings import ValidationResult, read_policy
 from retinanet_ext.data.image_files import Images, check_images, merge_images
@@ -164,8 +163,7 @@ def check_data_set(result: ValidationResult) -> ValidationResult:
         return result  # because the boxes mean something else
     images = {image["id"]: image for image in content["images"]}
     annotations = content["annotations"]
-    crowd_objects = find_crowd_objects(annotations, images, content["categories"])
-    if crowd_objects and policy["crowd"] == "keep":
+    if policy["crowd"] == "keep" and (crowd_objects := find_crowd_objects(content)):
         result.add("crowd_object", crowd_objects)
     again = find_duplicate_boxes(annotations)
     for later, (earlier, iou) in again.items():
