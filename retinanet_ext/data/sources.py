@@ -197,8 +197,8 @@ def _merge(parts: Sequence[ValidationResult], classes: Sequence[str]) -> Validat
     categories: dict[str, dict[str, Any]] = {}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    origins: dict[int, tuple[str, int | str]] = {}  # new id -> annotation file and id there
-    for part in parts:
+    origins: dict[int, tuple[int, str]] = {}  # new image id -> index of its part, name there
+    for place, part in enumerate(parts):
         content = part.content
         category_ids = {c["id"]: labels[c["name"]] for c in content["categories"]}
         for category in content["categories"]:
@@ -207,7 +207,7 @@ def _merge(parts: Sequence[ValidationResult], classes: Sequence[str]) -> Validat
         image_ids = {}
         for image in sorted(content["images"], key=lambda image: id_order(image["id"])):
             new_id = image_ids[image["id"]] = len(origins) + 1
-            origins[new_id] = (part.json_file, image["id"])
+            origins[new_id] = (place, f"{part.json_file} (image id {image['id']})")
             path = os.path.join(part.image_root, image["file_name"])
             images.append({**image, "id": new_id, "file_name": path})
         for number, annotation in enumerate(content["annotations"], len(annotations) + 1):
@@ -249,17 +249,18 @@ def _merge_notes(parts: Sequence[ValidationResult], names: Sequence[str]) -> lis
 
 
 def _merge_same_images(
-    merged: ValidationResult, origins: Mapping[int, tuple[str, int | str]]
+    merged: ValidationResult, origins: Mapping[int, tuple[int, str]]
 ) -> ValidationResult:
     """Find images that several annotation files list, and merge them if the policy says so."""
-    same = []
-    for group in find_same_files(merged.content["images"], ""):
-        places = [origins[image["id"]] for image in group]
-        if len({json_file for json_file, _ in places}) > 1:
-            same.append(group)
-            listed = join_some(f"{json_file} (image id {own_id})" for json_file, own_id in places)
-            message = f"{printable(group[0]['file_name'])} is listed in {listed}"
-            merged.add("duplicate_file", message)
+    same = [
+        group
+        for group in find_same_files(merged.content["images"], "")
+        if len({origins[image["id"]][0] for image in group}) > 1
+    ]
+    for group in same:
+        listed = join_some(origins[image["id"]][1] for image in group)
+        message = f"{printable(group[0]['file_name'])} is listed in {listed}"
+        merged.add("duplicate_file", message)
     if merged.policy["duplicate_file"] != "merge":
         return merged
     return replace(merged, content=merge_images(merged.content, same))
