@@ -23,6 +23,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from retinanet_ext.config_keys import resolve_class_alpha
 from retinanet_ext.data import coco_json, images
 from retinanet_ext.data.coco_json import join_some, printable
+from retinanet_ext.data.file_names import MisnamedFiles
 from retinanet_ext.data.findings import DONE, KINDS, ValidationResult
 from retinanet_ext.data.shared_files import describe_shared_files
 from retinanet_ext.data.sources import Source, check_source, find_sources
@@ -99,20 +100,27 @@ def resolve_pixel_range(cfg: CfgNode, sources: Sequence[Source]) -> None:
         return
     for source in training:
         _check_files_exist(source)
-    files = [file for source in training for file in _image_files(source)]
+    mends = cfg.DATASETS.CHECK.MISNAMED_FILE == "mend"
+    files = [file for source in training for file in _image_files(source, mends=mends)]
     cfg.INPUT.PIXEL_RANGE = images.measure_pixel_range(files, cfg.INPUT.MAX_PIXELS)
     logger.info("INPUT.PIXEL_RANGE percentiles: %s", cfg.INPUT.PIXEL_RANGE)
 
 
-def _image_files(source: Source) -> Iterator[str]:
+def _image_files(source: Source, *, mends: bool) -> Iterator[str]:
     """Yield the paths of a data set's images, before its annotation file is checked."""
     if not source.is_ours:
         yield from (record["file_name"] for record in DatasetCatalog.get(source.name))
         return
     for json_file, image_root in zip(source.json_files, source.image_roots, strict=True):
+        others = MisnamedFiles(image_root) if mends and os.path.isdir(image_root) else None
         for entry in coco_json.read_coco_json(json_file)["images"]:
-            if isinstance(entry, dict) and isinstance(name := entry.get("file_name"), str):
-                yield os.path.join(image_root, name)
+            name = entry.get("file_name") if isinstance(entry, dict) else None
+            if not isinstance(name, str):
+                continue
+            if others and not os.path.isfile(os.path.join(image_root, name)):
+                match = others.find(name)
+                name = (match and match.path) or name
+            yield os.path.join(image_root, name)
 
 
 def _register(cfg: CfgNode, source: Source) -> list[str]:

@@ -337,3 +337,15 @@ def test_a_tiff_is_turned_once(sizes: bool, bccd: Bccd, cfg: CfgNode, tmp_path: 
     record = DatasetCatalog.get("custom_train")[0]
     assert (record["width"], record["height"]) == (480, 640)
     CheckedDatasetMapper(cfg, is_train=True)(record)
+
+
+def test_percentiles_are_measured_on_files_under_other_names(bccd: Bccd, cfg: CfgNode) -> None:
+    deepen(bccd, lambda grey: np.linspace(1000, 5000, grey.size).reshape(grey.shape).astype("u2"))
+    for image in bccd.train["images"]:
+        image["file_name"] = image["file_name"].upper()
+    bccd.use(cfg).INPUT.PIXEL_RANGE = ["percentiles"]
+    with pytest.raises(InputError, match="percentiles: none of the 3 training images is there"):
+        prepare_datasets(cfg, eval_only=False)
+    cfg.DATASETS.CHECK.MISNAMED_FILE = "mend"
+    prepare_datasets(cfg, eval_only=False)
+    assert [pytest.approx(1004, abs=5), pytest.approx(4996, abs=5)] == cfg.INPUT.PIXEL_RANGE
