@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import chain
@@ -61,7 +61,7 @@ def check_images(
     """
     if not os.path.isdir(image_root):
         raise InputError(f"the image folder {image_root} does not exist")
-    images, lost = dict(images), set[int | str]()
+    images = dict(images)
     decode = decode_all or len(images) <= MAX_DECODED_IMAGES
     facts = _inspect(images, image_root, reader, decode=decode)
     missing = {image_id: image for image_id, image in images.items() if image_id not in facts}
@@ -69,31 +69,47 @@ def check_images(
     if mended:
         images.update(mended)
         facts.update(_inspect(mended, image_root, reader, decode=decode))
-    lost.update(missing.keys() - mended.keys())
-
-    filled = []
+    lost = missing.keys() - mended.keys()
     existing = [image_id for image_id in images if image_id in facts]
     for image_id in existing:
-        seen, image = facts[image_id], images[image_id]
-        kind, message = seen.kind, seen.message
-        if kind != "unreadable_image" and (fault := find_size_fault(image, seen.size)):
-            kind, message = "image_size", fault
-        if kind:
-            path = printable(os.path.join(image_root, image["file_name"]))
-            message = f"{path} (image id {printable(image_id)}): {printable(message)}"
-            if not result.add(kind, message, image_id=image_id):
-                lost.add(image_id)
-        if seen.size and None in (image.get("width"), image.get("height")):
-            images[image_id] = {**image, "width": seen.size[0], "height": seen.size[1]}
-            filled.append(images[image_id])
-    if filled:
-        first = filled[0]
+        if not _report_fault(images[image_id], facts[image_id], image_root, result):
+            lost.add(image_id)
+    images.update(_fill_sizes(images, facts, result))
+    return images, lost, find_same_files([images[i] for i in existing], image_root)
+
+
+def _report_fault(
+    image: Image, facts: ImageFacts, image_root: str, result: ValidationResult
+) -> bool:
+    """Report what is wrong with a file, if anything; return whether the image is still used."""
+    kind, message = facts.kind, facts.message
+    if kind != "unreadable_image" and (fault := find_size_fault(image, facts.size)):
+        kind, message = "image_size", fault
+    if not kind:
+        return True
+    path = printable(os.path.join(image_root, image["file_name"]))
+    message = f"{path} (image id {printable(image['id'])}): {printable(message)}"
+    return result.add(kind, message, image_id=image["id"])
+
+
+def _fill_sizes(
+    images: Images, facts: Mapping[int | str, ImageFacts], result: ValidationResult
+) -> Images:
+    """Return the entries that lack a width or height with those of their files."""
+    filled = {
+        image_id: {**image, "width": size[0], "height": size[1]}
+        for image_id, image in images.items()
+        if None in (image.get("width"), image.get("height"))
+        and image_id in facts
+        and (size := facts[image_id].size)
+    }
+    for first in list(filled.values())[:1]:
         result.notes.append(
             f"images without width and height, which are taken from their files: {len(filled)}, "
             f"such as {printable(first['file_name'])} (image id {first['id']}) of "
             f"{first['width']} x {first['height']}"
         )
-    return images, lost, find_same_files([images[i] for i in existing], image_root)
+    return filled
 
 
 def _inspect(
