@@ -77,15 +77,8 @@ def validate_coco(
         (False, 1)
     """
     content = read_coco_json(json_file, needs_annotations=False)
-    result = check_file(
-        json_file,
-        content,
-        image_root,
-        read_policy(policy or {}),
-        box_format=box_format,
-        reader=reader or ImageReader(),
-        decode_all=decode_all,
-    )
+    how = {"box_format": box_format, "reader": reader or ImageReader(), "decode_all": decode_all}
+    result = check_file(json_file, content, image_root, read_policy(policy or {}), **how)
     return check_data_set(result)
 
 
