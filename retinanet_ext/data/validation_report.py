@@ -101,9 +101,10 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
         content = {**place, **_describe(checked)}
         text = [_format_data(source, content)]
         if source.split == "TRAIN":
-            if lack := checked.find_lack_of_objects():
-                faults += [] if checked.is_refused else [lack]
-            else:
+            lack = checked.find_lack_of_objects()
+            if lack and not checked.is_refused:
+                faults.append(lack)
+            if not lack:
                 found = _measure_anchors(cfg, records, classes[source.name], search_anchors)
                 content |= found
                 text += [_FORMATS[key](value) for key, value in found.items()]
@@ -112,7 +113,8 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
 
     train = [path for group in paths["TRAIN"].values() for path in group]
     shared = describe_shared_files(train, paths["TEST"])
-    faults += filter(None, [compare_classes(classes) or _find_fault_of_keys(cfg, classes)])
+    if fault := compare_classes(classes) or _find_fault_of_keys(cfg, classes):
+        faults.append(fault)
     conclusion, refused = _conclude(contents, faults)
     return Report(
         {
