@@ -602,15 +602,6 @@ CONFIG = [
         "SCORE_THRESH_TEST must be a number in [0, 1]",
         opts("MODEL.RETINANET.SCORE_THRESH_TEST", 5),
     ),
-    (
-        "a sample set larger than the disk",
-        "lower DATASETS.SAMPLE.NUM_TRAIN",
-        opts(
-            *("DATASETS.CUSTOM.TRAIN_JSON", "", "DATASETS.CUSTOM.TRAIN_IMAGES", ""),
-            *("DATASETS.TRAIN", "('retinanet_ext_sample_train',)"),
-            *("DATASETS.SAMPLE.NUM_TRAIN", 100000, "DATASETS.SAMPLE.IMAGE_SIZE", 4096),
-        ),
-    ),
 ]
 
 

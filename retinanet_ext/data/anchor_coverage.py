@@ -24,7 +24,6 @@ from torch import Tensor
 
 from retinanet_ext.analysis.anchors import (
     AnchorGrid,
-    Suggestion,
     best_ious,
     count_positives,
     search_octaves,
@@ -99,13 +98,6 @@ def training_boxes(
     """
 
     @cache
-    def resized(width: int, height: int, short_side: int) -> tuple[int, int]:
-        if not short_side:  # in Detectron2, 0 means no resize
-            return width, height
-        max_size = cfg.INPUT.MAX_SIZE_TRAIN
-        return ResizeShortestEdge.get_output_shape(height, width, short_side, max_size)[::-1]
-
-    @cache
     def padded(width: int, height: int) -> list[int]:
         image = torch.empty(len(cfg.MODEL.PIXEL_MEAN), height, width, device="meta")
         multiple = max(backbone.size_divisibility, cfg.INPUT.SIZE_DIVISIBILITY)
@@ -113,7 +105,6 @@ def training_boxes(
         batch = ImageList.from_tensors([image], multiple, padding_constraints=constraints)
         return list(batch.tensor.shape[:-3:-1])
 
-    short_sides = _short_sides(cfg)
     objects = [
         (index, annotation)
         for index, record in enumerate(records)
@@ -124,21 +115,27 @@ def training_boxes(
     labels = torch.tensor([a["category_id"] for _, a in objects], dtype=torch.int64)
     xywh = torch.tensor([a["bbox"] for _, a in objects], dtype=torch.float64).reshape(-1, 4)
     corners = torch.cat([xywh[:, :2].clamp(min=0), xywh[:, :2] + xywh[:, 2:]], dim=1)
-    sizes = torch.tensor([(r["width"], r["height"]) for r in records]).double().reshape(-1, 2)
-    boxes, paddings = [], []
-    for short_side in short_sides:
-        new = [resized(r["width"], r["height"], short_side) for r in records]
-        paddings += [padded(*size) for size in new]
-        new_sizes = torch.tensor(new, dtype=torch.float64).reshape(-1, 2)
-        scaled = corners * (new_sizes / sizes).repeat(1, 2)[images]
-        boxes.append(torch.minimum(scaled, new_sizes.repeat(1, 2)[images]))
-    offsets = len(records) * torch.arange(len(short_sides)).repeat_interleave(len(objects))
+    sizes = [(record["width"], record["height"]) for record in records]
+    boxes, paddings, owners = [], [], []
+    for short_side in _short_sides(cfg):
+        # In Detectron2, 0 means no resize.
+        resized = [_resize(cfg, *size, short_side) if short_side else size for size in sizes]
+        limits = torch.tensor(resized, dtype=torch.float64).reshape(-1, 2).repeat(1, 2)
+        scales = limits / torch.tensor(sizes).reshape(-1, 2).repeat(1, 2)
+        boxes.append(torch.minimum(corners * scales[images], limits[images]))
+        owners.append(images + len(paddings))
+        paddings += [padded(*size) for size in resized]
     return TrainingBoxes(
         torch.cat(boxes),
-        labels.repeat(len(short_sides)),
-        images.repeat(len(short_sides)) + offsets,
+        labels.repeat(len(boxes)),
+        torch.cat(owners),
         torch.tensor(paddings, dtype=torch.int64).reshape(-1, 2),
     )
+
+
+def _resize(cfg: CfgNode, width: int, height: int, short_side: int) -> tuple[int, int]:
+    max_size = cfg.INPUT.MAX_SIZE_TRAIN
+    return ResizeShortestEdge.get_output_shape(height, width, short_side, max_size)[::-1]
 
 
 def _short_sides(cfg: CfgNode) -> list[int]:
@@ -203,19 +200,8 @@ def suggest_anchors(cfg: CfgNode, data: TrainingBoxes, grid: AnchorGrid) -> dict
     found = search_octaves(
         data.boxes, data.padded[data.images], grid, max_anchors=max(now, PAPER_ANCHORS)
     )
-    return {
-        "is_better": found.is_better,
-        "reached": [found.reached_before, found.reached],
-        "mean_best_iou": [found.mean_iou_before, found.mean_iou],
-        "anchors_a_cell": [now, found.octaves.num_anchors],
-        "keys": _changed_keys(cfg, found) if found.is_better else {},
-    }
-
-
-def _changed_keys(cfg: CfgNode, found: Suggestion) -> dict[str, list[Any]]:
-    """Return the keys to change, each with its old and new value."""
     node = cfg.MODEL.ANCHOR_GENERATOR
-    new = {
+    suggested = {
         "NAME": "OctaveAnchorGenerator",
         "SIZES": get_cfg().MODEL.ANCHOR_GENERATOR.SIZES,  # the generator refuses others
         "BASE_SCALE": found.octaves.base_scale,
@@ -223,9 +209,15 @@ def _changed_keys(cfg: CfgNode, found: Suggestion) -> dict[str, list[Any]]:
         "ASPECT_RATIOS": [list(found.octaves.aspect_ratios)],
     }
     return {
-        f"MODEL.ANCHOR_GENERATOR.{key}": [node[key], value]
-        for key, value in new.items()
-        if node[key] != value
+        "is_better": found.is_better,
+        "reached": [found.reached_before, found.reached],
+        "mean_best_iou": [found.mean_iou_before, found.mean_iou],
+        "anchors_a_cell": [now, found.octaves.num_anchors],
+        "keys": {
+            f"MODEL.ANCHOR_GENERATOR.{key}": [node[key], value]
+            for key, value in suggested.items()
+            if found.is_better and node[key] != value
+        },
     }
 
 
@@ -241,12 +233,10 @@ def warn_of_unreached_boxes(cfg: CfgNode) -> list[str]:
     Raises:
         InputError: no anchors can be built from the config.
     """
-    warnings: list[str] = []
     if not issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), DenseDetector):
-        return warnings
-    for source in find_sources(cfg, ["TRAIN"]):
-        if not source.is_ours:
-            continue
+        return []
+    warnings = []
+    for source in (source for source in find_sources(cfg, ["TRAIN"]) if source.is_ours):
         records = DatasetCatalog.get(source.name)
         num_boxes = sum(len(record["annotations"]) for record in records)
         step = math.ceil(num_boxes * len(cfg.INPUT.MIN_SIZE_TRAIN) / _WARNING_BOXES)

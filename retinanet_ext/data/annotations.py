@@ -1,63 +1,67 @@
-"""The check of annotations: their fields, their boxes, and what they refer to."""
+"""The check of annotations: fields, boxes, references, and boxes that are labelled twice."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from retinanet_ext.data.box_format import BOX_FORMATS, find_format_fault, is_box
-from retinanet_ext.data.coco_json import id_order, join_some, printable
-from retinanet_ext.data.entries import Rule, annotation_name, field_faults, id_of, rule_fault
-from retinanet_ext.data.findings import ValidationResult
+from retinanet_ext.data.coco_json import id_order, is_ignore_region, join_some, printable
+from retinanet_ext.data.entries import annotation_name, describe_fault, field_faults, id_of
+from retinanet_ext.data.findings import SAME_IOU, ValidationResult
+from retinanet_ext.data.image_files import Images
 from retinanet_ext.data.normalize import Normalized, normalize_annotations
 
 MIN_SIDE = 0.01
 """Pixels; a narrower box has no area after the resize in float32."""
 
-Faults = Iterable[tuple[int, str]]
+_Entries = Sequence[tuple[int, dict[str, Any]]]
+"""Annotations with their indices in the json."""
+
+_Faults = Iterable[tuple[int, str]]
 """Index of an annotation, and what is wrong with it."""
 
 
 def check_annotations(
-    annotations: Sequence[Any],
-    images: Mapping[int | str, dict[str, Any]],
+    content: dict[str, Any],
+    images: Images,
     listed_ids: Collection[int | str | None],
-    category_ids: Collection[int | str],
     box_format: str,
     result: ValidationResult,
 ) -> list[dict[str, Any]]:
     """Return the annotations of usable images that the policy keeps, with boxes in COCO's format.
 
     Args:
-        annotations: the list of the json, unchecked; not modified.
-        images: usable images by id.
+        content: of the json, with usable categories and unchecked annotations; not modified.
+        images: usable images.
         listed_ids: ids of all images of the json.
-        category_ids: ids of the usable categories.
         box_format: a name in :data:`~retinanet_ext.data.box_format.BOX_FORMATS`.
-        result: gets the findings.
+        result: gets the findings and notes.
     """
-    normalized = normalize_annotations(annotations, images, box_format)
+    normalized = normalize_annotations(content["annotations"], images, box_format)
     annotations, dropped = normalized.annotations, set[int]()
+    result.notes.extend(normalized.notes)
 
     def name(index: int) -> str:
         return annotation_name(index, annotations[index], images)
 
-    def add(kind: str, faults: Faults) -> None:
+    def add(kind: str, faults: _Faults) -> None:
         for index, fault in faults:
-            ids = [id_of(annotations[index], field) for field in ("image_id", "id")]
-            message = f"{name(index)}: {fault}"
-            if not result.add(kind, message, image_id=ids[0], annotation_id=ids[1]):
+            ids = {
+                "image_id": id_of(annotations[index], "image_id"),
+                "annotation_id": id_of(annotations[index]),
+            }
+            if not result.add(kind, f"{name(index)}: {fault}", **ids):
                 dropped.add(index)
 
-    for note in normalized.notes:
-        result.add("filled_field", note)
     malformed = field_faults("annotations", annotations)
     add("malformed_annotation", malformed.items())
     rest = [(i, a) for i, a in enumerate(annotations) if i not in malformed]
     add("duplicate_annotation_id", _repeated_ids(rest))
     add("unknown_image", _unknown_ids(rest, "image_id", listed_ids, "among the images"))
+    category_ids = {category["id"] for category in content["categories"]}
     ids = join_some(map(printable, sorted(category_ids, key=id_order)))
     add("unknown_class", _unknown_ids(rest, "category_id", category_ids, f"a category ({ids})"))
     add("malformed_box", _missing_boxes(rest, normalized, box_format))
@@ -76,37 +80,32 @@ def check_annotations(
     return kept
 
 
-def _unknown_ids(
-    annotations: Sequence[tuple[int, dict[str, Any]]], field: str, known: Collection[Any], what: str
-) -> Faults:
-    """Yield annotations whose ``field`` is not among the known ids."""
-    unknown = [(i, a[field]) for i, a in annotations if a[field] not in known]
+def _unknown_ids(entries: _Entries, field: str, known: Collection[Any], what: str) -> _Faults:
+    """Return the annotations whose ``field`` is not among the known ids."""
+    unknown = [(i, a[field]) for i, a in entries if a[field] not in known]
     return ((i, f"{field} {printable(value)} is not {what}") for i, value in unknown)
 
 
-def _missing_boxes(
-    annotations: Sequence[tuple[int, dict[str, Any]]], normalized: Normalized, box_format: str
-) -> Faults:
-    """Yield annotations without a box of four finite numbers."""
-    rule: Rule = (f"4 finite numbers {BOX_FORMATS[box_format]}", is_box)
+def _missing_boxes(entries: _Entries, normalized: Normalized, box_format: str) -> _Faults:
+    """Yield the annotations without a box of four finite numbers."""
     valid = set(normalized.boxes.indices)
-    for index, annotation in annotations:
-        if index not in valid and (fault := rule_fault(annotation, "bbox", rule)):
-            no_mask = ", or a polygon or mask must be there to take it from"
-            yield index, fault if annotation.get("bbox") else fault + no_mask
+    for index, annotation in entries:
+        if index not in valid and not is_box(annotation.get("bbox")):
+            allowed = f"4 finite numbers {BOX_FORMATS[box_format]}"
+            if not annotation.get("bbox"):
+                allowed += ", or a polygon or mask must be there to take it from"
+            yield index, describe_fault(annotation, "bbox", allowed)
 
 
-def _repeated_ids(annotations: Iterable[tuple[int, Mapping[str, Any]]]) -> list[tuple[int, str]]:
+def _repeated_ids(entries: _Entries) -> _Faults:
+    """Yield the annotations whose id occurred before."""
     seen: set[int | str] = set()
-    repeated = []
-    for index, annotation in annotations:
+    for index, annotation in entries:
         own_id = annotation.get("id")
-        if own_id is None:
-            continue
         if own_id in seen:
-            repeated.append((index, "the id is used before"))
-        seen.add(own_id)
-    return repeated
+            yield index, "the id is used before"
+        if own_id is not None:
+            seen.add(own_id)
 
 
 def _box_faults(normalized: Normalized, box_format: str) -> dict[str, list[tuple[int, str]]]:
@@ -141,3 +140,46 @@ def _box_faults(normalized: Normalized, box_format: str) -> dict[str, list[tuple
         box = f"bbox {normalized.annotations[index]['bbox']}{origins.get(index, converted)}"
         faults[kind].append((index, box + text.format(*boxes.sizes[row].astype(int))))
     return faults
+
+
+def find_duplicate_boxes(annotations: Sequence[dict[str, Any]]) -> dict[int, tuple[int, float]]:
+    """Find boxes that overlap an earlier box of the same image and class by more than SAME_IOU.
+
+    Args:
+        annotations: usable annotations with boxes [x, y, width, height] of positive size.
+
+    Returns:
+        index of the later box -> (index of the earlier one, IoU of the two)
+    """
+    objects = [i for i, a in enumerate(annotations) if not is_ignore_region(a)]
+    if len(objects) < 2:
+        return {}
+    codes: dict[Hashable, int] = {}
+    keys = ((annotations[i]["image_id"], annotations[i]["category_id"]) for i in objects)
+    groups = np.array([codes.setdefault(key, len(codes)) for key in keys])
+    boxes = np.array([annotations[i]["bbox"] for i in objects], float)
+    order = np.lexsort((boxes[:, 0], groups))
+    groups, boxes = groups[order], boxes[order]
+    low, high = boxes[:, :2], boxes[:, :2] + boxes[:, 2:]
+    areas = boxes[:, 2:].prod(1)
+    # In a group the boxes are in the order of x, and boxes that overlap so much begin this close.
+    reach = low[:, 0] + (1 - SAME_IOU) * boxes[:, 2]
+    pairs: list[tuple[int, int, float]] = []
+    left, step = np.arange(len(order)), 0
+    while len(left):
+        step += 1
+        left = left[left + step < len(order)]
+        right = left + step
+        near = (groups[left] == groups[right]) & (low[right, 0] <= reach[left])
+        left, right = left[near], right[near]
+        sides = np.minimum(high[left], high[right]) - np.maximum(low[left], low[right])
+        common = sides.clip(0).prod(1)
+        ious = common / (areas[left] + areas[right] - common)
+        same = ious > SAME_IOU
+        places = order[left[same]].tolist(), order[right[same]].tolist()
+        pairs += zip(*places, ious[same].tolist(), strict=True)
+    found: dict[int, tuple[int, float]] = {}
+    for earlier, later, iou in sorted((min(a, b), max(a, b), iou) for a, b, iou in pairs):
+        if objects[earlier] not in found and objects[later] not in found:
+            found[objects[later]] = objects[earlier], iou
+    return found

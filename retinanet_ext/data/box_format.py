@@ -120,20 +120,22 @@ def find_format_fault(boxes: BoxTable, box_format: str, name: Callable[[int], st
     with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest float
         fractions = _are_fractions(boxes)
         fits = {other: _fits(boxes, other, fractions) for other in BOX_FORMATS}
-        if found := _find_other_formats(boxes, box_format, fits, fractions):
-            others, reason, rows = found
-            return (
-                f"{reason} ({example(rows)}); set DATASETS.CUSTOM.BOX_FORMAT "
-                f"{' or '.join(others)}, or DATASETS.CHECK.OTHER_BOX_FORMAT keep if they are "
-                f"{box_format}"
-            )
-        if two := _find_two_formats(boxes, box_format, fits, fractions):
-            (one, one_rows), (other, other_rows) = two
-            return (
-                f"boxes are of two formats: {example(one_rows)} ({one}), {example(other_rows)} "
-                f"({other}); convert one of them, or set DATASETS.CHECK.OTHER_BOX_FORMAT keep if "
-                f"all are {box_format}"
-            )
+        found = _find_format_by_place(boxes, box_format, fits, fractions)
+        found = found or _find_format_by_area(boxes, box_format, fits)
+        two = None if found else _find_two_formats(boxes, box_format, fits, fractions)
+    if found:
+        others, reason, rows = found
+        return (
+            f"{reason} ({example(rows)}); set DATASETS.CUSTOM.BOX_FORMAT {' or '.join(others)}, or "
+            f"DATASETS.CHECK.OTHER_BOX_FORMAT keep if they are {box_format}"
+        )
+    if two:
+        (one, one_rows), (other, other_rows) = two
+        return (
+            f"boxes are of two formats: {example(one_rows)} ({one}), {example(other_rows)} "
+            f"({other}); convert one of them, or set DATASETS.CHECK.OTHER_BOX_FORMAT keep if all "
+            f"are {box_format}"
+        )
     return None
 
 
@@ -159,46 +161,63 @@ def _fits(boxes: BoxTable, box_format: str, fractions: _Mask) -> _Mask:
     return fits if is_relative(box_format) else fits & ~fractions
 
 
-def _find_other_formats(
+def _find_format_by_place(
     boxes: BoxTable, box_format: str, fits: dict[str, _Mask], fractions: _Mask
 ) -> tuple[list[str], str, _Mask] | None:
-    """Return the likely formats, the evidence, and the boxes that show it, or None."""
+    """Return the formats in which more boxes lie inside their images, or None.
+
+    Returns:
+        the formats, the evidence, and the boxes that show it.
+    """
     total = len(boxes.indices)
     misfits = {other: total - int(mask.sum()) for other, mask in fits.items()}
     wrong = misfits[box_format]
-    all_fractions = bool(fractions.all()) and not is_relative(box_format)
-    if all_fractions or (wrong >= _MIN_BOXES and (10 * wrong >= total or wrong >= 20)):
-        others = [
-            other
-            for other in BOX_FORMATS
-            if (is_relative(other) if all_fractions else 10 * misfits[other] <= wrong)
-        ]
-        others = [other for other in others if misfits[other] == min(map(misfits.get, others))]
-        if others and misfits[others[0]] < total:
-            by_area = [other for other in others if _agree_with_area(boxes, other).mean() > 0.9]
-            others = by_area or others
-            rest = f"all but {misfits[others[0]]}" if misfits[others[0]] else "all"
-            reason = (
-                f"no number of {total} boxes is above {boxes.numbers.max():.3g}; they look like "
-                "fractions of the image"
-                if all_fractions
-                else f"as {box_format} {wrong} of {total} boxes do not lie inside their images; "
-                f"as {' or '.join(others)} {rest} do"
-            )
-            return others, reason, ~fits[box_format]
+    all_fractions = fractions.all() and not is_relative(box_format)
+    if all_fractions:
+        others = [other for other in BOX_FORMATS if is_relative(other)]
+    elif wrong >= _MIN_BOXES and (10 * wrong >= total or wrong >= 20):
+        others = [other for other in BOX_FORMATS if 10 * misfits[other] <= wrong]
+    else:
+        return None
+    least = min((misfits[other] for other in others), default=total)
+    if least == total:
+        return None
+    others = [other for other in others if misfits[other] == least]
+    others = [o for o in others if _agree_with_area(boxes, o).mean() > 0.9] or others
+    if all_fractions:
+        reason = (
+            f"no number of {total} boxes is above {boxes.numbers.max():.3g}; they look like "
+            "fractions of the image"
+        )
+    else:
+        reason = (
+            f"as {box_format} {wrong} of {total} boxes do not lie inside their images; as "
+            f"{' or '.join(others)} {f'all but {least}' if least else 'all'} do"
+        )
+    return others, reason, ~fits[box_format]
 
+
+def _find_format_by_area(
+    boxes: BoxTable, box_format: str, fits: dict[str, _Mask]
+) -> tuple[list[str], str, _Mask] | None:
+    """Return the formats whose areas are those that the json gives, or None.
+
+    Returns:
+        as :func:`_find_format_by_place`.
+    """
     with_area = ~np.isnan(boxes.areas)
-    if with_area.sum() >= _MIN_BOXES:
-        share = {
-            other: _agree_with_area(boxes, other)[with_area].mean()
-            for other in BOX_FORMATS
-            if is_relative(other) == is_relative(box_format)
-        }
-        others = [o for o in share if share[o] >= 0.95 and 50 * misfits[o] <= total]
-        if share[box_format] <= 0.05 and others:
-            kind = " or ".join(others)
-            return others, f"area is not that of {box_format}, but that of {kind}", with_area
-    return None
+    if with_area.sum() < _MIN_BOXES:
+        return None
+    share = {
+        other: _agree_with_area(boxes, other)[with_area].mean()
+        for other in BOX_FORMATS
+        if is_relative(other) == is_relative(box_format)
+    }
+    others = [o for o in share if share[o] >= 0.95 and fits[o].mean() >= 0.98]
+    if share[box_format] > 0.05 or not others:
+        return None
+    reason = f"area is not that of {box_format}, but that of {' or '.join(others)}"
+    return others, reason, with_area
 
 
 def _agree_with_area(boxes: BoxTable, box_format: str) -> _Mask:

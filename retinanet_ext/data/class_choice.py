@@ -29,12 +29,9 @@ def check_chosen(classes: Sequence[str], contents: Mapping[str, dict[str, Any]])
     Raises:
         InputError: a name is unknown or given twice.
     """
-    known = dict.fromkeys(
-        category["name"]
-        for content in contents.values()
-        for category in content["categories"]
-        if isinstance(category, dict) and isinstance(category.get("name"), str)
-    )
+    categories = [category for content in contents.values() for category in content["categories"]]
+    known = dict.fromkeys(_name_of(category) for category in categories)
+    known.pop(None, None)
     for name in classes:
         if name not in known:
             same = [other for other in known if other.casefold() == name.casefold()]
@@ -61,28 +58,25 @@ def choose_classes(
         the content that is left, and a note that counts the boxes left out.
     """
     left_out = {
-        id_of(category): category["name"]
+        id_of(category): name
         for category in content["categories"]
-        if id_of(category) is not None
-        and isinstance(category.get("name"), str)
-        and category["name"] not in classes
+        if (name := _name_of(category)) is not None and name not in classes
     }
+    left_out.pop(None, None)
     if not classes or not left_out:
         return content, []
-    ids = [id_of(annotation, "category_id") for annotation in content["annotations"]]
-    counts = Counter(category_id for category_id in ids if category_id in left_out)
+    kept = [a for a in content["annotations"] if id_of(a, "category_id") not in left_out]
+    counts = Counter(id_of(annotation, "category_id") for annotation in content["annotations"])
     boxes = join_some(f"{printable(name)} {counts[key]}" for key, name in left_out.items())
-    content = {
-        **content,
-        "categories": [c for c in content["categories"] if id_of(c) not in left_out],
-        "annotations": [
-            annotation
-            for annotation, category_id in zip(content["annotations"], ids, strict=True)
-            if category_id not in left_out
-        ],
-    }
+    categories = [c for c in content["categories"] if id_of(c) not in left_out]
     note = "leaves out the boxes of other classes, which become background"
+    content = {**content, "categories": categories, "annotations": kept}
     return content, [f"{CLASSES_KEY} {note}: {boxes}"]
+
+
+def _name_of(category: Any) -> str | None:
+    name = category.get("name") if isinstance(category, dict) else None
+    return name if isinstance(name, str) else None
 
 
 def order_classes(content: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
@@ -105,11 +99,7 @@ def explain_unused_classes(
 ) -> dict[int | str, str]:
     """Explain the classes without a box that stand for no objects.
 
-    Those are the background, and parents of other classes, which Roboflow exports as category 0.
-
-    Args:
-        unused: categories without a box.
-        categories: all categories.
+    These are the background, and parents of other classes, which Roboflow exports as category 0.
 
     Returns:
         category id -> what the class is and how to leave it out
@@ -127,8 +117,8 @@ def explain_unused_classes(
         elif name.lower() in BACKGROUND_NAMES:
             reasons[category["id"]] = "is the background, which needs no class"
     others = [category["name"] for category in categories if category["id"] not in reasons]
-    names = f"the names of the other {len(others)}"
-    if len(others) <= _MAX_NAMES:
-        names = printable(shlex.quote(json.dumps(others, ensure_ascii=False)))
+    names = printable(shlex.quote(json.dumps(others, ensure_ascii=False)))
+    if len(others) > _MAX_NAMES:
+        names = f"the names of the other {len(others)}"
     remedy = f"it is learned as a class all the same, {CLASSES_KEY} {names} leaves it out"
     return {category_id: f"{reason}; {remedy}" for category_id, reason in reasons.items()}

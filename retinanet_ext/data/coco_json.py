@@ -1,6 +1,6 @@
 """Annotation files in COCO's format: reading, and conversion for Detectron2 and COCO's evaluation.
 
-Segmentations are not converted: Detectron2's own loader drops a box whose segmentation is
+Segmentations are not converted, because Detectron2's own loader drops a box whose segmentation is
 malformed, although a box detector needs none. :mod:`retinanet_ext.data.validation` checks a file.
 """
 
@@ -115,16 +115,13 @@ def to_dataset_dicts(content: dict[str, Any], image_root: str) -> list[dict[str,
 
 
 def complete_for_evaluation(content: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what the evaluation needs; a complete json is returned as it is.
+    """Return a checked json with what the evaluation needs filled in.
 
     A missing ``iscrowd`` becomes 0, and a missing ``area`` becomes width times height, because
     pycocotools would raise a ``KeyError`` after training; before version 2.0.11 it needs ``info``
     too. Ignore regions get ``iscrowd`` 1, the only mark that pycocotools reads. If an annotation
     id is missing, a text, below 1 or used twice, all annotations are numbered anew, because
     pycocotools treats a match with id 0 as no match and keeps one of two equal ids.
-
-    Args:
-        content: of a checked json; not modified.
     """
     annotations = [
         {"area": a["bbox"][2] * a["bbox"][3], **a, "iscrowd": int(is_ignore_region(a))}
@@ -133,8 +130,6 @@ def complete_for_evaluation(content: dict[str, Any]) -> dict[str, Any]:
     ids = {annotation.get("id", 0) for annotation in annotations}
     if len(ids) < len(annotations) or any(isinstance(i, str) or i < 1 for i in ids):
         annotations = [{**a, "id": number} for number, a in enumerate(annotations, start=1)]
-    if annotations == content["annotations"] and "info" in content:
-        return content
     return {"info": {}, **content, "annotations": annotations}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from retinanet_ext.data.box_format import is_number
 from retinanet_ext.data.coco_json import printable
 
-Rule = tuple[str, Callable[[Any], bool]]
+_Rule = tuple[str, Callable[[Any], bool]]
 """What a field must be, in words and as a predicate."""
 
 
@@ -31,62 +31,61 @@ def _is_class_name(value: Any) -> bool:
         return False
 
 
-_ID: Rule = ("an integer or a text", _is_id)
-_TEXT: Rule = ("a text that is not empty", lambda value: isinstance(value, str) and value != "")
+_ID: _Rule = ("an integer or a text", _is_id)
+_TEXT: _Rule = ("a text that is not empty", lambda value: isinstance(value, str) and value != "")
 # A file name need not be Unicode. A class name must be, because TensorBoard refuses any other one.
-_CLASS_NAME: Rule = ("a text of valid Unicode that is not empty", _is_class_name)
-_SIZE: Rule = ("an integer above 0", lambda value: _is_integer(value) and value > 0)
-_FLAG: Rule = ("0 or 1", lambda value: value in (0, 1))
-_AREA: Rule = ("a finite number >= 0", lambda value: is_number(value) and value >= 0)
+_CLASS_NAME: _Rule = ("a text of valid Unicode that is not empty", _is_class_name)
+_SIZE: _Rule = ("an integer above 0", lambda value: _is_integer(value) and value > 0)
+_FLAG: _Rule = ("0 or 1", lambda value: value in (0, 1))
+_AREA: _Rule = ("a finite number >= 0", lambda value: is_number(value) and value >= 0)
 
-_REQUIRED: dict[str, dict[str, Rule]] = {
+_RULES: dict[str, dict[str, _Rule]] = {
     "images": {"id": _ID, "file_name": _TEXT, "width": _SIZE, "height": _SIZE},
     "categories": {"id": _ID, "name": _CLASS_NAME},
-    "annotations": {"image_id": _ID, "category_id": _ID},
+    "annotations": {
+        "image_id": _ID,
+        "category_id": _ID,
+        "id": _ID,
+        "iscrowd": _FLAG,
+        "area": _AREA,
+        "ignore": _FLAG,
+    },
 }
-_OPTIONAL: dict[str, dict[str, Rule]] = {
-    "annotations": {"id": _ID, "iscrowd": _FLAG, "area": _AREA, "ignore": _FLAG}
+_OPTIONAL = {
+    "images": ("width", "height"),
+    "categories": (),
+    "annotations": ("id", "iscrowd", "area", "ignore"),
 }
-
-
-def field_fault(key: str, item: Any) -> str | None:
-    """Return what is wrong with the first unusable field of an entry, or None.
-
-    Args:
-        key: the entry's list: "images", "categories" or "annotations".
-        item: the entry, any JSON value.
-    """
-    if not isinstance(item, dict):
-        return "it is not an object"
-    optional = {f: rule for f, rule in _OPTIONAL.get(key, {}).items() if f in item}
-    faults = (rule_fault(item, f, rule) for f, rule in {**_REQUIRED[key], **optional}.items())
-    return next(filter(None, faults), None)
+"""Fields that may be missing or null, because they are filled in."""
 
 
 def field_faults(key: str, items: Sequence[Any]) -> dict[int, str]:
-    """Return index -> :func:`field_fault` for all entries that have one.
+    """Return what is wrong with the first unusable field of each entry that has one.
 
-    Columns are checked first, because entries of a large file are rarely at fault.
+    Args:
+        key: "images", "categories" or "annotations".
+        items: the entries, any JSON values.
+
+    Returns:
+        index of the entry -> what is wrong
     """
-    if all(isinstance(item, dict) for item in items):
-        columns = [(rule, [item.get(f) for item in items]) for f, rule in _REQUIRED[key].items()]
-        columns += [
-            (rule, [item[f] for item in items if f in item])
-            for f, rule in _OPTIONAL.get(key, {}).items()
-        ]
-        if all(all(map(is_valid, values)) for (_, is_valid), values in columns):
-            return {}
-    return {i: fault for i, item in enumerate(items) if (fault := field_fault(key, item))}
+    faults = {
+        i: "it is not an object" for i, item in enumerate(items) if not isinstance(item, dict)
+    }
+    entries = [(i, item) for i, item in enumerate(items) if i not in faults]
+    for field, (allowed, is_valid) in _RULES[key].items():
+        is_optional = field in _OPTIONAL[key]
+        for i, item in entries:
+            value = item.get(field)
+            if not (is_valid(value) or (value is None and is_optional)):
+                faults.setdefault(i, describe_fault(item, field, allowed))
+    return dict(sorted(faults.items()))
 
 
-def rule_fault(item: Mapping[str, Any], field: str, rule: Rule) -> str | None:
-    """Return what is wrong with one field of an entry, or None."""
-    allowed, is_valid = rule
-    if field not in item:
-        return f"{field} is missing; it must be {allowed}"
-    if not is_valid(item[field]):
-        return f"{field} is {reprlib.repr(item[field])}; it must be {allowed}"
-    return None
+def describe_fault(item: Mapping[str, Any], field: str, allowed: str) -> str:
+    """Return what is wrong with an unusable field of an entry."""
+    found = f"is {reprlib.repr(item[field])}" if field in item else "is missing"
+    return f"{field} {found}; it must be {allowed}"
 
 
 def id_of(item: Any, field: str = "id") -> int | str | None:

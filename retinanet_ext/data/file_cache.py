@@ -17,8 +17,8 @@ from retinanet_ext.files import write_file
 FOLDER_VARIABLE = "RETINANET_EXT_CACHE"
 """Environment variable with the cache folder; empty switches the cache off."""
 
-FORMAT = 1
-"""To be raised when cached values change their meaning."""
+FORMAT = 2
+"""Raise it when cached values change their meaning."""
 
 _MIN_AGE = 2.0  # seconds; a younger file may change again without a new modification time
 
@@ -31,23 +31,21 @@ class FileCache:
     The cache is one JSON file in ``$RETINANET_EXT_CACHE``, by default
     ``$XDG_CACHE_HOME/retinanet_ext`` or ``~/.cache/retinanet_ext``. A cache file that cannot be
     read or written is ignored, because everything in it can be computed again.
+
+    Args:
+        identity: what the values depend on besides the files, such as the settings of a reader.
+            Each identity has its own cache file.
     """
 
     def __init__(self, *identity: Any) -> None:
-        """
-        Args:
-            identity: what the values depend on besides the files, such as the settings of a
-                reader. Each identity has its own cache file.
-        """
-        self._path = _cache_folder()
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        folder = os.environ.get(FOLDER_VARIABLE, os.path.join(base, "retinanet_ext"))
+        name = hashlib.sha256(repr((FORMAT, identity)).encode(errors="replace")).hexdigest()[:24]
+        self._path = Path(folder, f"{name}.json") if folder else None
         self._entries: dict[str, list[Any]] = {}  # path -> [size, mtime_ns, {key: value}]
         self._is_changed = False
-        if self._path is None:
-            return
-        name = hashlib.sha256(repr((FORMAT, identity)).encode(errors="replace")).hexdigest()[:24]
-        self._path /= f"{name}.json"
         try:
-            self._entries = json.loads(self._path.read_bytes())
+            self._entries = json.loads(self._path.read_bytes()) if self._path else {}
         except (OSError, ValueError) as error:
             logger.debug("The cache %s is not read: %s", self._path, error)
 
@@ -62,12 +60,10 @@ class FileCache:
 
         Args:
             path: path of an existing file.
-            key: names the value.
+            key: name of the value.
             compute: returns the value, which JSON must be able to hold.
             keep: whether a computed value is cached.
         """
-        if self._path is None:
-            return compute()
         stat = os.stat(path)
         entry = self._entries.get(path)
         if entry is None or entry[0] != stat.st_size or entry[1] != stat.st_mtime_ns:
@@ -92,11 +88,3 @@ class FileCache:
             self._is_changed = False
         except (OSError, ValueError, InputError) as error:
             logger.debug("The cache %s is not written: %s", self._path, error)
-
-
-def _cache_folder() -> Path | None:
-    folder = os.environ.get(FOLDER_VARIABLE)
-    if folder is not None:
-        return Path(folder) if folder else None
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base, "retinanet_ext")

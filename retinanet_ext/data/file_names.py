@@ -21,13 +21,11 @@ class Replacement:
 
     Attributes:
         text: a clause that names the file and the difference.
-        reason: how the names differ, in the same words for all names that differ in this way.
         path: path relative to the image folder; empty if several files may be meant.
         folder: image folder with which the file name would be right; empty if there is none.
     """
 
     text: str
-    reason: str = ""
     path: str = ""
     folder: str = ""
 
@@ -98,8 +96,8 @@ class MisnamedFiles:
         by_name = _differences(parts[skipped:], path.split("/")[bool(subfolder) :])
         if reason or by_name:
             folder = ""
-        reason = " and ".join([*reasons, *by_name]) or "the name is written in another way"
-        return Replacement(f"{reason}; `{printable(path)}` is there", reason, path, folder)
+        how = " and ".join([*reasons, *by_name]) or "the name is written in another way"
+        return Replacement(f"{how}; `{printable(path)}` is there", path, folder)
 
 
 def _spellings(file_name: str) -> Iterator[tuple[str, str]]:

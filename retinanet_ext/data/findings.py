@@ -1,9 +1,9 @@
 """Kinds of findings about COCO-format data, the policy for each kind, and the result of a check.
 
-Detectron2's own loader answers a fault in the data with an assertion, with a traceback out of the
-training loop, by silently leaving a box out, or with a ``KeyError`` of pycocotools after training.
-Here a fault is a :class:`Finding`, and a policy says for each kind whether the data are refused,
-used without what the finding names, or used with it.
+Detectron2's own loader answers a fault in the data with an assertion, a traceback out of the
+training loop, a box that is silently left out, or a ``KeyError`` of pycocotools after training.
+Here a fault is a :class:`Finding`. The policy of its kind says whether the data are refused, used
+without what the finding names, or used with it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from retinanet_ext.data.coco_json import join_some
+from retinanet_ext.data.coco_json import is_ignore_region, join_some
 from retinanet_ext.errors import InputError
 
 SAME_IOU = 0.9
-"""Two boxes of a class with a higher IoU are one object, labelled twice."""
+"""Two boxes of a class with a higher IoU are one object that was labelled twice."""
 
 _MAX_EXAMPLES = 3  # findings of a kind that an error message quotes
 
@@ -31,7 +31,7 @@ class FindingKind:
         policies: allowed policies, the default first: "refuse" the data, "drop" what the finding
             names, "keep" it, repair it ("mend", "merge"), or treat a crowd region as an "object".
             A kind with one policy has no key.
-        is_fault: False if the finding is worth knowing but nothing is wrong.
+        is_fault: False if the finding is worth knowing although nothing is wrong.
         remedy: policy that a refusal names, and what that policy does. Empty: "drop", if allowed.
     """
 
@@ -43,6 +43,7 @@ class FindingKind:
 
     @property
     def key(self) -> str:
+        """Config key of the policy."""
         return f"DATASETS.CHECK.{self.name.upper()}"
 
 
@@ -57,8 +58,6 @@ KINDS = {
         FindingKind(
             "parent_class", "classes that are a parent or the background", ("keep", "refuse")
         ),
-        FindingKind("text_id", "ids that are text", ("keep",), is_fault=False),
-        FindingKind("filled_field", "fields of annotations, filled in", ("keep",), is_fault=False),
         FindingKind("malformed_category", "categories that cannot be read", ("refuse",)),
         FindingKind("duplicate_category", "category ids or names used twice", ("refuse",)),
         FindingKind(
@@ -109,7 +108,7 @@ KINDS = {
         FindingKind("empty_image", "images without boxes", _ANY, is_fault=False),
         FindingKind(
             "crowd",
-            "crowd regions, which are ignored",
+            "crowd regions, ignored unless taken as objects",
             ("keep", "object", "drop", "refuse"),
             is_fault=False,
         ),
@@ -149,7 +148,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class ValidationResult:
-    """COCO-format data after their check: of one annotation file, or of several merged into one.
+    """The result of a check of one annotation file, or of several that are merged into one.
 
     Attributes:
         json_file: path of the annotation file; several are joined by commas.
@@ -158,7 +157,7 @@ class ValidationResult:
         content: the json as training uses it, with boxes [x, y, width, height] in pixels. Entries
             that the policy drops or refuses are left out.
         image_root: folder that ``file_name`` entries are relative to.
-        notes: one sentence for each thing that was filled in or left out without being asked.
+        notes: one sentence for each thing that was filled in, left out or united without a policy.
         is_labelled: False if the json has no list of annotations.
         original: the json as it was read; None if several were merged.
     """
@@ -177,6 +176,11 @@ class ValidationResult:
         """Whether the policy refuses one of the findings."""
         return any(self.policy[finding.kind] == "refuse" for finding in self.findings)
 
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        """Annotations that are learned and counted; the others are regions to ignore."""
+        return [a for a in self.content["annotations"] if not is_ignore_region(a)]
+
     def add(self, kind: str, message: str, **fields: Any) -> bool:
         """Add a finding; return whether what it names is still used."""
         self.findings.append(Finding(kind, message, **fields))
@@ -189,10 +193,16 @@ class ValidationResult:
             groups[finding.kind].append(finding)
         return {name: findings for name, findings in groups.items() if findings}
 
-    def describe(self, kind: str) -> str:
-        """Return the plural noun phrase for findings of a kind under the policy."""
-        as_objects = self.policy[kind] == "object"
-        return "crowd regions, taken as objects" if as_objects else KINDS[kind].what
+    def find_lack_of_objects(self) -> str | None:
+        """Return a sentence that no object is left, with a remedy if there is one, or None."""
+        if self.objects:
+            return None
+        message = (
+            f"{self.json_file}: has no box that is no crowd and has an area inside its image, so "
+            "there is nothing to learn or to evaluate"
+        )
+        hints = [finding.message for finding in self.by_kind().get("crowd_object", [])]
+        return "; ".join([message, *hints])
 
     def raise_refused(self) -> None:
         """Raise an error that names the findings that the policy refuses.
@@ -247,10 +257,3 @@ def read_policy(node: Mapping[str, str]) -> dict[str, str]:
                 f"{KINDS[name].key} must be {' or '.join(KINDS[name].policies)}, got {value!r}"
             )
     return policy
-
-
-def suggest_objects(policy: str, num_crowd: int) -> str:
-    """Return how to train on crowd regions as objects; empty unless the policy keeps some."""
-    if not num_crowd or policy != "keep":
-        return ""
-    return f"; {num_crowd} have iscrowd 1, and {KINDS['crowd'].key} object takes them as objects"

@@ -42,12 +42,6 @@ _HUGE = threading.Lock()  # one huge image in memory at a time, however many thr
 Range = tuple[float, float]
 
 
-class NoPixelRangeError(InputError):
-    """An image whose bit depth does not say which levels are black and white."""
-
-    remedy = f"{RANGE_KEY} percentiles measures both on the training data"
-
-
 @dataclass(frozen=True)
 class ImageReader:
     """Reads images in the format that the model takes.
@@ -130,8 +124,8 @@ class ImageReader:
         For an opened file, this reads only the header.
 
         Raises:
-            InputError: the range is set, but the image has deep colours.
-            NoPixelRangeError: neither the config nor the bit depth gives a range.
+            InputError: the range is set, but the image has deep colours; or neither the config nor
+                the bit depth gives a range.
         """
         depth = bit_depth(image)
         if not is_deep_grey(image):
@@ -147,9 +141,10 @@ class ImageReader:
             return 0, 2**depth - 1
         low, high = extrema(image)
         kind = "floats" if image.mode == "F" else "integers"
-        raise NoPixelRangeError(
+        raise InputError(
             f"its pixels are {kind}, here {low:g} to {high:g}, of which no bit depth says what "
-            f"black and white are: set {RANGE_KEY} to [black, white], or to percentiles"
+            f"black and white are: set {RANGE_KEY} to [black, white], or to percentiles, which "
+            "measures both on the training data"
         )
 
 

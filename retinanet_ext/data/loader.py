@@ -1,8 +1,8 @@
 """Training batches that depend only on the seed, the number of streams and the batch number.
 
 Samples are dealt to streams in turn, as Detectron2 deals them to processes, and each stream is
-grouped by aspect ratio on its own. So a resumed run sees the batches of an uninterrupted one, and
-any number of processes, micro-batches and workers sees the same batches of the same streams.
+grouped by aspect ratio on its own. A resumed run therefore sees the batches of an uninterrupted
+one, and the batches do not depend on the number of processes, micro-batches and workers.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ Sample = tuple[int, int]
 """Position in the stream of samples, and the index of the image at that position."""
 
 
-def build_train_loader(cfg: CfgNode, mapper: Mapper) -> TrainLoader:
-    """Return the training batches that ``DATASETS.TRAIN`` and ``DATALOADER`` describe.
+class TrainLoader(Iterable[list[dict[str, Any]]]):
+    """Infinite training micro-batches of this process.
 
     Detectron2 loads and filters the data and its sampler gives the order. A batch of
     ``SOLVER.IMS_PER_BATCH`` images is divided among the processes, and each part into
@@ -51,26 +51,14 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> TrainLoader:
     streams, by default one per micro-batch and process. If ``SEED`` is below 0, the processes agree
     on a random seed.
 
-    Args:
-        cfg: the whole config; its data sets are registered.
-        mapper: maps a dataset dict to the model's input.
-
-    Raises:
-        InputError: the sampler cannot be used, the data are an IterableDataset, or they differ
-            between processes.
-    """
-    loader = TrainLoader(cfg, mapper)
-    iter(loader)  # for the errors of the sampler and of the workers' settings; starts no worker
-    return loader
-
-
-class TrainLoader(Iterable[list[dict[str, Any]]]):
-    """Infinite micro-batches of this process; see :func:`build_train_loader`.
-
     Attributes:
         seed: seed of the order of samples and of the mapper's randomness.
         num_streams: number of streams that the samples are dealt to.
         num_batches, num_images: batches and images of all processes before the first batch here.
+
+    Raises:
+        InputError: the sampler cannot be used, the data are an IterableDataset, or they differ
+            between processes.
     """
 
     def __init__(self, cfg: CfgNode, mapper: Mapper) -> None:
@@ -88,7 +76,6 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
                 f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} is an IterableDataset, in which a "
                 "resumed run cannot find its place; register a function that returns a list"
             )
-        _check_sampler(cfg, len(records))
         _check_same_records(cfg, records)
         self.groups = bytes(len(records))
         if cfg.DATALOADER.ASPECT_RATIO_GROUPING:
@@ -96,6 +83,7 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
         if isinstance(records, list):
             records = DatasetFromList(records, copy=False)  # one tensor, which workers share
         self.records = records
+        iter(self)  # for the errors of the sampler and of the workers' settings; starts no worker
 
     def state_dict(self, num_batches: int) -> dict[str, int]:
         """Return the state after ``num_batches`` batches since the start of the run."""
@@ -134,7 +122,6 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
             is_turned=self._is_turned if turns else lambda position: False,
         )
         batches = itertools.islice(batches, self.num_images // batch_size, None)
-        workers = self.cfg.DATALOADER.NUM_WORKERS
         loader = DataLoader(
             _MappedSamples(
                 self.records, self.mapper, self.seed, self._is_turned if turns else None
@@ -145,7 +132,7 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
                 num_processes=comm.get_world_size(),
                 num_micro_batches=self.cfg.SOLVER.GRAD_ACCUM_STEPS,
             ),
-            num_workers=workers,
+            num_workers=self.cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
             worker_init_fn=_ignore_foreign_sigterm,
             pin_memory=torch.device(self.cfg.MODEL.DEVICE).type == "cuda",
@@ -172,7 +159,7 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
         except (AssertionError, ValueError) as error:
             raise InputError(
                 f"DATALOADER.SAMPLER_TRAIN {cfg.DATALOADER.SAMPLER_TRAIN!r} cannot be used: "
-                f"{error or type(error).__name__}"
+                f"{str(error) or 'its keys leave no image'}"
             ) from error
         return parts["sampler"]
 
@@ -182,23 +169,6 @@ def _batches(loader: DataLoader) -> Iterator[list[dict[str, Any]]]:
         yield from loader
     except (EOFError, ConnectionError) as error:  # a worker ended while it sent a batch
         raise LostWorkerError from error
-
-
-def _check_sampler(cfg: CfgNode, num_images: int) -> None:
-    """Refuse settings that Detectron2's samplers only assert on."""
-    sampler, ratio = cfg.DATALOADER.SAMPLER_TRAIN, cfg.DATALOADER.RANDOM_SUBSET_RATIO
-    if sampler == "RandomSubsetTrainingSampler" and int(num_images * ratio) < 1:
-        raise InputError(
-            f"DATALOADER.RANDOM_SUBSET_RATIO {ratio} of {num_images} training images is none; it "
-            f"must be at least 1/{num_images}"
-        )
-    factors = cfg.DATASETS.TRAIN_REPEAT_FACTOR if sampler.startswith("Weighted") else []
-    for name, _ in factors:
-        if name not in cfg.DATASETS.TRAIN:
-            raise InputError(
-                f"DATASETS.TRAIN_REPEAT_FACTOR names {name!r}, and the training data are "
-                f"{', '.join(cfg.DATASETS.TRAIN)}"
-            )
 
 
 def _check_same_records(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None:

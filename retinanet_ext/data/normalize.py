@@ -62,27 +62,26 @@ def unify_ids(content: Content) -> tuple[Content, list[str]]:
     for key, field in (("images", "image_id"), ("categories", "category_id")):
         ids = [item.get("id") for item in content[key] if isinstance(item, dict)]
         named = [a.get(field) for a in content["annotations"] if isinstance(a, dict)]
-        if str not in {*map(type, ids), *map(type, named)}:
-            continue
         texts = [value for value in ids if isinstance(value, str)]
-        first = next(value for value in [*texts, *named] if isinstance(value, str))
+        first = next((value for value in [*texts, *named] if isinstance(value, str)), None)
+        if first is None:
+            continue
         numbers = len(texts) < len(ids) and all(map(_is_digits, texts))
         convert = _to_number if numbers else _to_text
         mixed = any(type(convert(value)) is not type(value) for value in [*ids, *named])
+        if mixed:
+            content = {
+                **content,
+                key: _convert(content[key], "id", convert),
+                "annotations": _convert(content["annotations"], field, convert),
+            }
         if texts or mixed:
             how = f"all are read as {'numbers' if numbers else 'text'}"
             notes.append(
                 f"ids of {key} are text{' in places' if mixed else ''}, such as {first!r}, "
                 f"and {how if mixed else 'are used as they are'}"
             )
-        if not mixed:
-            continue
-        content = {
-            **content,
-            key: _convert(content[key], "id", convert),
-            "annotations": _convert(content["annotations"], field, convert),
-        }
-    return content, notes
+    return content, [printable(note) for note in notes]
 
 
 def _is_digits(value: Any) -> bool:
@@ -112,14 +111,18 @@ def normalize_annotations(
 
     Args:
         annotations: the list of the json, whatever its entries are; not modified.
-        images: usable images by id.
+        images: usable images by id, of which those whose file is missing may have no size.
         box_format: ``DATASETS.CUSTOM.BOX_FORMAT``.
     """
     result = list(annotations)
     filled: Counter[tuple[str, str]] = Counter()
     derived: dict[int, str] = {}
     indices: list[int] = []
-    sizes = {image_id: (image["width"], image["height"]) for image_id, image in images.items()}
+    sizes = {
+        image_id: (image["width"], image["height"])
+        for image_id, image in images.items()
+        if image.get("width") and image.get("height")
+    }
     for index, annotation in enumerate(annotations):
         if not isinstance(annotation, dict):
             continue
@@ -148,7 +151,7 @@ def normalize_annotations(
         np.array([area if is_number(area) else math.nan for area in areas], float),
     )
     notes = [
-        f"{field} is {lack} in {_count(number)} ({_FILLED[field]})"
+        f"annotations whose {field} is {lack}: {number} ({_FILLED[field]})"
         for (field, lack), number in filled.items()
     ]
     if box_format != "xywh":
@@ -184,12 +187,8 @@ def _convert_boxes(annotations: list[Any], boxes: BoxTable, box_format: str) -> 
         if not keep:
             annotations[index].pop("area", None)
     wrong = int((~is_kept & ~np.isnan(boxes.areas)).sum())
-    what = f"area does not fit the box, converted from {box_format}, in {_count(wrong)}"
-    return [f"{what} ({_FILLED['area']})"] if wrong else []
-
-
-def _count(number: int) -> str:
-    return f"{number} annotation{'' if number == 1 else 's'}"
+    what = f"annotations whose area does not fit the box, converted from {box_format}"
+    return [f"{what}: {wrong} ({_FILLED['area']})"] if wrong else []
 
 
 def _corners_of_mask(
@@ -245,36 +244,31 @@ def _rle(segmentation: Any, image_size: tuple[int, int] | None) -> dict[str, Any
         return None
 
 
-def find_crowd_objects(
-    annotations: Sequence[Mapping[str, Any]],
-    images: Mapping[Any, Mapping[str, Any]],
-    categories: Sequence[Mapping[str, Any]],
-) -> str | None:
+def find_crowd_objects(content: Content) -> str | None:
     """Return a sentence that crowd annotations look like single objects, or None if they do not.
 
     They do if they are half of all annotations, or of a class, and most masks have one piece.
 
     Args:
-        annotations: usable annotations.
-        images: by id.
-        categories: of the json.
+        content: of a checked json.
     """
-    if not any(annotation.get("iscrowd") for annotation in annotations):
-        return None
-    total: Counter[int | str] = Counter(a["category_id"] for a in annotations)
-    crowd: dict[int | str, list[Mapping[str, Any]]] = defaultdict(list)
-    for annotation in annotations:
+    total: Counter[int | str] = Counter(a["category_id"] for a in content["annotations"])
+    crowd: dict[int | str, list[dict[str, Any]]] = defaultdict(list)
+    for annotation in content["annotations"]:
         if annotation.get("iscrowd"):
             crowd[annotation["category_id"]].append(annotation)
     many = {k: v for k, v in crowd.items() if len(v) >= _MIN_CROWD and 2 * len(v) >= total[k]}
     if 2 * sum(map(len, crowd.values())) >= total.total():
         many = crowd
     found = [annotation for group in many.values() for annotation in group]
-    sample = found[:: -(-len(found) // _MAX_MASKS)] if found else []
-    pieces = [_count_pieces(a.get("segmentation"), images[a["image_id"]]) for a in sample]
-    if not sample or 2 * sum(count > 1 for count in pieces) > len(sample):
+    if not found:
         return None
-    names = {category["id"]: printable(category["name"]) for category in categories}
+    images = {image["id"]: image for image in content["images"]}
+    sample = found[:: -(-len(found) // _MAX_MASKS)]
+    pieces = [_count_pieces(a.get("segmentation"), images[a["image_id"]]) for a in sample]
+    if 2 * sum(count > 1 for count in pieces) > len(sample):
+        return None
+    names = {category["id"]: printable(category["name"]) for category in content["categories"]}
     classes = join_some(f"{names[k]} {len(v)} of {total[k]}" for k, v in many.items())
     return (
         f"{len(found)} of {total.total()} annotations have iscrowd 1 ({classes}), and are neither "

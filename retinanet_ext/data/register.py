@@ -23,10 +23,10 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from retinanet_ext.config_keys import resolve_class_alpha
 from retinanet_ext.data import coco_json, images
 from retinanet_ext.data.class_balance import balance_class_alpha
-from retinanet_ext.data.coco_json import is_ignore_region, join_some, printable
+from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.data.file_names import MisnamedFiles
-from retinanet_ext.data.findings import DONE, KINDS, ValidationResult, suggest_objects
-from retinanet_ext.data.image_files import describe_shared_files
+from retinanet_ext.data.findings import DONE, KINDS, ValidationResult
+from retinanet_ext.data.shared_files import describe_shared_files
 from retinanet_ext.data.sources import Source, check_source, find_sources
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import write_file
@@ -39,12 +39,12 @@ def prepare_datasets(cfg: CfgNode, *, eval_only: bool) -> None:
 
     ``DATASETS.CUSTOM`` becomes the data sets "custom_train" and "custom_test", which replace
     ``DATASETS.TRAIN`` and ``DATASETS.TEST``. The sample set is drawn at its first use.
-    ``DATASETS.CHECK`` says what to do with findings in these data. ``MODEL.RETINANET.NUM_CLASSES``
+    ``DATASETS.CHECK`` is the policy for findings in these data. ``MODEL.RETINANET.NUM_CLASSES``
     becomes the number of class names, names in ``CLS_LOSS.CLASS_ALPHA`` become numbers, and
     ``INPUT.PIXEL_RANGE percentiles`` becomes two numbers.
 
-    Every process calls this. What is found about image files is cached, see
-    :class:`~retinanet_ext.data.file_cache.FileCache`, so let one process per machine call it first.
+    Every process calls this function. Let one process per machine call it first, because
+    :class:`~retinanet_ext.data.file_cache.FileCache` keeps what is found about image files.
 
     Args:
         cfg: the whole config; modified in place. A second call changes nothing more.
@@ -79,7 +79,9 @@ def prepare_datasets(cfg: CfgNode, *, eval_only: bool) -> None:
     resolve_class_alpha(cfg, class_names)
     for source in sources:
         _check_files_exist(source)
-    for line in describe_shared_images(paths):
+    train = [p for source, group in paths.items() if source.split == "TRAIN" for p in group]
+    tests = {source.name: group for source, group in paths.items() if source.split == "TEST"}
+    for line in describe_shared_files(train, tests):
         logger.warning("%s", line)
 
 
@@ -133,26 +135,27 @@ def _register(cfg: CfgNode, source: Source) -> list[str]:
     """
     checked = check_source(cfg, source)
     checked.raise_refused()
-    content = checked.content
-    objects = [a for a in content["annotations"] if not is_ignore_region(a)]
-    num_regions = len(content["annotations"]) - len(objects)
-    if not objects:
-        _report_no_boxes(source, checked)
-    _log_content(source, checked, Counter(a["category_id"] for a in objects), num_regions)
+    if lack := checked.find_lack_of_objects():
+        if source.split == "TRAIN":
+            raise InputError(lack)
+        if checked.is_labelled:
+            logger.warning("%s", lack)
+    _log_content(source, checked)
     _log_findings(cfg, source, checked)
 
     for catalog in (DatasetCatalog, MetadataCatalog):
         catalog.pop(source.name, None)
-    # Pickled, because that is small and every reader gets its own copy.
-    records = coco_json.to_dataset_dicts(content, checked.image_root)
+    content, objects = checked.content, checked.objects
     num_objects = Counter(a["image_id"] for a in objects)
+    records = coco_json.to_dataset_dicts(content, checked.image_root)
+    # Pickled, because that is small and every reader gets its own copy.
     DatasetCatalog.register(source.name, partial(pickle.loads, pickle.dumps(records)))
     MetadataCatalog.get(source.name).set(
         evaluator_type="coco",
         json_file=_json_for_evaluation(checked) if source.split == "TEST" else source.json_file,
         image_root=checked.image_root,
         num_images=len(content["images"]),
-        num_crowd_regions=num_regions,
+        num_crowd_regions=len(content["annotations"]) - len(objects),
         images_by_num_objects=dict(Counter(num_objects.values())),
         thing_classes=coco_json.class_names(content),
         thing_dataset_id_to_contiguous_id=coco_json.contiguous_category_ids(content),
@@ -160,38 +163,19 @@ def _register(cfg: CfgNode, source: Source) -> list[str]:
     return [record["file_name"] for record in records]
 
 
-def _report_no_boxes(source: Source, checked: ValidationResult) -> None:
-    """Refuse training data without boxes; warn about such test data."""
-    message = f"{source.json_file}: has no box that is no crowd and has an area inside its image"
-    num_crowd = len(checked.by_kind().get("crowd", []))
-    remedy = suggest_objects(checked.policy["crowd"], num_crowd)
-    if source.split == "TRAIN":
-        raise InputError(f"{message}, so there is nothing to learn{remedy}")
-    if checked.is_labelled:
-        logger.warning("%s, so AP cannot be computed%s", message, remedy)
-
-
-def _log_content(
-    source: Source, checked: ValidationResult, counts: Mapping[int | str, int], num_regions: int
-) -> None:
-    """Log what is used of the data.
-
-    Args:
-        source: the data set.
-        checked: its check.
-        counts: category id -> number of boxes.
-        num_regions: number of ignore regions.
-    """
-    labels = coco_json.contiguous_category_ids(checked.content)
-    names = coco_json.class_names(checked.content)
-    per_class = zip(names, labels, strict=True)
+def _log_content(source: Source, checked: ValidationResult) -> None:
+    """Log what is used of the data."""
+    content, objects = checked.content, checked.objects
+    counts = Counter(annotation["category_id"] for annotation in objects)
+    labels = coco_json.contiguous_category_ids(content)
+    per_class = zip(coco_json.class_names(content), labels, strict=True)
     logger.info(
         "%s: %d images, %d boxes, %d regions to ignore, %d classes (%s) from %s",
         source.name,
-        len(checked.content["images"]),
-        sum(counts.values()),
-        num_regions,
-        len(names),
+        len(content["images"]),
+        len(objects),
+        len(content["annotations"]) - len(objects),
+        len(labels),
         join_some(f"{printable(name)} {counts[category_id]}" for name, category_id in per_class),
         source.json_file,
     )
@@ -206,7 +190,7 @@ def _log_findings(cfg: CfgNode, source: Source, checked: ValidationResult) -> No
         logger.info("%s: %s", source.json_file, note)
     for kind, findings in checked.by_kind().items():
         done = checked.policy[kind]
-        use = "" if done in ("keep", "object") else f", {DONE[done]}"
+        use = "" if done == "keep" else f", {DONE[done]}"
         if kind == "empty_image" and done == "keep" and source.split == "TRAIN":
             filtered = cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS
             use = f", {'left out' if filtered else 'trained on as background'} "
@@ -215,7 +199,7 @@ def _log_findings(cfg: CfgNode, source: Source, checked: ValidationResult) -> No
             logging.WARNING if done == "drop" or KINDS[kind].is_fault else logging.INFO,
             "%s: %s%s: %d: %s",
             source.json_file,
-            checked.describe(kind),
+            KINDS[kind].what,
             use,
             len(findings),
             join_some((finding.message for finding in findings), 3, separator="; "),
@@ -225,12 +209,12 @@ def _log_findings(cfg: CfgNode, source: Source, checked: ValidationResult) -> No
 def _json_for_evaluation(checked: ValidationResult) -> str:
     """Return the annotation file that the evaluation reads: the user's own, or a completed copy.
 
-    The copy holds only what is used. It belongs to this process, which deletes it at its end, so
-    that it cannot be outdated or half written by another process.
+    The copy holds only what is used. It belongs to this process, which deletes it when it exits,
+    because a shared copy could be outdated or half written by another process.
     """
     completed = coco_json.complete_for_evaluation(checked.content)
     if not checked.is_labelled:  # the evaluation looks whether the list exists
-        completed = {key: value for key, value in completed.items() if key != "annotations"}
+        completed.pop("annotations", None)
     if completed == checked.original and coco_json.is_plain_utf8(checked.json_file):
         return checked.json_file
     folder = tempfile.mkdtemp(prefix="retinanet_ext_")
@@ -298,21 +282,6 @@ def compare_classes(classes: Mapping[str, Sequence[str]]) -> str | None:
                     f"({len(found_names)} classes)"
                 )
     return None
-
-
-def describe_shared_images(paths: Mapping[Source, Sequence[str]]) -> list[str]:
-    """Return one sentence for each test set that contains training images.
-
-    Args:
-        paths: data set -> paths of its images.
-    """
-    train = [path for source, group in paths.items() if source.split == "TRAIN" for path in group]
-    lines = (
-        describe_shared_files(train, group, source.name)
-        for source, group in paths.items()
-        if source.split == "TEST"
-    )
-    return [line for line in lines if line]
 
 
 def _check_files_exist(source: Source) -> None:

@@ -2,7 +2,7 @@
 
 Images show a few objects of five classes on textured backgrounds, among clutter of similar shapes,
 sizes and colours. There are hundreds of background anchors per foreground anchor, the imbalance
-that the focal loss is made for (section 3). The classes differ in shape and hue, so that a short
+that the focal loss addresses (section 3). The classes differ in shape and hue, so that a short
 training can learn them.
 """
 
@@ -24,6 +24,7 @@ import numpy as np
 from PIL import Image
 
 from retinanet_ext.errors import InputError
+from retinanet_ext.losses.registry import Interval
 
 GENERATOR_VERSION = 1
 """To be raised with every change of the pictures, so that old and new ones never mix."""
@@ -33,11 +34,6 @@ MAX_OVERLAP = 0.2
 
 MIN_OBJECT_SIZE = 8
 """Pixels; smaller objects of different classes look the same."""
-
-# A larger set would fill a disk or take days to draw.
-MAX_IMAGES = 100_000
-MAX_IMAGE_SIZE = 4096
-MAX_OBJECTS = 1000
 
 _Array = np.ndarray
 _Outline = Callable[[_Array, _Array], _Array]
@@ -91,29 +87,27 @@ class SampleSet:
         Raises:
             InputError: a value is not allowed, or no image could have an object.
         """
-        for key, (low, high) in {
-            "NUM_TRAIN": (1, MAX_IMAGES),
-            "NUM_VAL": (1, MAX_IMAGES),
-            "IMAGE_SIZE": (MIN_OBJECT_SIZE, MAX_IMAGE_SIZE),
-            "NUM_OBJECTS": (0, MAX_OBJECTS),
-            "OBJECT_SIZE": (MIN_OBJECT_SIZE, node["IMAGE_SIZE"]),
-            "NUM_CLUTTER": (0, MAX_OBJECTS),
-            "SEED": (0, 2**32 - 1),
+        for key, allowed in {
+            "NUM_TRAIN": "[1, 100000]",  # a larger set would fill a disk and take days to draw
+            "NUM_VAL": "[1, 100000]",
+            "IMAGE_SIZE": f"[{MIN_OBJECT_SIZE}, 4096]",
+            "NUM_OBJECTS": "[0, 1000]",
+            "OBJECT_SIZE": f"[{MIN_OBJECT_SIZE}, {node['IMAGE_SIZE']}]",
+            "NUM_CLUTTER": "[0, 1000]",
+            "EMPTY_FRACTION": "[0, 1)",
+            "SEED": f"[0, {2**32 - 1}]",
         }.items():
-            value, is_range = node[key], isinstance(node[key], list)
-            numbers = value if is_range else [value]
-            whole = all(type(number) is int and low <= number <= high for number in numbers)
-            if not whole or (is_range and (len(value) != 2 or value[0] > value[1])):
-                what = "two whole numbers [least, most]" if is_range else "a whole number"
-                limits = f"from {low} to {high}" + (" (IMAGE_SIZE)" if key == "OBJECT_SIZE" else "")
-                raise InputError(f"DATASETS.SAMPLE.{key} must be {what} {limits}, got {value!r}")
+            name, value = f"DATASETS.SAMPLE.{key}", node[key]
+            if isinstance(value, list):
+                whole = all(type(number) is int for number in value)
+                if not whole or len(value) != 2 or value[0] > value[1]:
+                    raise InputError(
+                        f"{name} must be two whole numbers [least, most], got {value!r}"
+                    )
+            for number in value if isinstance(value, list) else [value]:
+                Interval(allowed).check(name, number)
         if node["NUM_OBJECTS"][1] == 0:
             raise InputError("DATASETS.SAMPLE.NUM_OBJECTS is [0, 0], so there is nothing to learn")
-        if not 0 <= node["EMPTY_FRACTION"] < 1:
-            raise InputError(
-                "DATASETS.SAMPLE.EMPTY_FRACTION must be a number in [0, 1), got "
-                f"{node['EMPTY_FRACTION']!r}"
-            )
         values = {k.lower(): tuple(v) if isinstance(v, list) else v for k, v in node.items()}
         return cls(**values)
 
@@ -138,12 +132,12 @@ IMBALANCE_DIAL: dict[str, dict[str, Any]] = {
 }
 """Ratio of foreground to background anchors -> keys of ``DATASETS.SAMPLE`` that give about it.
 
-For levels P3 to P7 with the paper's 9 anchors per cell, ``BASE_SCALE`` 2.0, images at their own
-size and ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` False (otherwise the last two are about 1:800).
-Counted over the labels that the detector gives the anchors of all images:
+The ratio holds for levels P3 to P7 with the paper's 9 anchors per cell, ``BASE_SCALE`` 2.0, images
+at their own size and ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` False (otherwise the last two are
+about 1:800). Counted over the labels of all anchors:
 
 ====== ======= ======= =============== ===============
-name   train   val     boxes an image  empty images
+name   train   val     boxes per image empty images
 ====== ======= ======= =============== ===============
 1:30   1:30    1:29    24.9            none
 1:100  1:98    1:98    8.0             none
@@ -152,12 +146,11 @@ name   train   val     boxes an image  empty images
 1:3000 1:3068  1:2887  0.3             73 %
 ====== ======= ======= =============== ===============
 
-Backgrounds, clutter and the sizes of objects are the same on all points, with about 8.6 foreground
-anchors per object. Only the number of objects and the share of empty images change. With them also
-change the number of positives that a detector sees in a given number of iterations, and the
-background per object of the validation set, which costs precision. So compare losses at one
-point; a curve over the points is not the effect of imbalance on training alone. ``NUM_VAL`` differs
-so that every point is evaluated on more than 200 boxes.
+Only the number of objects and the share of empty images differ; each object has about 8.6
+foreground anchors everywhere. The number of positives per iteration and the background per object
+of the validation set, which costs precision, change as well. Compare losses at one point: a curve
+over the points does not show the effect of imbalance on training alone. ``NUM_VAL`` differs so
+that every point is evaluated on more than 200 boxes.
 """
 
 
@@ -225,38 +218,24 @@ def make_sample_set(parameters: SampleSet, root: str | os.PathLike[str]) -> Path
         and ``val`` of their images.
 
     Raises:
-        InputError: the folder cannot be written, or the disk is too small.
+        InputError: the folder cannot be written.
     """
     folder = Path(root) / parameters.folder_name
     if folder.is_dir():
         return folder
-    _check_space(parameters, folder)
     unfinished = folder.with_name(f"{folder.name}.unfinished-{uuid.uuid4().hex}")
     try:
-        try:
-            _write(parameters, unfinished)
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+        _write(parameters, unfinished)
+        unfinished.rename(folder)
     except OSError as error:
-        if not folder.is_dir():
+        if not folder.is_dir():  # otherwise another process was faster
             raise InputError(
                 f"{folder}: the sample set cannot be written: {error.strerror or error}; set the "
                 "environment variable DETECTRON2_DATASETS to a folder that can be"
             ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
-
-
-def _check_space(parameters: SampleSet, folder: Path) -> None:
-    num_pixels = (parameters.num_train + parameters.num_val) * parameters.image_size**2
-    needed = 3 * num_pixels / 1e9  # textures hardly compress
-    free = shutil.disk_usage(next(path for path in folder.parents if path.is_dir())).free / 1e9
-    if needed > free:
-        raise InputError(
-            f"{folder}: the sample set may need {needed:.3g} GB, and {free:.3g} GB are free; lower "
-            "DATASETS.SAMPLE.NUM_TRAIN, NUM_VAL or IMAGE_SIZE, or set the environment variable "
-            "DETECTRON2_DATASETS to a folder with more space"
-        )
 
 
 def _write(parameters: SampleSet, folder: Path) -> None:

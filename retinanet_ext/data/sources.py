@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -83,38 +83,40 @@ def find_sources(cfg: CfgNode, splits: Sequence[str]) -> list[Source]:
         InputError: a name is not registered, half of a pair of ``DATASETS.CUSTOM`` is missing, or
             the box format is unknown.
     """
-    return [source for split in splits for source in _find_sources(cfg, split)]
+    sources = []
+    for split in splits:
+        custom = _find_custom(cfg, split)
+        names = [] if custom else cfg.DATASETS[split]
+        sources += [custom] if custom else [_find_registered(cfg, split, name) for name in names]
+    return sources
 
 
-def _find_sources(cfg: CfgNode, split: str) -> Iterator[Source]:
+def _find_custom(cfg: CfgNode, split: str) -> Source | None:
+    """Return the data set of ``DATASETS.CUSTOM``, or None if none is named."""
     keys = [f"DATASETS.CUSTOM.{split}_{part}" for part in ("JSON", "IMAGES")]
-    values = {key: read_texts(cfg, key) for key in keys}
-    given = [key for key, value in values.items() if value]
-    if len(given) == 1:
-        (missing,) = set(keys) - set(given)
+    json_files, image_roots = (read_texts(cfg, key) for key in keys)
+    if not json_files and not image_roots:
+        return None
+    if not json_files or not image_roots:
+        given, missing = keys if json_files else reversed(keys)
+        paths = join_some(json_files or image_roots)
+        raise InputError(f"{given} is {paths!r}, but {missing} is empty; set both")
+    if len(image_roots) == 1:
+        image_roots *= len(json_files)
+    if len(image_roots) != len(json_files):
         raise InputError(
-            f"{given[0]} is {join_some(values[given[0]])!r}, but {missing} is empty; set both"
+            f"{keys[0]} has {len(json_files)} entries and {keys[1]} {len(image_roots)}; give "
+            "a folder for each file, or one for all"
         )
-    if given:
-        json_files, image_roots = values.values()
-        if len(image_roots) == 1:
-            image_roots *= len(json_files)
-        if len(image_roots) != len(json_files):
-            raise InputError(
-                f"{keys[0]} has {len(json_files)} entries and {keys[1]} {len(image_roots)}; give "
-                "a folder for each file, or one for all"
-            )
-        box_format = cfg.DATASETS.CUSTOM.BOX_FORMAT
-        check_box_format_name(box_format)
-        name, classes = f"custom_{split.lower()}", read_texts(cfg, CLASSES_KEY)
-        yield Source(name, split, json_files, image_roots, True, classes, box_format)
-        return
-    for name in cfg.DATASETS[split]:
-        yield _find_registered(cfg, split, name)
+    box_format = cfg.DATASETS.CUSTOM.BOX_FORMAT
+    check_box_format_name(box_format)
+    classes = read_texts(cfg, CLASSES_KEY)
+    name = f"custom_{split.lower()}"
+    return Source(name, split, json_files, image_roots, True, classes, box_format)
 
 
 def _find_registered(cfg: CfgNode, split: str, name: str) -> Source:
-    """Return the data set of a name, which is the sample set or one in Detectron2's catalog."""
+    """Return the sample set, or a data set of Detectron2's catalog."""
     if name in SAMPLE_SPLITS:
         datasets = os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
         parameters = SampleSet.from_config(cfg.DATASETS.SAMPLE)
@@ -148,6 +150,7 @@ def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> V
             a policy is not allowed. No finding raises an error.
     """
     policy = read_policy(cfg.DATASETS.CHECK)
+    reader = ImageReader.from_config(cfg)
     contents = {
         json_file: read_coco_json(json_file, needs_annotations=source.split == "TRAIN")
         for json_file in source.json_files
@@ -158,11 +161,11 @@ def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> V
         check_file(
             json_file,
             contents[json_file],
+            image_root,
             policy,
-            image_root=image_root,
+            reader=reader,
             box_format=source.box_format,
             classes=source.classes,
-            reader=ImageReader.from_config(cfg),
             folder_key=f"DATASETS.CUSTOM.{source.split}_IMAGES" if is_key else "",
             decode_all=decode_all,
         )
@@ -194,19 +197,20 @@ def _merge(parts: Sequence[ValidationResult], classes: Sequence[str]) -> Validat
     categories: dict[str, dict[str, Any]] = {}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    origins: list[tuple[int, int | str]] = []  # index of the part and id there, of image 1, 2, ...
+    origins: dict[int, tuple[int, str]] = {}  # new image id -> index of its part, name there
     for place, part in enumerate(parts):
-        category_ids = {c["id"]: labels[c["name"]] for c in part.content["categories"]}
-        for category in part.content["categories"]:
+        content = part.content
+        category_ids = {c["id"]: labels[c["name"]] for c in content["categories"]}
+        for category in content["categories"]:
             new = {**category, "id": labels[category["name"]]}
             categories.setdefault(category["name"], new)
         image_ids = {}
-        for image in sorted(part.content["images"], key=lambda image: id_order(image["id"])):
-            origins.append((place, image["id"]))
-            image_ids[image["id"]] = len(origins)
+        for image in sorted(content["images"], key=lambda image: id_order(image["id"])):
+            new_id = image_ids[image["id"]] = len(origins) + 1
+            origins[new_id] = (place, f"{part.json_file} (image id {image['id']})")
             path = os.path.join(part.image_root, image["file_name"])
-            images.append({**image, "id": len(origins), "file_name": path})
-        for number, annotation in enumerate(part.content["annotations"], len(annotations) + 1):
+            images.append({**image, "id": new_id, "file_name": path})
+        for number, annotation in enumerate(content["annotations"], len(annotations) + 1):
             ids = {
                 "id": number,
                 "image_id": image_ids[annotation["image_id"]],
@@ -231,7 +235,7 @@ def _merge(parts: Sequence[ValidationResult], classes: Sequence[str]) -> Validat
         notes=_merge_notes(parts, names),
         original=None,
     )
-    return _merge_same_images(merged, [part.json_file for part in parts], origins)
+    return _merge_same_images(merged, origins)
 
 
 def _merge_notes(parts: Sequence[ValidationResult], names: Sequence[str]) -> list[str]:
@@ -245,19 +249,16 @@ def _merge_notes(parts: Sequence[ValidationResult], names: Sequence[str]) -> lis
 
 
 def _merge_same_images(
-    merged: ValidationResult,
-    json_files: Sequence[str],
-    origins: Sequence[tuple[int, int | str]],
+    merged: ValidationResult, origins: Mapping[int, tuple[int, str]]
 ) -> ValidationResult:
     """Find images that several annotation files list, and merge them if the policy says so."""
     same = [
         group
         for group in find_same_files(merged.content["images"], "")
-        if len({origins[image["id"] - 1][0] for image in group}) > 1
+        if len({origins[image["id"]][0] for image in group}) > 1
     ]
     for group in same:
-        places = (origins[image["id"] - 1] for image in group)
-        listed = join_some(f"{json_files[place]} (image id {own_id})" for place, own_id in places)
+        listed = join_some(origins[image["id"]][1] for image in group)
         message = f"{printable(group[0]['file_name'])} is listed in {listed}"
         merged.add("duplicate_file", message)
     if merged.policy["duplicate_file"] != "merge":

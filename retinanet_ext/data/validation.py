@@ -6,40 +6,23 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter, defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from retinanet_ext.data.annotations import check_annotations
-from retinanet_ext.data.box_format import (
-    check_box_format_name,
-)
+from retinanet_ext.data.annotations import check_annotations, find_duplicate_boxes
+from retinanet_ext.data.box_format import check_box_format_name
 from retinanet_ext.data.class_choice import choose_classes, explain_unused_classes
-from retinanet_ext.data.coco_json import (
-    is_ignore_region,
-    join_some,
-    printable,
-    read_coco_json,
-)
-from retinanet_ext.data.duplicates import find_duplicate_boxes
-from retinanet_ext.data.entries import (
-    entry_name,
-    field_faults,
-    id_of,
-    image_name,
-    leaves_folder,
-)
-from retinanet_ext.data.findings import DEFAULT_POLICY, ValidationResult, read_policy
-from retinanet_ext.data.image_files import check_images
+from retinanet_ext.data.coco_json import is_ignore_region, join_some, printable, read_coco_json
+from retinanet_ext.data.entries import entry_name, field_faults, id_of, image_name, leaves_folder
+from retinanet_ext.data.findings import ValidationResult, read_policy
+from retinanet_ext.data.image_files import Images, check_images, merge_images
 from retinanet_ext.data.images import ImageReader
-from retinanet_ext.data.normalize import (
-    find_crowd_objects,
-    unify_ids,
-)
+from retinanet_ext.data.normalize import find_crowd_objects, unify_ids
 
 _Items = list[dict[str, Any]]
-_Images = dict[int | str, dict[str, Any]]
 
 
 def validate_coco(
@@ -89,35 +72,25 @@ def validate_coco(
         >>> _ = (folder / "instances.json").write_text(json.dumps(content))
         >>> result = validate_coco(str(folder / "instances.json"), str(folder))
         >>> [(finding.kind, finding.annotation_id) for finding in result.findings]
-        [('filled_field', None), ('outside_box', 2)]
+        [('outside_box', 2)]
         >>> result.is_refused, len(result.content["annotations"])
         (False, 1)
     """
-    options = {"image_root": image_root, "box_format": box_format, "reader": reader}
     content = read_coco_json(json_file, needs_annotations=False)
-    policy = read_policy(policy or {})
-    return check_coco(json_file, content, policy, **options, decode_all=decode_all)
-
-
-def check_coco(
-    json_file: str,
-    content: dict[str, Any],
-    policy: Mapping[str, str] = DEFAULT_POLICY,
-    **options: Any,
-) -> ValidationResult:
-    """Check the content of one annotation file: :func:`check_file`, then :func:`check_data_set`."""
-    return check_data_set(check_file(json_file, content, policy, **options))
+    how = {"box_format": box_format, "reader": reader or ImageReader(), "decode_all": decode_all}
+    result = check_file(json_file, content, image_root, read_policy(policy or {}), **how)
+    return check_data_set(result)
 
 
 def check_file(
     json_file: str,
     content: dict[str, Any],
-    policy: Mapping[str, str] = DEFAULT_POLICY,
+    image_root: str,
+    policy: Mapping[str, str],
     *,
-    image_root: str | None = None,
+    reader: ImageReader,
     box_format: str = "xywh",
     classes: Sequence[str] = (),
-    reader: ImageReader | None = None,
     folder_key: str = "",
     decode_all: bool = False,
 ) -> ValidationResult:
@@ -126,11 +99,11 @@ def check_file(
     Args:
         json_file: path of the annotation file, for the messages.
         content: what :func:`~retinanet_ext.data.coco_json.read_coco_json` returns; not modified.
+        image_root: folder of the images.
         policy: kind of finding -> policy.
-        image_root: folder of the images; None leaves the files unchecked.
         classes: names of the classes to use; empty: all.
         folder_key: config key of ``image_root``; a message may suggest another value.
-        box_format, reader, decode_all: as for :func:`validate_coco`.
+        reader, box_format, decode_all: as for :func:`validate_coco`.
 
     Raises:
         InputError: the folder does not exist, or the box format is unknown.
@@ -138,34 +111,33 @@ def check_file(
     check_box_format_name(box_format)
     is_labelled = "annotations" in content
     result = ValidationResult(
-        json_file, policy, image_root=image_root or "", is_labelled=is_labelled, original=content
+        json_file, policy, image_root=image_root, is_labelled=is_labelled, original=content
     )
     content, id_notes = unify_ids({"annotations": [], **content})
-    for note in id_notes:
-        result.add("text_id", printable(note))
     content, left_out = choose_classes(content, classes)
-    result.notes.extend(left_out)
+    result.notes.extend([*id_notes, *left_out])
     if not is_labelled:
         note = "there is no list of annotations: detections are written, AP is not computed"
         result.notes.append(note)
-    lost: set[int | str | None] = set()
-    if image_root is not None:
-        how = {"folder_key": folder_key, "decode_all": decode_all}
-        num_findings = len(result.findings)
-        content = check_images(content, image_root, reader or ImageReader(), result, **how)
-        of_files = result.findings[num_findings:]
-        lost = {f.image_id for f in of_files if policy[f.kind] in ("refuse", "drop")}
     categories = _check_categories(content["categories"], result)
-    images, listed_ids = _check_images(content["images"], lost, result)
-    category_ids = {category["id"] for category in categories}
-    annotations = check_annotations(
-        content["annotations"], images, listed_ids, category_ids, box_format, result
+    images = _check_images(content["images"], result)
+    images, lost, same = check_images(
+        images, image_root, reader, result, folder_key=folder_key, decode_all=decode_all
     )
-    images = {image_id: image for image_id, image in images.items() if image_id not in lost}
+    listed_ids = {id_of(image) for image in content["images"]}
+    content = {**content, "categories": categories, "images": list(images.values())}
+    for first, *others in same:
+        path = printable(os.path.join(image_root, first["file_name"]))
+        ids = join_some(printable(image["id"]) for image in (first, *others))
+        message = f"{path} is listed under {1 + len(others)} image ids: {ids}"
+        result.add("duplicate_file", message)
+    if policy["duplicate_file"] == "merge":
+        content = merge_images(content, same)
+    images = {image["id"]: image for image in content["images"]}
+    annotations = check_annotations(content, images, listed_ids, box_format, result)
     used = {
-        "images": list(images.values()),
-        "categories": categories,
-        "annotations": [a for a in annotations if a["image_id"] in images],
+        "images": [image for image in content["images"] if image["id"] not in lost],
+        "annotations": [a for a in annotations if a["image_id"] not in lost],
     }
     return replace(result, content={**content, **used})
 
@@ -184,8 +156,7 @@ def check_data_set(result: ValidationResult) -> ValidationResult:
         return result  # because the boxes mean something else
     images = {image["id"]: image for image in content["images"]}
     annotations = content["annotations"]
-    crowd_objects = find_crowd_objects(annotations, images, content["categories"])
-    if crowd_objects and policy["crowd"] == "keep":
+    if policy["crowd"] == "keep" and (crowd_objects := find_crowd_objects(content)):
         result.add("crowd_object", crowd_objects)
     again = find_duplicate_boxes(annotations)
     for later, (earlier, iou) in again.items():
@@ -242,28 +213,18 @@ def _check_categories(categories: list[Any], result: ValidationResult) -> _Items
     return usable
 
 
-def _check_images(
-    images: list[Any], lost: Collection[int | str | None], result: ValidationResult
-) -> tuple[_Images, set[int | str | None]]:
-    """Return the usable images by id, and the ids of all images.
-
-    Args:
-        images: the list of the json.
-        lost: ids of images whose file cannot be used, so that their size may be unknown.
-        result: gets the findings.
-    """
+def _check_images(images: list[Any], result: ValidationResult) -> Images:
+    """Return the usable images by id; their width and height may be missing."""
     usable: dict[int | str, _Items] = defaultdict(list)
     malformed = field_faults("images", images)
-    listed_ids = {id_of(image) for image in images} - {None}
     for index, image in enumerate(images):
-        if fault := malformed.get(index):
-            if (image_id := id_of(image)) is None or image_id not in lost:
-                name = entry_name("images", index, image)
-                result.add("malformed_image", f"{name}: {fault}", image_id=image_id)
+        if index in malformed:
+            message = f"{entry_name('images', index, image)}: {malformed[index]}"
+            result.add("malformed_image", message, image_id=id_of(image))
             continue
-        if leaves_folder(image["file_name"]):
+        if leaves_folder(file_name := image["file_name"]):
             name = entry_name("images", index, image)
-            message = f"{name}: file_name {image['file_name']!r} leaves the image folder by '..'"
+            message = f"{name}: file_name {file_name!r} leaves the image folder by '..'"
             if not result.add("file_outside", message, image_id=image["id"]):
                 continue
         usable[image["id"]].append(image)
@@ -274,4 +235,4 @@ def _check_images(
             message = f"image id {printable(image_id)} is used by {names}"
             result.add("duplicate_image_id", message, image_id=image_id)
             del usable[image_id]
-    return {image_id: image for image_id, (image,) in usable.items()}, listed_ids
+    return {image_id: image for image_id, (image,) in usable.items()}

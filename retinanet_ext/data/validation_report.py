@@ -24,18 +24,13 @@ from retinanet_ext.data.anchor_coverage import (
 from retinanet_ext.data.coco_json import (
     class_names,
     id_order,
-    is_ignore_region,
     join_some,
     printable,
     to_dataset_dicts,
 )
-from retinanet_ext.data.findings import DONE, KINDS, ValidationResult, find_remedy, suggest_objects
-from retinanet_ext.data.register import (
-    compare_classes,
-    describe_shared_images,
-    resolve_pixel_range,
-    set_num_classes,
-)
+from retinanet_ext.data.findings import DONE, KINDS, ValidationResult, find_remedy
+from retinanet_ext.data.register import compare_classes, resolve_pixel_range, set_num_classes
+from retinanet_ext.data.shared_files import describe_shared_files
 from retinanet_ext.data.sources import Source, check_source, find_sources
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import to_json, write_file
@@ -94,29 +89,33 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
     cfg = cfg.clone()
     cfg.defrost()
     resolve_pixel_range(cfg, sources)
-    contents, texts = [], []
+    contents, texts, faults = [], [], []
     classes: dict[str, list[str]] = {}
-    paths: dict[Source, list[str]] = {}
+    paths: dict[str, dict[str, list[str]]] = {"TRAIN": {}, "TEST": {}}
     for source in sources:
         checked = _check(cfg, source)
-        names = class_names(checked.content)
-        classes[source.name] = names
+        classes[source.name] = class_names(checked.content)
         records = to_dataset_dicts(checked.content, checked.image_root)
-        paths[source] = [record["file_name"] for record in records]
+        paths[source.split][source.name] = [record["file_name"] for record in records]
         place = {key: getattr(source, key) for key in ("name", "split", "json_file", "image_root")}
         content = {**place, **_describe(checked)}
         text = [_format_data(source, content)]
-        if source.split == "TRAIN" and content["facts"]["boxes"]:
-            found = _measure_anchors(cfg, records, names, search_anchors=search_anchors)
-            content |= found
-            text += [_FORMATS[key](value) for key, value in found.items()]
+        if source.split == "TRAIN":
+            lack = checked.find_lack_of_objects()
+            if lack and not checked.is_refused:
+                faults.append(lack)
+            if not lack:
+                found = _measure_anchors(cfg, records, classes[source.name], search_anchors)
+                content |= found
+                text += [_FORMATS[key](value) for key, value in found.items()]
         contents.append(content)
         texts.append("\n\n".join(text))
 
-    shared = describe_shared_images(paths)
-    texts += shared
-    fault = compare_classes(classes) or _find_fault_of_keys(cfg, classes)
-    conclusion, refused = _conclude(contents, fault)
+    train = [path for group in paths["TRAIN"].values() for path in group]
+    shared = describe_shared_files(train, paths["TEST"])
+    if fault := compare_classes(classes) or _find_fault_of_keys(cfg, classes):
+        faults.append(fault)
+    conclusion, refused = _conclude(contents, faults)
     return Report(
         {
             "format": FORMAT,
@@ -126,13 +125,13 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
             "shared_images": shared,
             "data_sets": contents,
         },
-        "\n\n\n".join([*texts, conclusion]),
+        "\n\n\n".join([*texts, *shared, conclusion]),
         int(refused),
     )
 
 
 def _measure_anchors(
-    cfg: CfgNode, records: list[dict[str, Any]], names: list[str], *, search_anchors: bool
+    cfg: CfgNode, records: list[dict[str, Any]], names: list[str], search_anchors: bool
 ) -> dict[str, Any]:
     """Return the anchor coverage of training data and, on request, better anchors."""
     backbone, grid = build_grid(cfg)
@@ -164,7 +163,7 @@ def _check(cfg: CfgNode, source: Source) -> ValidationResult:
 def _describe(checked: ValidationResult) -> dict[str, Any]:
     """Return the facts about the used data, the notes, and the findings by kind."""
     content = checked.content
-    objects = [a for a in content["annotations"] if not is_ignore_region(a)]
+    objects = checked.objects
     counts = Counter(a["image_id"] for a in objects)
     per_image = [counts[image["id"]] for image in content["images"]]
     sizes = Counter(f"{image['width']} x {image['height']}" for image in content["images"])
@@ -186,7 +185,7 @@ def _describe(checked: ValidationResult) -> dict[str, Any]:
         "findings": [
             {
                 "kind": kind,
-                "what": checked.describe(kind),
+                "what": KINDS[kind].what,
                 "policy": checked.policy[kind],
                 "count": len(findings),
                 "remedy": find_remedy(findings) if checked.policy[kind] == "refuse" else "",
@@ -328,37 +327,25 @@ def _format_suggestion(suggestion: dict[str, Any]) -> str:
 _FORMATS = {"coverage": _format_coverage, "suggestion": _format_suggestion}
 
 
-def _conclude(contents: list[dict[str, Any]], difference: str | None) -> tuple[str, bool]:
-    """Return the last line of the report, and whether training refuses the data."""
+def _conclude(contents: list[dict[str, Any]], faults: list[str]) -> tuple[str, bool]:
+    """Return the last line of the report, and whether training refuses the data.
+
+    Args:
+        contents: the data sets.
+        faults: why training would refuse data whose findings the policy accepts.
+    """
     findings = [found for content in contents for found in content["findings"]]
-    counts = {
-        policy: sum(found["count"] for found in findings if found["policy"] == policy)
-        for policy in DONE
-    }
-    reasons = [f"faults that are refused: {counts['refuse']}"] if counts["refuse"] else []
-    for content in contents:
-        is_refused = any(found["policy"] == "refuse" for found in content["findings"])
-        if content["split"] == "TRAIN" and not content["facts"]["boxes"] and not is_refused:
-            found = {f["kind"]: f for f in content["findings"]}
-            crowd = found.get("crowd", {"policy": "", "count": 0})
-            remedy = suggest_objects(crowd["policy"], crowd["count"])
-            reasons.append(f"{content['name']} has no box to learn from{remedy}")
-    reasons += [difference] if difference else []
-    if reasons:
-        drop: dict[str, None] = {}  # in their order
-        for found in findings:
-            key = KINDS[found["kind"]].key
-            if found["remedy"].startswith(f"{key} drop "):
-                drop[key] = None
-            elif found["remedy"] not in ("", *reasons):
-                reasons.append(found["remedy"])
-        reasons += [f"to leave them out: {' drop '.join(drop)} drop"] if drop else []
-        return f"Training refuses these data: {'; '.join(reasons)}.", True
-    done = [f"{DONE[policy]}: {counts[policy]}" for policy in ("drop", "keep")]
-    done += [
+    counts = Counter[str]()
+    for found in findings:
+        counts[found["policy"]] += found["count"]
+    if counts["refuse"] or faults:
+        reasons = [f"faults that are refused: {counts['refuse']}"] if counts["refuse"] else []
+        remedies = dict.fromkeys(found["remedy"] for found in findings if found["remedy"])
+        return f"Training refuses these data: {'; '.join([*reasons, *faults, *remedies])}.", True
+    done = [
         f"{DONE[policy]}: {counts[policy]}"
-        for policy in ("merge", "mend", "object")
-        if counts[policy]
+        for policy in ("drop", "keep", "merge", "mend", "object")
+        if counts[policy] or policy in ("drop", "keep")
     ]
     return f"Training takes these data; {', '.join(done)}.", False
 

@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
-from retinanet_ext.data.loader import TrainLoader, build_train_loader
+from retinanet_ext.data.loader import TrainLoader
 from retinanet_ext.data.mapper import CheckedDatasetMapper
 from retinanet_ext.data.register import registered_classes
 from retinanet_ext.engine.checkpoint import Checkpointer
@@ -144,7 +144,7 @@ class Trainer(DefaultTrainer):
 
         Another iterable may take its place; a resumed run then begins its images anew.
         """
-        return build_train_loader(cfg, CheckedDatasetMapper(cfg, is_train=True))
+        return TrainLoader(cfg, CheckedDatasetMapper(cfg, is_train=True))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:

@@ -16,6 +16,8 @@ from detectron2.config import CfgNode, get_cfg
 from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.data import SampleSet, make_sample_set
 
+from .eight_images import Eight
+
 BCCD_MINI = Path(__file__).parents[1] / "fixtures" / "bccd_mini"
 
 
@@ -61,6 +63,11 @@ def bccd(tmp_path: Path) -> Bccd:
         json.loads((folder / f"instances_{name}.json").read_text()) for name in ("train_raw", "val")
     )
     return Bccd(folder, train, val)
+
+
+@pytest.fixture
+def eight(tmp_path: Path) -> Eight:
+    return Eight(tmp_path / "mine")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog
@@ -17,10 +18,23 @@ from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from retinanet_ext import add_retinanet_ext_config
-from retinanet_ext.data import prepare_datasets
+from retinanet_ext.data import ValidationResult, prepare_datasets
+from retinanet_ext.data.findings import DEFAULT_POLICY
+from retinanet_ext.data.images import ImageReader
+from retinanet_ext.data.validation import check_data_set, check_file
+from retinanet_ext.engine import load_config
+from retinanet_ext.errors import InputError
 
-WIDTH, HEIGHT = 64, 48
+SMALL = Path(__file__).parents[2] / "configs" / "small_R18_FPN.yaml"
+WIDTH, HEIGHT = 80, 60
 CLASSES = ("cat", "dog")
+# Of the size and at the places that objects have: at the borders too.
+BOXES = [
+    *([2, 3, 24, 20], [50, 5, 28, 18], [10, 35, 22, 24], [55, 38, 24, 20]),
+    *([30, 20, 26, 22], [1, 18, 16, 30], [60, 2, 19, 33], [25, 40, 30, 19]),
+]
+ALL = [(f"a{n}.jpg", [(n % 2, box)]) for n, box in enumerate(BOXES, start=1)]
+"""What is trained on where nothing is at fault."""
 
 
 def picture(seed: int) -> Image.Image:
@@ -39,7 +53,7 @@ class Eight:
         self.content["categories"] = [
             {"id": number, "name": name} for number, name in enumerate(CLASSES, start=1)
         ]
-        for number in range(1, 9):
+        for number, box in enumerate(BOXES, start=1):
             name = names.format(number)
             picture(100 * seed + number).save(self.images / name, format="JPEG")
             self.content["images"].append(
@@ -50,8 +64,8 @@ class Eight:
                     "id": number,
                     "image_id": number,
                     "category_id": 1 + number % 2,
-                    "bbox": [number, 5, 20, 16],
-                    "area": 320,
+                    "bbox": list(map(float, box)),
+                    "area": float(box[2] * box[3]),
                     "iscrowd": 0,
                 }
             )
@@ -77,8 +91,31 @@ class Eight:
         return self
 
     def opts(self, split: str = "TRAIN") -> list[str]:
+        """Write the json, and return the keys that name it."""
+        if not self.json.exists() or json.loads(self.json.read_bytes()) != self.content:
+            self.write()
         key = f"DATASETS.CUSTOM.{split}"
         return [f"{key}_JSON", str(self.json), f"{key}_IMAGES", str(self.images)]
+
+    def check(self, box_format: str = "xywh", **policy: str) -> ValidationResult:
+        return check(self.content, self.images, box_format, **policy)
+
+    def messages(self, *args: str, **policy: str) -> dict[str, list[str]]:
+        """Check the data and return kind of finding -> messages."""
+        found = self.check(*args, **policy).by_kind()
+        return {kind: [finding.message for finding in group] for kind, group in found.items()}
+
+
+def check(
+    content: dict[str, Any], image_root: Path, box_format: str = "xywh", **policy: str
+) -> ValidationResult:
+    """Check the content of a json, which stays as it is."""
+    before = copy.deepcopy(content)
+    policy = {**DEFAULT_POLICY, **policy}
+    options = {"reader": ImageReader(), "box_format": box_format}
+    checked = check_data_set(check_file("mine.json", content, str(image_root), policy, **options))
+    assert str(content) == str(before)  # NaN is not equal to itself
+    return checked
 
 
 def config(*opts: Any) -> CfgNode:
@@ -88,6 +125,11 @@ def config(*opts: Any) -> CfgNode:
     return cfg
 
 
+def small(*opts: Any) -> CfgNode:
+    """Return the config of the small detector."""
+    return load_config(str(SMALL), [str(opt) for opt in opts])
+
+
 def prepare(*opts: Any, eval_only: bool = False) -> CfgNode:
     """Check and register the data that keys name."""
     cfg = config(*opts)
@@ -95,8 +137,16 @@ def prepare(*opts: Any, eval_only: bool = False) -> CfgNode:
     return cfg
 
 
+def refusal(*opts: Any) -> str:
+    """Return the one line by which training refuses data."""
+    with pytest.raises(InputError) as error:
+        prepare(*opts)
+    assert len(str(error.value).splitlines()) == 1
+    return str(error.value)
+
+
 def trained_on(name: str = "custom_train") -> list[tuple[str, list[tuple[int, list[float]]]]]:
-    """Return of each image the file and its boxes with their classes, and see that it is there."""
+    """Return the file of each image and its boxes with their classes, and see that it is there."""
     records = DatasetCatalog.get(name)
     assert all((record["width"], record["height"]) == (WIDTH, HEIGHT) for record in records)
     assert all(Path(record["file_name"]).is_file() for record in records)
@@ -123,7 +173,3 @@ def perfect_ap(folder: Path, name: str = "custom_test") -> float:
         )
         evaluator.process([record], [{"instances": instances}])
     return evaluator.evaluate()["bbox"]["AP"]
-
-
-ALL = [(f"a{n}.jpg", [(n % 2, [float(n), 5.0, 20.0, 16.0])]) for n in range(1, 9)]
-"""What is trained on where nothing is at fault."""

@@ -14,41 +14,29 @@ from PIL import Image
 
 from retinanet_ext.data import image_files
 from retinanet_ext.data.file_names import MisnamedFiles
-from retinanet_ext.data.validation import check_coco
 from retinanet_ext.data.validation_report import check_data
-from retinanet_ext.engine import load_config
-from retinanet_ext.errors import InputError
 
-from .eight_images import ALL, HEIGHT, WIDTH, Eight, picture, prepare, trained_on
+from .eight_images import (
+    ALL,
+    HEIGHT,
+    WIDTH,
+    Eight,
+    picture,
+    prepare,
+    refusal,
+    small,
+    trained_on,
+)
 
-SMALL = Path(__file__).parents[2] / "configs" / "small_R18_FPN.yaml"
 MEND = ("DATASETS.CHECK.MISNAMED_FILE", "mend")
 MERGE = ("DATASETS.CHECK.DUPLICATE_FILE", "merge")
-
-
-@pytest.fixture
-def eight(tmp_path: Path) -> Eight:
-    return Eight(tmp_path / "mine")
-
-
-def refusal(*opts: str) -> str:
-    with pytest.raises(InputError) as error:
-        prepare(*opts)
-    assert len(str(error.value).splitlines()) == 1
-    return str(error.value)
-
-
-def entry_per_box(eight: Eight) -> None:
-    """One file under eight image ids, one box each."""
-    for image in eight.content["images"]:
-        image["file_name"] = "a1.jpg"
 
 
 def test_file_under_several_ids_is_refused_or_merged(
     eight: Eight, log: pytest.LogCaptureFixture
 ) -> None:
-    entry_per_box(eight)
-    opts = eight.write().opts()
+    eight.rename(lambda name: "a1.jpg")
+    opts = eight.opts()
     message = refusal(*opts)
     path = eight.images / "a1.jpg"
     assert f"{path} is listed under 8 image ids: 1, 2, 3, 4, 5, 6, 7, 8" in message
@@ -61,7 +49,7 @@ def test_file_under_several_ids_is_refused_or_merged(
     assert trained_on() == [("a1.jpg", boxes) for _, boxes in ALL]
 
 
-@pytest.mark.parametrize("case", ["./", "x/..//", "absolute", "link", "link to the folder"])
+@pytest.mark.parametrize("case", ["x/..//", "absolute", "link", "link to the folder"])
 def test_same_file_is_told_by_its_place(case: str, eight: Eight) -> None:
     second = eight.content["images"][1]
     opts: tuple[str, ...] = ()
@@ -77,7 +65,7 @@ def test_same_file_is_told_by_its_place(case: str, eight: Eight) -> None:
         (eight.images / "x").mkdir()
         second["file_name"] = f"{case}a1.jpg"
         opts = ("DATASETS.CHECK.FILE_OUTSIDE", "keep") if ".." in case else ()
-    opts = (*eight.write().opts(), *opts)
+    opts = (*eight.opts(), *opts)
     assert "a1.jpg is listed under 2 image ids: 1, 2" in refusal(*opts)
     prepare(*opts, *MERGE)
     assert trained_on() == [("a1.jpg", ALL[0][1] + ALL[1][1]), *ALL[2:]]
@@ -86,7 +74,7 @@ def test_same_file_is_told_by_its_place(case: str, eight: Eight) -> None:
 def test_files_that_differ_by_case_alone_are_two(eight: Eight) -> None:
     picture(9).save(eight.images / "A1.jpg")
     eight.content["images"][1]["file_name"] = "A1.jpg"
-    prepare(*eight.write().opts())
+    prepare(*eight.opts())
     assert [name for name, _ in trained_on()][:2] == ["a1.jpg", "A1.jpg"]
 
 
@@ -104,11 +92,10 @@ def test_test_images_that_are_training_images_are_counted(
         for folder, fill in ((eight.images, b"\0"), (test.images, b"\1")):
             for file in folder.iterdir():
                 file.write_bytes(file.read_bytes().ljust(200_000, b"\0") + 100 * fill)
-    opts = [*eight.write().opts(), *test.write().opts("TEST")]
+    opts = [*eight.opts(), *test.opts("TEST")]
     prepare(*opts)
     lines = list({line for line in log.messages if "are training images too" in line})
-    cfg = load_config(str(SMALL), opts)
-    report = check_data(cfg)
+    report = check_data(small(*opts))
     assert report.content["shared_images"] == lines and report.exit_code == 0
     if case in ("others", "same size"):
         assert not lines
@@ -122,16 +109,15 @@ def test_test_images_that_are_training_images_are_counted(
     )
 
 
-def test_absolute_paths_are_used_as_they_stand(eight: Eight, tmp_path: Path) -> None:
-    eight.rename(lambda name: str(eight.images / name))
+def test_absolute_paths_are_used_and_paths_upwards_on_request_alone(
+    eight: Eight, tmp_path: Path
+) -> None:
     (tmp_path / "elsewhere").mkdir()
-    prepare(*eight.write().opts(), "DATASETS.CUSTOM.TRAIN_IMAGES", str(tmp_path / "elsewhere"))
+    eight.rename(lambda name: str(eight.images / name))
+    prepare(*eight.opts(), "DATASETS.CUSTOM.TRAIN_IMAGES", str(tmp_path / "elsewhere"))
     assert trained_on() == ALL
-
-
-def test_paths_upwards_are_taken_on_request_alone(eight: Eight) -> None:
-    eight.rename(lambda name: f"../images/{name}")
-    opts = eight.write().opts()
+    eight.rename(lambda name: f"../images/{Path(name).name}")
+    opts = eight.opts()
     assert "(DATASETS.CHECK.FILE_OUTSIDE keep takes such files)" in refusal(*opts)
     prepare(*opts, "DATASETS.CHECK.FILE_OUTSIDE", "keep")
     assert trained_on() == ALL
@@ -147,14 +133,9 @@ SPELLINGS: dict[str, tuple[Callable[[str], str], str]] = {
     "extension": (lambda name: f"x/{name.upper()}", "upper and lower case differ"),
     "folder": (lambda name: f"X/{name}", "upper and lower case differ"),
     "space after": (lambda name: f"x/{name} ", "there are spaces at an end"),
-    "space before": (lambda name: f" x/{name}", "there are spaces at an end"),
     "percent": (lambda name: f"x%2F{name}", "file names are percent-encoded"),
     "URL": (
         lambda name: f"https://host/x/{name}?raw=1",
-        "file names are URLs and files are in another folder",
-    ),
-    "file URL": (
-        lambda name: f"file:///home/me/x/{name}",
         "file names are URLs and files are in another folder",
     ),
     "absolute": (lambda name: f"/home/me/data/x/{name}", "files are in another folder"),
@@ -175,18 +156,15 @@ def test_missing_file_names_what_is_there(
     if place:
         eight.move_into("x")
     eight.rename(spell)
-    before = str(eight.content)
-    opts = eight.write().opts()
+    opts = eight.opts()
     message = refusal(*opts)
     assert message.startswith(f"{eight.json}: 8 image files that are there under another name: ")
     assert f"(image id 1) is missing: {reason}; `{place}a1.jpg` is there; " in message
-    remedy = "DATASETS.CHECK.MISNAMED_FILE mend takes the files that are there"
-    assert f"and 5 more (the reason for all: {reason}; {remedy})" in message
+    assert "and 5 more (DATASETS.CHECK.MISNAMED_FILE mend takes the files that" in message
 
     prepare(*opts, *MEND)
     assert trained_on() == ALL
     assert any("under another name, mended: 8: " in line for line in log.messages)
-    assert str(eight.content) == before
 
 
 @pytest.mark.parametrize("form", ["NFC", "NFD"])
@@ -194,14 +172,14 @@ def test_other_unicode_normal_form(form: str, tmp_path: Path) -> None:
     other = {"NFC": "NFD", "NFD": "NFC"}[form]
     eight = Eight(tmp_path / "mine", unicodedata.normalize(form, "ä{}.jpg"))
     eight.rename(lambda name: unicodedata.normalize(other, name))
-    opts = eight.write().opts()
+    opts = eight.opts()
     assert "is missing: the Unicode normal form differs; `" in refusal(*opts)
     prepare(*opts, *MEND)
     names = [unicodedata.normalize("NFC", name) for name, _ in trained_on()]
     assert names == [f"ä{n}.jpg" for n in range(1, 9)]
 
 
-@pytest.mark.parametrize("case", ["doubled", "twice", "below"])
+@pytest.mark.parametrize("case", ["doubled", "twice doubled", "below"])
 def test_better_image_folder_is_named(case: str, eight: Eight) -> None:
     if case == "below":
         eight.move_into("x")
@@ -212,10 +190,10 @@ def test_better_image_folder_is_named(case: str, eight: Eight) -> None:
     else:
         eight.rename(lambda name: f"mine/images/{name}")
         reason, folder = "`mine/images/` is doubled", eight.folder.parent
-    opts = eight.write().opts()
+    opts = eight.opts()
     message = refusal(*opts)
     key = "DATASETS.CUSTOM.TRAIN_IMAGES"
-    assert f"(the reason for all: {reason}; {key} {folder} finds them)" in message
+    assert f"is missing: {reason}; `" in message and f"({key} {folder} finds them)" in message
     prepare(*opts, key, str(folder))
     assert trained_on() == ALL
     prepare(*opts, *MEND)
@@ -223,22 +201,17 @@ def test_better_image_folder_is_named(case: str, eight: Eight) -> None:
     # Not all are found there: a file of the folder itself is among them.
     picture(9).save(eight.images / "own.jpg")
     eight.content["images"][0]["file_name"] = "own.jpg"
-    message = refusal(*eight.write().opts())
+    message = refusal(*eight.opts())
     assert key not in message and "MISNAMED_FILE mend takes the files" in message
 
 
 def test_what_may_be_meant_twice_is_not_guessed(eight: Eight) -> None:
     picture(9).save(eight.images / "A1.JPG")
     eight.content["images"][0]["file_name"] = "A1.jpg"
-    message = refusal(*eight.write().opts(), *MEND)
+    message = refusal(*eight.opts(), *MEND)
     assert "A1.jpg (image id 1) is missing: `" in message
     assert "are there, and which is meant cannot be known" in message
     assert "(DATASETS.CHECK.MISSING_IMAGE drop leaves it out)" in message
-
-
-def test_two_names_of_one_file_are_told_once_mended(eight: Eight) -> None:
-    eight.content["images"][1]["file_name"] = "A1.JPG"
-    assert "listed under 2 image ids: 1, 2" in refusal(*eight.write().opts(), *MEND)
 
 
 @pytest.mark.parametrize(
@@ -256,16 +229,10 @@ def test_what_is_nowhere_stays_missing(name: str, expected: str, eight: Eight) -
     (eight.images / "link.jpg").symlink_to("/none/a.jpg")
     (eight.images / "folder").mkdir()
     eight.content["images"][0]["file_name"] = name
-    opts = eight.write().opts()
+    opts = eight.opts()
     assert expected in refusal(*opts, *MEND)
     kind = "FILE_OUTSIDE" if ".." in name else "MISSING_IMAGE"
     prepare(*opts, f"DATASETS.CHECK.{kind}", "drop")
-    assert trained_on() == ALL[1:]
-
-
-def test_misnamed_files_are_left_out_on_request(eight: Eight) -> None:
-    eight.content["images"][0]["file_name"] = "A1.JPG"
-    prepare(*eight.write().opts(), "DATASETS.CHECK.MISNAMED_FILE", "drop")
     assert trained_on() == ALL[1:]
 
 
@@ -306,13 +273,12 @@ def test_size_that_is_left_out_is_the_files(
             image.update(width=None, height=None)
         for field in absent or ():
             del image[field]
-    opts = eight.write().opts()
+    opts = eight.opts()
     prepare(*opts, *eight.opts("TEST"))
     assert trained_on() == trained_on("custom_test") == ALL
     (line,) = {line for line in log.messages if line.startswith(f"{eight.json}: images without")}
     assert line.endswith(f"files: 8, such as a1.jpg (image id 1) of {WIDTH} x {HEIGHT}")
-    cfg = load_config(str(SMALL), opts)
-    report = check_data(cfg)
+    report = check_data(small(*opts))
     assert f"note  {report.content['data_sets'][0]['notes'][0]}\nNothing is wrong" in report.text
 
 
@@ -322,10 +288,9 @@ def test_size_of_a_file_that_is_no_image_is_not_asked_for(eight: Eight) -> None:
         del image["width"], image["height"]
     (eight.images / "a1.jpg").unlink()
     (eight.images / "a2.jpg").write_bytes(b"<html>")
-    checked = check_coco("mine.json", eight.content, image_root=str(eight.images))
-    assert [f.kind for f in checked.findings][:2] == ["missing_image", "unreadable_image"]
+    assert list(eight.messages()) == ["missing_image", "unreadable_image"]
     drop = [f"DATASETS.CHECK.{kind}" for kind in ("MISSING_IMAGE", "UNREADABLE_IMAGE")]
-    prepare(*eight.write().opts(), drop[0], "drop", drop[1], "drop")
+    prepare(*eight.opts(), drop[0], "drop", drop[1], "drop")
     assert trained_on() == ALL[2:]
 
 
@@ -333,7 +298,7 @@ def test_half_a_size_is_compared(eight: Eight) -> None:
     image = eight.content["images"][0]
     image["width"] += 1
     del image["height"]
-    message = refusal(*eight.write().opts())
+    message = refusal(*eight.opts())
     assert f"it has {WIDTH} x {HEIGHT} pixels when upright, not {WIDTH + 1} x {HEIGHT}" in message
 
 
@@ -344,5 +309,5 @@ def test_links_and_copies_are_images_of_their_own(eight: Eight) -> None:
     eight.images.mkdir()
     for file in store.iterdir():
         os.symlink(file, eight.images / file.name)
-    prepare(*eight.write().opts())
+    prepare(*eight.opts())
     assert trained_on() == ALL

@@ -27,7 +27,7 @@ from retinanet_ext.data.images import (
     parse_pixel_range,
 )
 from retinanet_ext.data.validation_report import check_data
-from retinanet_ext.engine.config_load import load_config
+from retinanet_ext.engine import load_config
 from retinanet_ext.errors import InputError
 
 from .conftest import BCCD_MINI, Bccd
@@ -107,7 +107,7 @@ def test_deeper_images_are_those_of_8_bits_once_scaled(name: str, tmp_path: Path
         with Image.open(tmp_path / name) as image:
             assert bit_depth(image) == 16
     else:
-        _, kind, what, *_ = inspect_image(path, ImageReader(), decode=True)
+        _, kind, what = inspect_image(path, ImageReader(), decode=True)
         assert kind == "unreadable_image" and "INPUT.PIXEL_RANGE" in what and " here " in what
     white = 65535 // 2 if "signed" in name else 65535
     if "colour" in name:
@@ -134,12 +134,8 @@ def test_a_range_is_scaled_and_clipped(tmp_path: Path) -> None:
         ("percentiles", ["percentiles"]),
         ("[0, 4095]", [0, 4095]),
         ("-0.5,2.5", [-0.5, 2.5]),
-        (["auto"], ["auto"]),
         ("[4095, 0]", None),
-        ("[0, 1, 2]", None),
         ("dark", None),
-        ("7", "list"),
-        ("[0, True]", None),
     ],
 )
 def test_the_key_on_the_command_line(given: Any, expected: Any) -> None:
@@ -147,7 +143,7 @@ def test_the_key_on_the_command_line(given: Any, expected: Any) -> None:
         cfg = load_config("configs/quickstart.yaml", ["INPUT.PIXEL_RANGE", given])
         parse_pixel_range(cfg.INPUT.PIXEL_RANGE)
     except InputError as error:
-        assert expected in (None, "list") and "INPUT.PIXEL_RANGE" in str(error)
+        assert expected is None and "INPUT.PIXEL_RANGE" in str(error)
     else:
         assert expected == cfg.INPUT.PIXEL_RANGE
 
@@ -179,10 +175,6 @@ def small(bccd: Bccd) -> CfgNode:
     return bccd.use(load_config("configs/small_R18_FPN.yaml"))
 
 
-def prepare(cfg: CfgNode, *, eval_only: bool = False) -> None:
-    prepare_datasets(cfg, eval_only=eval_only)
-
-
 def test_percentiles_become_two_numbers_of_the_training_images(
     bccd: Bccd, log: pytest.LogCaptureFixture
 ) -> None:
@@ -191,15 +183,15 @@ def test_percentiles_become_two_numbers_of_the_training_images(
     cfg.INPUT.PIXEL_RANGE = ["percentiles"]
     before = cfg.clone()
     with pytest.raises(InputError, match=r"PIXEL_RANGE percentiles .* config\.yaml of that run"):
-        prepare(cfg.clone(), eval_only=True)
+        prepare_datasets(cfg.clone(), eval_only=True)
     assert check_data(cfg).exit_code == 0
     assert cfg == before
-    prepare(cfg)
+    prepare_datasets(cfg, eval_only=False)
     files = [bccd.images / image["file_name"] for image in bccd.train["images"]]
     values = np.concatenate([np.asarray(Image.open(file)).ravel() for file in files])
     assert pytest.approx(np.percentile(values, [0.1, 99.9]), abs=16) == cfg.INPUT.PIXEL_RANGE
     assert str(cfg.INPUT.PIXEL_RANGE) in log.text
-    prepare(cfg, eval_only=True)
+    prepare_datasets(cfg, eval_only=True)
     image = CheckedDatasetMapper(cfg, is_train=False)({"file_name": str(files[0])})["image"]
     assert image.min() < 20 and image.max() > 200
 
@@ -259,7 +251,7 @@ def test_findings_about_images_are_kept_with_a_warning(
     monkeypatch.setattr("retinanet_ext.data.image_files.MAX_DECODED_IMAGES", max_decoded)
     bccd.train["images"][0]["file_name"] = "found.tif"
     write(bccd.images / "found.tif")
-    prepare(bccd.use(cfg))
+    prepare_datasets(bccd.use(cfg), eval_only=False)
     warnings = {r.getMessage() for r in log.records if r.levelno == logging.WARNING}
     found = [line for line in warnings if f"{KINDS[kind].what}: 1: " in line]
     if max_decoded == 2 and kind == "constant_image":
@@ -268,11 +260,11 @@ def test_findings_about_images_are_kept_with_a_warning(
     (line,) = found
     assert "found.tif (image id 80)" in line and re.search(message, line)
     cfg.DATASETS.CHECK[kind.upper()] = "drop"
-    prepare(cfg)
+    prepare_datasets(cfg, eval_only=False)
     assert len(DatasetCatalog.get("custom_train")) == 2
     cfg.DATASETS.CHECK[kind.upper()] = "refuse"
     with pytest.raises(InputError, match=rf"found\.tif .*{KINDS[kind].key} drop"):
-        prepare(cfg)
+        prepare_datasets(cfg, eval_only=False)
 
 
 @pytest.mark.parametrize("max_decoded", [1000, 2], ids=["decoded", "headers"])
@@ -282,15 +274,16 @@ def test_images_without_a_range_or_too_large_are_refused_before_training(
     monkeypatch.setattr("retinanet_ext.data.image_files.MAX_DECODED_IMAGES", max_decoded)
     cfg.INPUT.MAX_PIXELS = 640 * 480 - 1
     with pytest.raises(InputError, match=r"^\S+: 3 image files .*INPUT\.MAX_PIXELS allows 307,199"):
-        prepare(bccd.use(cfg))
+        prepare_datasets(bccd.use(cfg), eval_only=False)
     cfg.INPUT.MAX_PIXELS += 1
     bccd.train["images"][0]["file_name"] = "float.tif"
     Image.fromarray(np.ones((480, 640), np.float32)).save(bccd.images / "float.tif")
-    with pytest.raises(InputError, match=r"float\.tif \(image id 80\): .* floats, here 1 to 1"):
-        prepare(bccd.use(cfg))
-    assert "INPUT.PIXEL_RANGE percentiles measures" in check_data(small(bccd)).content["conclusion"]
+    with pytest.raises(
+        InputError, match=r"float\.tif \(image id 80\): .* floats, here 1 to 1.*percentiles, which"
+    ):
+        prepare_datasets(bccd.use(cfg), eval_only=False)
     cfg.INPUT.PIXEL_RANGE = [0, 2]
-    prepare(cfg)
+    prepare_datasets(cfg, eval_only=False)
 
 
 def test_a_limit_in_pixels_is_the_keys_alone(
@@ -308,7 +301,7 @@ def test_a_limit_in_pixels_is_the_keys_alone(
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         assert not inspect_image(path, ImageReader(max_pixels=64 * 48), decode=True).kind
         reader = ImageReader(max_pixels=64 * 48 - 1)
-        _, kind, what, *_ = inspect_image(path, reader, decode=True)
+        _, kind, what = inspect_image(path, reader, decode=True)
         assert kind == "unreadable_image"
         assert what == (
             "it has 64 x 48 = 3,072 pixels, which take 0 MB of memory, and INPUT.MAX_PIXELS "
@@ -340,49 +333,19 @@ def test_a_tiff_is_turned_once(sizes: bool, bccd: Bccd, cfg: CfgNode, tmp_path: 
     entry |= {"file_name": "turned.tif", "width": 480, "height": 640}
     if not sizes:
         del entry["width"], entry["height"]
-    prepare(bccd.use(cfg))
+    prepare_datasets(bccd.use(cfg), eval_only=False)
     record = DatasetCatalog.get("custom_train")[0]
     assert (record["width"], record["height"]) == (480, 640)
     CheckedDatasetMapper(cfg, is_train=True)(record)
 
 
-def test_what_is_read_with_an_obvious_meaning_is_told(
-    bccd: Bccd, cfg: CfgNode, log: pytest.LogCaptureFixture
-) -> None:
-    """Of a name that says another format, of transparency, and of several depths in one set."""
-    first, second, third = bccd.train["images"]
-    (bccd.images / first["file_name"]).rename(bccd.images / "photo.png")
-    first["file_name"] = "photo.png"
-    clear = Image.open(PHOTOS[0]).convert("P", palette=Image.Palette.ADAPTIVE)
-    clear.save(bccd.images / "clear.png", transparency=b"\x00" * 9)
-    second["file_name"] = "clear.png"
-    third["file_name"] = "deep.png"
-    levels = np.linspace(0, 65535, 480 * 640).reshape(480, 640).astype(np.uint16)
-    Image.fromarray(levels).save(bccd.images / "deep.png")
-    prepare(bccd.use(cfg))
-    lines = [line.partition(": ")[2] for line in log.messages]
-    what = "files of another format than their names say, read as what they are"
-    assert f"{what}: 1, such as photo.png (JPEG)" in lines
-    assert "images with transparency, which is left out: 1, such as clear.png" in lines
-    what = "images have several depths, each is scaled by its own"
-    assert any(
-        line.startswith(f"{what}: 8 bits (") and line.endswith("16 bits (deep.png)")
-        for line in lines
-    )
-
-
 def test_percentiles_are_measured_on_files_under_other_names(bccd: Bccd, cfg: CfgNode) -> None:
-    levels = np.linspace(1000, 5000, 480 * 640).reshape(480, 640).astype(np.uint16)
+    deepen(bccd, lambda grey: np.linspace(1000, 5000, grey.size).reshape(grey.shape).astype("u2"))
     for image in bccd.train["images"]:
-        (bccd.images / image["file_name"]).unlink()
-        image["file_name"] = image["file_name"].replace(".jpg", ".png")
-        Image.fromarray(levels).save(bccd.images / image["file_name"])
         image["file_name"] = image["file_name"].upper()
-    cfg.INPUT.PIXEL_RANGE = ["percentiles"]
-    cfg.DATASETS.CHECK.MISNAMED_FILE = "mend"
-    prepare(bccd.use(cfg))
-    assert [pytest.approx(1004, abs=5), pytest.approx(4996, abs=5)] == cfg.INPUT.PIXEL_RANGE
-    cfg.INPUT.PIXEL_RANGE = ["percentiles"]
-    cfg.DATASETS.CHECK.MISNAMED_FILE = "refuse"
+    bccd.use(cfg).INPUT.PIXEL_RANGE = ["percentiles"]
     with pytest.raises(InputError, match="percentiles: none of the 3 training images is there"):
-        prepare(bccd.use(cfg))
+        prepare_datasets(cfg, eval_only=False)
+    cfg.DATASETS.CHECK.MISNAMED_FILE = "mend"
+    prepare_datasets(cfg, eval_only=False)
+    assert [pytest.approx(1004, abs=5), pytest.approx(4996, abs=5)] == cfg.INPUT.PIXEL_RANGE

@@ -18,15 +18,9 @@ from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine import load_config
 from retinanet_ext.errors import InputError
 
-from .eight_images import ALL, Eight, config, perfect_ap, prepare, trained_on
+from .eight_images import ALL, BOXES, SMALL, Eight, config, perfect_ap, prepare, small, trained_on
 
-SMALL = Path(__file__).parents[2] / "configs" / "small_R18_FPN.yaml"
 CUSTOM = "DATASETS.CUSTOM."
-
-
-@pytest.fixture
-def eight(tmp_path: Path) -> Eight:
-    return Eight(tmp_path / "mine")
 
 
 @pytest.fixture
@@ -37,7 +31,7 @@ def other(tmp_path: Path) -> Eight:
     return other
 
 
-OF_OTHER = [(f"b{n}.jpg", [(1 + n % 2, [float(n), 5.0, 20.0, 16.0])]) for n in range(1, 9)]
+OF_OTHER = [(f"b{n}.jpg", [(1 + n % 2, box)]) for n, box in enumerate(BOXES, start=1)]
 """What is trained on of the other: dog is class 1, cow class 2."""
 
 
@@ -60,12 +54,13 @@ def use(*opts: Any, eval_only: bool = False) -> CfgNode:
     return cfg
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-16-le"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 def test_json_with_a_byte_order_mark(encoding: str, eight: Eight, tmp_path: Path) -> None:
     """As Windows' tools write it; the evaluation, whose reader refuses it, gets a copy."""
     eight.content["categories"][0]["name"] = "猫"
+    opts = [*eight.opts(), *eight.opts("TEST")]
     eight.write(encoding)
-    cfg = prepare(*eight.opts(), *eight.opts("TEST"))
+    cfg = prepare(*opts)
     assert cfg.MODEL.RETINANET.NUM_CLASSES == 2
     assert MetadataCatalog.get("custom_train").thing_classes == ["猫", "dog"]
     assert trained_on() == ALL
@@ -102,18 +97,12 @@ def test_one_folder_for_all_files(eight: Eight, tmp_path: Path) -> None:
     assert trained_on() == ALL
 
 
-@pytest.mark.parametrize("images", [["a", "b", "c"], ["a", "b"]])
-def test_lists_of_other_lengths_are_refused(images: list[str], eight: Eight, other: Eight) -> None:
-    json_files = [str(eight.json), str(other.json)] if len(images) == 3 else str(eight.json)
-    expected = rf"TRAIN_JSON has [12] entries and .*TRAIN_IMAGES {len(images)}; give a folder for"
+def test_lists_that_cannot_be_used_are_refused(eight: Eight) -> None:
+    expected = r"TRAIN_JSON has 1 entries and .*TRAIN_IMAGES 2; give a folder for"
     with pytest.raises(InputError, match=expected):
-        use(f"{CUSTOM}TRAIN_JSON", json_files, f"{CUSTOM}TRAIN_IMAGES", images)
-
-
-@pytest.mark.parametrize("value", [["a.json", ""], ["a.json", 7]])
-def test_lists_of_something_else_are_refused(value: list[Any]) -> None:
+        use(f"{CUSTOM}TRAIN_JSON", str(eight.json), f"{CUSTOM}TRAIN_IMAGES", ["a", "b"])
     with pytest.raises(InputError, match=r"CUSTOM\.TRAIN_JSON takes texts that are not empty"):
-        use(f"{CUSTOM}TRAIN_JSON", value, f"{CUSTOM}TRAIN_IMAGES", "images")
+        use(f"{CUSTOM}TRAIN_JSON", ["a.json", 7], f"{CUSTOM}TRAIN_IMAGES", "images")
 
 
 def test_faults_name_their_file(eight: Eight, other: Eight) -> None:
@@ -124,9 +113,7 @@ def test_faults_name_their_file(eight: Eight, other: Eight) -> None:
         use(*opts)
     missing = f"{other.images}/none.jpg (image id 1) is missing"
     assert str(error.value).startswith(f"{eight.json}, {other.json}: {other.json}: {missing}")
-    opts = [f"[{', '.join(item)}]" if isinstance(item, list) else item for item in opts]
-    cfg = load_config(str(SMALL), opts)
-    text = check_data(cfg).text
+    text = check_data(small(*opts)).text
     assert f"{other.json}: {missing}" in text
     assert f"{other.json}: annotation 3 of image 3 (b3.jpg): bbox is [1, 2, 3]" in text
 
@@ -173,7 +160,7 @@ def test_chosen_classes_alone_are_trained_in_their_order(
     eight.content["annotations"][0]["bbox"] = [1, 2, 3]  # of a dog
     for annotation in eight.content["annotations"]:
         annotation["category_id"] = {1: 70, 2: 2}[annotation["category_id"]]
-    opts = [*eight.write().opts(), *eight.opts("TEST"), "DATASETS.CHECK.MALFORMED_BOX", "drop"]
+    opts = [*eight.opts(), *eight.opts("TEST"), "DATASETS.CHECK.MALFORMED_BOX", "drop"]
     node = use(*opts, f"{CUSTOM}CLASSES", chosen).MODEL.RETINANET
     assert node["NUM_CLASSES"] == len(chosen)
     for split in ("custom_train", "custom_test"):
@@ -198,7 +185,7 @@ def test_chosen_classes_of_several_files(eight: Eight, other: Eight) -> None:
 def test_class_lists_in_another_order_agree_by_choice(eight: Eight, tmp_path: Path) -> None:
     test = Eight(tmp_path / "test", seed=1)
     test.content["categories"][0]["name"], test.content["categories"][1]["name"] = "dog", "cat"
-    opts = [*eight.write().opts(), *test.write().opts("TEST")]
+    opts = [*eight.opts(), *test.opts("TEST")]
     with pytest.raises(InputError, match="must have the same classes in the same order"):
         use(*opts)
     use(*opts, f"{CUSTOM}CLASSES", ["cat", "dog"])
@@ -212,12 +199,11 @@ def test_class_lists_in_another_order_agree_by_choice(eight: Eight, tmp_path: Pa
         (["dgo"], r"names 'dgo', which is no class of .*; did you mean 'dog'\? \(classes: cat, do"),
         (["zebra"], r"names 'zebra', which is no class of [^;]* \(classes: cat, dog\)"),
         (["dog", "dog"], "names 'dog' twice"),
-        ([1], "takes texts that are not empty, in quotes; got 1"),
     ],
 )
 def test_classes_that_cannot_be_chosen(chosen: list[Any], expected: str, eight: Eight) -> None:
     with pytest.raises(InputError, match=rf"DATASETS\.CUSTOM\.CLASSES {expected}"):
-        use(*eight.write().opts(), f"{CUSTOM}CLASSES", chosen)
+        use(*eight.opts(), f"{CUSTOM}CLASSES", chosen)
 
 
 def test_test_images_without_annotations(
@@ -226,7 +212,7 @@ def test_test_images_without_annotations(
     """As COCO's image_info_test-dev2017.json: detections are written, AP is not computed."""
     other.content["categories"] = eight.content["categories"]
     del other.content["annotations"]
-    cfg = use(*eight.write().opts(), *other.write().opts("TEST"))
+    cfg = use(*eight.opts(), *other.opts("TEST"))
     assert cfg.MODEL.RETINANET.NUM_CLASSES == 2
     assert trained_on("custom_test") == [(name, []) for name, _ in OF_OTHER]
     said = {line for line in log.messages if str(other.json) in line}
@@ -280,14 +266,6 @@ def test_lists_are_read_from_files_and_command_lines(
     assert custom["TRAIN_JSON"] == files[0] and custom["CLASSES"] == ["dog"]
     again.merge_from_list([f"{CUSTOM}TRAIN_JSON", files[1]])
     assert custom["TRAIN_JSON"] == files[1]
-
-
-@pytest.mark.parametrize("value", ["3", "{a: b}"])
-def test_paths_of_another_type_are_refused(value: str, tmp_path: Path) -> None:
-    config_file = tmp_path / "config.yaml"
-    config_file.write_text(f"_BASE_: {SMALL}\nDATASETS: {{CUSTOM: {{TRAIN_JSON: {value}}}}}\n")
-    with pytest.raises(InputError, match=r"CUSTOM\.TRAIN_JSON takes a value of type str"):
-        load_config(str(config_file))
 
 
 def test_what_is_merged_is_checked_again(eight: Eight, tmp_path: Path) -> None:
