@@ -1,4 +1,4 @@
-"""Every row of every table trains for a step and evaluates for a step, on the sample set."""
+"""Both ends of every sweep of a table train for a step and evaluate an image of the sample set."""
 
 import math
 from pathlib import Path
@@ -13,10 +13,15 @@ from retinanet_ext.experiments.presets import PRESETS, find_rows, row_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 SMALL = PRESETS["small"]
-ROWS = {f"{table.name}/{row.name}": row for table, row in find_rows((), (), SMALL)}
+SWEEPS: dict[tuple, list] = {}  # rows of a table that change the same keys, in its order
+for _table, _row in find_rows((), (), SMALL):
+    _keys = (*_row.overrides, *_row.preset_overrides.get("small", ()))
+    SWEEPS.setdefault((_table.name, _row.model, *_keys), []).append(_row)
+ROWS = {f"{key[0]}/{row.name}": row for key, rows in SWEEPS.items() for row in (rows[0], rows[-1])}
 # Small enough for a test; everything that makes a row what it is stays.
 OPTS = [
     *("MODEL.DEVICE", "cpu", "SOLVER.IMS_PER_BATCH", "2", "MODEL.FPN.OUT_CHANNELS", "64"),
+    *("INPUT.MIN_SIZE_TRAIN", "(96,)", "INPUT.MIN_SIZE_TEST", "96"),
     *("DATASETS.SAMPLE.NUM_TRAIN", "4", "DATASETS.SAMPLE.NUM_VAL", "1"),
 ]
 # What each loss starts at is far from equal; none may be infinite, rows that may diverge included:
@@ -38,7 +43,7 @@ def test_one_training_and_one_evaluation_step(name, tmp_path):
     cfg = row_config(SMALL, row, 1, opts, CONFIGS)
     if name.startswith("imbalance"):
         cfg.DATASETS.SAMPLE.NUM_TRAIN, cfg.DATASETS.SAMPLE.NUM_VAL = 4, 1
-        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (96,), 96
+        cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (96,), 96  # the dial's own are larger
     prepare_datasets(cfg, eval_only=False)
     cfg.SOLVER.BASE_LR = 1e-3  # the first step is taken at a warm-up's rate
     torch.manual_seed(1)
