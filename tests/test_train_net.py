@@ -114,7 +114,9 @@ def momenta(checkpoint):
 @pytest.mark.parametrize(
     "opts", [["SOLVER.BIAS_LR_FACTOR", "2.0"], ["MODEL.FPN.OUT_CHANNELS", "32"]]
 )
-def test_resuming_with_another_config_is_refused_before_anything_is_written(trained, opts, run_here):
+def test_resuming_with_another_config_is_refused_before_anything_is_written(
+    trained, opts, run_here
+):
     _, folder = trained
     before = hashes(folder)
     output = run_here("--resume", "OUTPUT_DIR", folder, *opts, code=2)
