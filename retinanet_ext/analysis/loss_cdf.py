@@ -158,7 +158,7 @@ class LossCurve:
 
 
 class CumulativeLoss:
-    """The cumulative distribution of float32 losses, summed in float64 chunk by chunk.
+    """The cumulative distribution of float32 losses, linear between windows and summed in float64.
 
     Args:
         losses: one dimension, not negative; sorted in place
@@ -169,38 +169,25 @@ class CumulativeLoss:
 
     def __init__(self, losses: np.ndarray) -> None:
         losses.sort()
-        sums = [_sum(losses[start : start + CHUNK]) for start in range(0, len(losses), CHUNK)]
-        self._losses = losses
-        self._before = np.cumsum([0.0, *sums])  # the loss before each chunk
-        self.total = float(self._before[-1])
+        self._sums = np.zeros(len(losses) + 1)
+        self._sums[1:] = losses
+        np.cumsum(self._sums, out=self._sums)
+        self.total = float(self._sums[-1])
         if not self.total > 0:
             raise InputError(f"the losses of {len(losses)} windows sum to {self.total:g}")
 
     def share_of_easiest(self, fraction: float) -> float:
-        """Return the share of the loss that a fraction of the windows, easiest first, carries.
-
-        Linear between windows.
-        """
-        position = fraction * len(self._losses)
-        index = min(int(position), len(self._losses) - 1)
-        chunk = index // CHUNK
-        below = self._before[chunk] + _sum(self._losses[chunk * CHUNK : index])
-        # float() first, because the product with a float32 would be float32.
-        return float(below + (position - index) * float(self._losses[index])) / self.total
+        """Return the share of the loss that a fraction of the windows, easiest first, carries."""
+        position = fraction * (len(self._sums) - 1)
+        index = min(int(position), len(self._sums) - 2)
+        below, above = self._sums[index : index + 2]
+        return float(below + (position - index) * (above - below)) / self.total
 
     def fraction_with(self, share: float) -> float:
-        """Return the fraction of the windows, easiest first, that carries a share of the loss."""
-        target = share * self.total
-        chunk = int(np.searchsorted(self._before, target)) - 1
-        losses = self._losses[chunk * CHUNK : (chunk + 1) * CHUNK].astype(np.float64)
-        upto = self._before[chunk] + np.cumsum(losses)
-        index = min(int(np.searchsorted(upto, target)), len(losses) - 1)
-        missing = (upto[index] - target) / losses[index]
-        return float((chunk * CHUNK + index + 1 - missing) / len(self._losses))
-
-
-def _sum(losses: np.ndarray) -> float:
-    return float(losses.sum(dtype=np.float64))
+        """Return the fraction of the windows, easiest first, that carries a share above 0."""
+        index = int(np.searchsorted(self._sums, share * self.total)) - 1
+        below, above = self._sums[index : index + 2]
+        return float(index + (share * self.total - below) / (above - below)) / (len(self._sums) - 1)
 
 
 class WindowSample:

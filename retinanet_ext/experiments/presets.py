@@ -58,43 +58,37 @@ _QUICK_OVERRIDES = {
     "TEST.DETECTION_GRID.NUM_IMAGES": 4,
 }
 
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            "paper",
-            "COCO as published: 8 GPUs, 16 images per iteration, 90k iterations",
-            {name: f"retinanet_{name}_FPN.yaml" for name in ("R50", "R101", "X101")},
-        ),
-        Preset(
-            "small",
-            "ResNet-18 from random weights on your data: minutes per row on one GPU or CPU core",
-            _SMALL,
-            _SMALL_OVERRIDES,
-            seeds=2,
-        ),
-        Preset(
-            "quick",
-            "a first look: the small preset cut to seconds per row; its AP means little",
-            _SMALL,
-            _QUICK_OVERRIDES,
-        ),
-    )
+PRESETS = {
+    "paper": Preset(
+        "paper",
+        "COCO as published: 8 GPUs, 16 images per iteration, 90k iterations",
+        {name: f"retinanet_{name}_FPN.yaml" for name in ("R50", "R101", "X101")},
+    ),
+    "small": Preset(
+        "small",
+        "ResNet-18 from random weights on your data: minutes per row on one GPU or CPU core",
+        _SMALL,
+        _SMALL_OVERRIDES,
+        seeds=2,
+    ),
+    "quick": Preset(
+        "quick",
+        "a first look: the small preset cut to seconds per row; its AP means little",
+        _SMALL,
+        _QUICK_OVERRIDES,
+    ),
 }
 
 
 def find_preset(name: str) -> Preset:
     """Return a preset, or raise :class:`InputError` with the names of all presets."""
-    if name not in PRESETS:
-        raise InputError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
+    return _find("preset", name, PRESETS)
 
 
-def find_table(name: str) -> Table:
-    """Return a table, or raise :class:`InputError` with the names of all tables."""
-    if name not in TABLES:
-        raise InputError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
-    return TABLES[name]
+def _find(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    if name not in known:
+        raise InputError(f"there is no {kind} {name!r}; there are {', '.join(known)}")
+    return known[name]
 
 
 def find_rows(
@@ -110,7 +104,7 @@ def find_rows(
     Raises:
         InputError: a name that does not exist, with those that do
     """
-    for table in map(find_table, tables):
+    for table in (_find("table", name, TABLES) for name in tables):
         if preset.name not in table.presets:
             raise InputError(
                 f"table {table.name} has no preset {preset.name!r}; "
@@ -173,14 +167,14 @@ _load_once = cache(load_config)
 
 
 def list_tables(names: Sequence[str] = ()) -> str:
-    """Return all tables as text, or the rows of the named tables; see :func:`find_table`."""
+    """Return all tables as text, or the rows of the named tables."""
     if not names:
         rows = [
             (t.name, len(t.rows), t.title, t.source, ", ".join(t.presets)) for t in TABLES.values()
         ]
         return tabulate(rows, ["table", "rows", "what", "where", "presets"], disable_numparse=True)
     texts = []
-    for table in map(find_table, names):
+    for table in (_find("table", name, TABLES) for name in names):
         rows = [
             (row.name, *row.settings.values(), row.paper.get("AP", row.outcome))
             for row in table.rows
