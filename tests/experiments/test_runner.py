@@ -16,6 +16,7 @@ import pytest
 import retinanet_ext
 from retinanet_ext import cli
 from retinanet_ext.errors import InputError
+from retinanet_ext.experiments import plan as planning
 from retinanet_ext.experiments import record, runner
 from retinanet_ext.experiments.figures import _read_curve
 from retinanet_ext.experiments.presets import list_tables
@@ -80,7 +81,7 @@ def root(tmp_path):
 
 def plan(root, output, *rows, seeds: int | None = 1, opts=OPTS, tables=("1a",), **more):
     arguments = {"tables": tables, "rows": rows, "seeds": seeds, "opts": opts, **more}
-    return runner.plan("quick", root=root, output=output, **arguments)
+    return planning.plan("quick", root=root, output=output, **arguments)
 
 
 def hashes(folder):
@@ -214,7 +215,7 @@ def test_a_row_that_cannot_be_started_does_not_end_the_others(root, tmp_path):
 
 def test_a_new_row_of_the_same_config_is_credited(root, tmp_path):
     campaign, (one,) = plan(root, tmp_path / "out", "alpha.50")
-    less = runner.Run(one.rows[:1], *(one.key, 1, one.config_file, one.arguments))
+    less = planning.Run(one.rows[:1], *(one.key, 1, one.config_file, one.arguments))
     runner.run_campaign(campaign, [less], root=root, log=lambda line: None)
     (found,) = runner.run_campaign(campaign, [one], root=root, log=lambda line: None)
     assert record.read_record(found.folder).rows == ["1a/alpha.50", "prior/pi.01"]
@@ -250,7 +251,7 @@ def test_other_versions_configs_and_data_are_kept_apart(root, tmp_path, monkeypa
 def test_a_row_whose_definition_changed_gets_a_folder_of_its_own(root, tmp_path):
     campaign, (one,) = plan(root, tmp_path / "out", "alpha.50")
     runner.run_campaign(campaign, [one], root=root, log=lambda line: None)
-    changed = runner.Run(one.rows, "another", 1, one.config_file, one.arguments)
+    changed = planning.Run(one.rows, "another", 1, one.config_file, one.arguments)
     runner.run_campaign(campaign, [changed], root=root, log=lambda line: None)
     folders = sorted(path.name for path in (campaign.folder / "runs").iterdir())
     assert folders == ["1a_alpha.50_seed1", "1a_alpha.50_seed1-2"]
