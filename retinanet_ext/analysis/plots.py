@@ -29,7 +29,7 @@ GAMMA_COLOURS = dict(zip((0.0, 0.5, 1.0, 2.0, 5.0), COLOURS, strict=False))
 """The same colour for the same gamma in all figures."""
 
 METADATA = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}
-"""Metadata left out of the files, because it differs between runs and machines."""
+"""Metadata that is left out, because it differs between runs and between machines."""
 
 DASHES = ("-", "--", "-.", ":")
 LABEL_SIZE = 9

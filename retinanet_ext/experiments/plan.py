@@ -109,17 +109,8 @@ def plan(
     distinct: dict[str, Row] = {}
     for table, row in chosen:
         distinct.setdefault(keys[f"{table.name}/{row.name}"], row)
-    content = {
-        "format": record.FORMAT,
-        "preset": preset.name,
-        "version": retinanet_ext.__version__,
-        "num_gpus": num_gpus,
-        "opts": list(opts),
-        "data": _describe_data(base, digests),
-    }
-    parts = retinanet_ext.__version__, GENERATOR_VERSION, num_gpus, _digest(base, digests)
-    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
-    return Campaign(output / f"{preset.name}-{digest}", content), [
+    campaign = _campaign(preset, num_gpus, opts, base, digests, output)
+    return campaign, [
         Run(
             rows=tuple(rows_of[key]),
             key=key,
@@ -148,6 +139,27 @@ def _check_opts(preset: Preset, chosen: Sequence[tuple[Table, Row]], opts: Seque
                     f"{key} is what table {table.name} itself sets (row {row.name}); leave it "
                     "out, or name other tables with --table"
                 )
+
+
+def _campaign(
+    preset: Preset,
+    num_gpus: int,
+    opts: Sequence[str],
+    base: CfgNode,
+    digests: Mapping[str, str],
+    output: Path,
+) -> Campaign:
+    content = {
+        "format": record.FORMAT,
+        "preset": preset.name,
+        "version": retinanet_ext.__version__,
+        "num_gpus": num_gpus,
+        "opts": list(opts),
+        "data": _describe_data(base, digests),
+    }
+    parts = retinanet_ext.__version__, GENERATOR_VERSION, num_gpus, _digest(base, digests)
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
+    return Campaign(output / f"{preset.name}-{digest}", content)
 
 
 def _annotation_files(cfg: CfgNode, side: str) -> tuple[str, ...]:

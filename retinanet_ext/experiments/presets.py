@@ -163,7 +163,7 @@ def row_config(preset: Preset, row: Row, seed: int, opts: Sequence[str], configs
 
 
 _load_once = cache(load_config)
-"""A table's rows share most of their config, and to read it takes longer than to change it."""
+"""Rows share the config file and ``opts``; reading them takes longer than merging a row's keys."""
 
 
 def list_tables(names: Sequence[str] = ()) -> str:
