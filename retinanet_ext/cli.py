@@ -73,7 +73,6 @@ def analyze_loss(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Measure on which anchors a checkpoint's loss lies, at several gamma (figure 4)."""
     from detectron2.utils.logger import setup_logger
 
-    from retinanet_ext.analysis.loss_cdf import NUM_NEGATIVES, NUM_POSITIVES
     from retinanet_ext.experiments import loss_analysis
 
     parser.add_argument("--config-file", required=True, help="as for training")
@@ -82,8 +81,6 @@ def analyze_loss(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         "--dataset", choices=("train", "test"), default="test", help="of the config; default: test"
     )
     parser.add_argument("--num-images", type=int, metavar="N", help="at most, chosen at random")
-    for name, number in (("--negatives", NUM_NEGATIVES), ("--positives", NUM_POSITIVES)):
-        parser.add_argument(name, type=int, default=number, metavar="N", help="sampled at most")
     parser.add_argument("--seed", type=int, default=0, help="of the images and the sample")
     parser.add_argument(
         "--output", metavar="FOLDER", help="default: loss_cdf-DATASET beside the weights"
@@ -97,8 +94,6 @@ def analyze_loss(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         args.opts,
         dataset=args.dataset,
         num_images=args.num_images,
-        num_positives=args.positives,
-        num_negatives=args.negatives,
         seed=args.seed,
         output=args.output,
     )
@@ -172,11 +167,12 @@ def experiments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 def _run_rows(args: argparse.Namespace) -> int:
     """Run the rows and write their report; 1 if a row failed or could not be run."""
-    from retinanet_ext.experiments import runner
+    from retinanet_ext.experiments.plan import plan
     from retinanet_ext.experiments.record import FAILED
     from retinanet_ext.experiments.report import write_report
+    from retinanet_ext.experiments.runner import run_campaign
 
-    campaign, runs = runner.plan(
+    campaign, runs = plan(
         args.preset,
         tables=args.table,
         rows=args.row,
@@ -186,7 +182,7 @@ def _run_rows(args: argparse.Namespace) -> int:
         root=ROOT,
         output=args.output,
     )
-    records = runner.run_campaign(campaign, runs, root=ROOT)
+    records = run_campaign(campaign, runs, root=ROOT)
     print(*write_report(campaign.folder), sep="\n")
     return int(len(records) < len(runs) or any(run.status == FAILED for run in records))
 

@@ -31,14 +31,19 @@ from training import start_train_net
 PERIOD = 5
 
 
+def arguments(folder: Path, iterations: int) -> list[Any]:
+    """Return the arguments of ``train_net.py``, but for the config file."""
+    opts = ["SOLVER.MAX_ITER", iterations, "SOLVER.CHECKPOINT_PERIOD", PERIOD]
+    flags = ["--num-gpus", 2, "--resume"]
+    return [*flags, "OUTPUT_DIR", folder, *opts, "DATALOADER.NUM_WORKERS", 1]
+
+
 def start(folder: Path, *, iterations: int) -> subprocess.Popen[bytes]:
     """Start, or resume, a training of two processes."""
-    opts = ["SOLVER.MAX_ITER", iterations, "SOLVER.CHECKPOINT_PERIOD", PERIOD]
     folder.mkdir(exist_ok=True)
     with open(folder / "output.txt", "ab") as output:
         return start_train_net(
-            *("--num-gpus", 2, "--resume", "OUTPUT_DIR", folder),
-            *(*opts, "DATALOADER.NUM_WORKERS", 1),
+            *arguments(folder, iterations),
             stdout=output,
             stderr=output,
             start_new_session=True,

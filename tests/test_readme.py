@@ -11,8 +11,11 @@ import pytest
 import timm
 import torch
 from detectron2.data import MetadataCatalog
+from detectron2.utils.logger import setup_logger
 
 from detectors import make_model
+from retinanet_ext import cli
+from training import no_cuda, run_train_net
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -36,6 +39,7 @@ def command(start):
 
 
 def run(arguments, cwd, *more):
+    """Run a command in a process of its own."""
     program, *rest = arguments
     start = {"python": [], "retinanet-ext": ["-m", "retinanet_ext"]}[program]
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
@@ -43,6 +47,26 @@ def run(arguments, cwd, *more):
     return subprocess.run(
         [sys.executable, *start, *rest, *more], cwd=cwd, env=env, capture_output=True, text=True
     )
+
+
+@pytest.fixture
+def run_here(folder, monkeypatch, capfd, restore_logging):
+    """Run a command in this process, which has imported torch, and return what it prints."""
+
+    def run(arguments, *more):
+        program, *rest = arguments
+        setup_logger.cache_clear()  # it would keep the stdout of an earlier test
+        monkeypatch.chdir(folder)
+        with no_cuda():
+            if program == "python":
+                code = run_train_net(*rest[1:], *more)
+            else:
+                code = cli.main([*rest, *more])
+        output, errors = capfd.readouterr()
+        assert code == 0, errors
+        return output
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -68,49 +92,38 @@ def test_every_command_is_known_here():
     assert all(re.search(rf"^{text}\b", ci, re.M) for text in BY_CI)
 
 
-def test_own_data_then_evaluation_then_export_and_analysis(folder):
+def test_own_data_then_evaluation_then_export_and_analysis(folder, run_here):
     """The backbone's weights cannot be had here: random ones take their place."""
     backbone = folder / "backbone.pth"
     torch.save(timm.create_model("mobilenetv2_100").state_dict(), backbone)
     mine = command("python train_net.py --config-file configs/small_mobilenetv2_FPN.yaml")
-    trained = run(mine, folder, *SMALL, "MODEL.TIMM.WEIGHTS", str(backbone))
-    assert trained.returncode == 0, trained.stderr
+    run_here(mine, *SMALL, "MODEL.TIMM.WEIGHTS", str(backbone))
     for name in ("model_final.pth", "metrics.json", "log.txt", "detections.png"):
         assert (folder / "output/mine" / name).is_file(), name
+    assert "AP50" in run_here(command("python train_net.py --config-file output/mine"))
 
-    evaluated = run(command("python train_net.py --config-file output/mine"), folder)
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert "AP50" in evaluated.stdout
-
-    exported = run(command("retinanet-ext export-weights"), folder)
-    assert exported.returncode == 0, exported.stderr
+    run_here(command("retinanet-ext export-weights"))
     weights = torch.load(folder / "output/mine/detectron2.pth")["model"]
     assert "head.cls_score.weight" in weights
     assert not any(name.startswith("criterion") for name in weights)
 
-    analyzed = run(command("retinanet-ext analyze-loss"), folder)
-    assert analyzed.returncode == 0, analyzed.stderr
-    assert "hardest 20 %" in analyzed.stdout
+    assert "hardest 20 %" in run_here(command("retinanet-ext analyze-loss"))
     assert (folder / "output/mine/loss_cdf-test/loss_cdf.svg").is_file()
 
 
-def test_fine_tuning_from_published_weights(stock, folder):
+def test_fine_tuning_from_published_weights(stock, folder, run_here):
     tuning = command("python train_net.py --config-file configs/finetune_R50_FPN.yaml")
-    tuned = run(tuning, folder, *SMALL, "MODEL.WEIGHTS", stock)
-    assert tuned.returncode == 0, tuned.stderr
+    run_here(tuning, *SMALL, "MODEL.WEIGHTS", stock)
     classes = torch.load(folder / "output/finetuned/model_final.pth")["class_names"]
     assert classes == ["RBC", "WBC", "Platelets"]
 
 
-def test_own_data_are_checked(folder):
-    checked = run(command("retinanet-ext check-data"), folder)
-    assert checked.returncode == 0, checked.stderr
-    assert "Training takes these data" in checked.stdout
+def test_own_data_are_checked(run_here):
+    assert "Training takes these data" in run_here(command("retinanet-ext check-data"))
 
 
-def test_curves(folder):
-    drawn = run(command("retinanet-ext plot-losses"), folder)
-    assert drawn.returncode == 0, drawn.stderr
+def test_curves(folder, run_here):
+    run_here(command("retinanet-ext plot-losses"))
     assert (folder / "output/figures/losses.svg").is_file()
 
 
@@ -120,15 +133,20 @@ def test_list_of_experiments(folder):
 
 
 @pytest.mark.parametrize(
-    ("start", "row"),
-    [("--table prior --preset quick", "pi.01"), ("--table 1b --preset small", "gamma2.0")],
+    ("start", "row", "opts"),
+    [
+        (
+            *("--table prior --preset quick", "pi.01"),
+            ("DATASETS.SAMPLE.NUM_TRAIN", "4", "DATASETS.SAMPLE.NUM_VAL", "2"),
+        ),
+        ("--table 1b --preset small", "gamma2.0", ()),
+    ],
 )
-def test_experiments_end_with_a_report(start, row, folder):
+def test_experiments_end_with_a_report(start, row, opts, folder, run_here):
     """One row and one seed of the command, on small images for one iteration."""
     program, name, what, *rest = command(f"retinanet-ext experiments run {start}")
-    done = run([program, name, what, "--row", row, "--seeds", "1", *rest], folder, *SMALL)
-    assert done.returncode == 0, done.stderr
-    *_, markdown, page = done.stdout.split()
+    printed = run_here([program, name, what, "--row", row, "--seeds", "1", *rest, *SMALL, *opts])
+    *_, markdown, page = printed.split()
     assert (folder / page).name == "report.html" and (folder / page).stat().st_size > 10_000
     assert "| --- |" in (folder / markdown).read_text()
 

@@ -1,4 +1,8 @@
-"""train_net.py from the outside: two processes train, stop, go on and evaluate."""
+"""train_net.py from the outside: two processes train, stop, go on and evaluate.
+
+Starting Python and importing torch takes seconds. The process that launches the others, or the only
+one, is therefore the test's own where that makes no difference.
+"""
 
 import hashlib
 import json
@@ -11,23 +15,32 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils.logger import setup_logger
 
-from training import start_train_net
+from training import no_cuda, run_train_net, start_train_net
 
 CONFIG = "tests/engine/tiny.yaml"
 NORMALIZER = "criterion.loss_normalizer"
 
 
-def train_net(*argv):
-    """Run train_net.py and return its end."""
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    run = start_train_net(*argv, config=CONFIG, **output)
-    stdout, stderr = run.communicate(timeout=300)
-    return subprocess.CompletedProcess(run.args, run.returncode, stdout, stderr)
+@pytest.fixture
+def run_here(capfd, restore_logging):
+    """Run train_net.py in this process; check the exit code, and return stdout and stderr."""
+
+    def run(*argv, code=0):
+        setup_logger.cache_clear()  # it would keep the stdout of an earlier test
+        with no_cuda():
+            found = run_train_net("--config-file", CONFIG, *argv)
+        output = capfd.readouterr()
+        assert found == code, output.err
+        assert "Traceback" not in output.out + output.err
+        return output
+
+    return run
 
 
-def last_line(run):
-    return run.stderr.splitlines()[-1]
+def last_line(output):
+    return output.err.splitlines()[-1]
 
 
 def read_metrics(folder):
@@ -46,16 +59,18 @@ def hashes(folder):
 def trained(tmp_path_factory):
     """Three iterations on two processes."""
     folder = tmp_path_factory.mktemp("train_net") / "run"
-    run = train_net("--num-gpus", "2", "OUTPUT_DIR", str(folder))
-    assert run.returncode == 0, run.stderr
-    return run, folder
+    argv = ("--num-gpus", 2, "OUTPUT_DIR", folder)
+    run = start_train_net(*argv, config=CONFIG, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    output = run.communicate(timeout=300)[0].decode()
+    assert run.returncode == 0, output
+    return output, folder
 
 
 def test_two_processes_train_and_evaluate(trained):
-    run, folder = trained
-    assert run.stdout.count("No CUDA device: running on the CPU") == 1
-    assert run.stdout.count("custom_train: 3 images, 35 boxes") == 1
-    assert "Traceback" not in run.stdout + run.stderr
+    output, folder = trained
+    assert output.count("No CUDA device: running on the CPU") == 1
+    assert output.count("custom_train: 3 images, 35 boxes") == 1
+    assert "Traceback" not in output
     files = {path.name for path in folder.iterdir()}
     assert files >= {"config.yaml", "log.txt", "metrics.json", "model_final.pth", "detections.png"}
     assert any(name.startswith("events.out.tfevents") for name in files)
@@ -63,21 +78,20 @@ def test_two_processes_train_and_evaluate(trained):
     assert metrics[0]["iteration"] == 2 and metrics[0]["total_loss"] > 0
     assert "bbox/AP50" in metrics[-1]
     # The result ends the output.
-    _, _, end = run.stdout.partition("Finished.")
+    _, _, end = output.partition("Finished.")
     assert re.search(r"AP +AP50 +AP75 +APs +APm +APl|custom_test: no detections", end)
     assert str(folder / "detections.png") in end and str(folder / "model_final.pth") in end
 
 
-def test_resuming_goes_on_where_the_run_ended(trained, tmp_path):
+def test_resuming_goes_on_where_the_run_ended(trained, tmp_path, run_here):
     _, ended = trained
     folder = shutil.copytree(ended, tmp_path / "run")
     # As if it had been stopped after its second iteration.
     (folder / "model_final.pth").unlink()
     (folder / "metrics.json").unlink()
     (folder / "last_checkpoint").write_text("model_0000001.pth")
-    run = train_net("--num-gpus", "2", "--resume", "OUTPUT_DIR", str(folder))
-    assert run.returncode == 0, run.stderr
-    assert "Starting training from iteration 2" in run.stdout
+    output = run_here("--num-gpus", 2, "--resume", "OUTPUT_DIR", folder)
+    assert "Starting training from iteration 2" in output.out
     before, after = (torch.load(folder / f"model_{name}.pth") for name in ("0000001", "final"))
     assert (before["iteration"], after["iteration"]) == (1, 2)
     step = read_metrics(folder)[0]
@@ -100,47 +114,43 @@ def momenta(checkpoint):
 @pytest.mark.parametrize(
     "opts", [["SOLVER.BIAS_LR_FACTOR", "2.0"], ["MODEL.FPN.OUT_CHANNELS", "32"]]
 )
-def test_resuming_with_another_config_is_refused_before_anything_is_written(trained, opts):
+def test_resuming_with_another_config_is_refused_before_anything_is_written(
+    trained, opts, run_here
+):
     _, folder = trained
     before = hashes(folder)
-    run = train_net("--resume", "OUTPUT_DIR", str(folder), *opts)
-    assert run.returncode == 2
-    assert "the config the run was started with" in last_line(run)
+    output = run_here("--resume", "OUTPUT_DIR", folder, *opts, code=2)
+    assert "the config the run was started with" in last_line(output)
     assert hashes(folder) == before
 
 
-def test_evaluation_leaves_the_run_as_it_was(trained):
+def test_evaluation_leaves_the_run_as_it_was(trained, run_here):
     _, folder = trained
     before = hashes(folder)
-    run = train_net("--eval-only", "--resume", "OUTPUT_DIR", str(folder))
-    assert run.returncode == 0, run.stderr
+    output = run_here("--eval-only", "--resume", "OUTPUT_DIR", folder)
     after = hashes(folder)
     assert {path: after.get(path) for path in before} == before
     (new,) = {path.relative_to(folder).parts[0] for path in after.keys() - before.keys()}
     assert re.fullmatch(r"eval-\d{8}-\d{6}", new)
-    assert f"Results go to {folder / new}" in run.stdout
+    assert f"Results go to {folder / new}" in output.out
     assert (folder / new / "detections.png").is_file()
 
 
-def test_results_that_were_not_expected_are_said_so(trained, tmp_path):
+def test_results_that_were_not_expected_are_said_so(trained, tmp_path, run_here):
     """By the first of two processes; Detectron2 ends it without a word."""
     _, folder = trained
     weights = ["MODEL.WEIGHTS", folder / "model_final.pth", "OUTPUT_DIR", tmp_path]
     expected = ["TEST.EXPECTED_RESULTS", "[['bbox', 'AP', 99.0, 0.5]]"]
-    run = train_net("--eval-only", "--num-gpus", 2, *weights, *expected)
-    assert run.returncode == 1
-    assert "error: the results are not those of TEST.EXPECTED_RESULTS" in last_line(run)
-    assert "99.0" in run.stdout and "Traceback" not in run.stdout + run.stderr
+    output = run_here("--eval-only", "--num-gpus", 2, *weights, *expected, code=1)
+    assert "error: the results are not those of TEST.EXPECTED_RESULTS" in last_line(output)
+    assert "99.0" in output.out
 
 
-def test_divergence_on_two_processes_is_one_line(tmp_path):
-    opts = ["OUTPUT_DIR", str(tmp_path / "run"), "SOLVER.BASE_LR", "1e6", "SOLVER.MAX_ITER", "20"]
-    run = train_net("--num-gpus", "2", *opts)
-    assert run.returncode == 3, run.stderr
-    assert re.match(
-        r"train_net\.py: error: diverged at iteration \d+: loss_cls \S+, loss_box", last_line(run)
-    )
-    assert "Traceback" not in run.stdout + run.stderr
+def test_divergence_on_two_processes_is_one_line(tmp_path, run_here):
+    opts = ["OUTPUT_DIR", tmp_path / "run", "SOLVER.BASE_LR", "1e6", "SOLVER.MAX_ITER", "20"]
+    output = run_here("--num-gpus", 2, *opts, code=3)
+    assert re.search(r"error: diverged at iteration \d+: loss_cls \S+, loss_box", last_line(output))
+    assert output.err.count("error: ") == 1
     assert not (tmp_path / "run/inference").exists()
 
 

@@ -5,9 +5,11 @@ import random
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import train_net
@@ -32,6 +34,15 @@ def make_trainer(folder, *opts, resume=False):
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer
+
+
+@contextmanager
+def no_cuda():
+    """Hide the GPUs from this process and from those that it starts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr("torch.cuda.is_available", lambda: False)
+        yield
 
 
 def run_train_net(*argv):

@@ -41,43 +41,32 @@ FRACTIONS = np.unique(np.r_[np.linspace(0, 1, 101), 1 - np.logspace(-2, -6, 41)]
 CHUNK = 2**18  # entries (anchors times classes) per step, so that temporaries stay small
 
 
-@dataclass(frozen=True)
-class PaperCurve:
-    """A curve of figure 4, measured in the paper's vector graphics.
-
-    Attributes:
-        cdf: fraction of the windows, easiest first -> their share of the loss
-        half_loss_fraction: the fraction that carries half of the loss
-    """
-
-    cdf: Mapping[float, float]
-    half_loss_fraction: float
-
-    def share_of_hardest(self, fraction: float) -> float:
-        """Return the share of the loss that the hardest 20 % (0.2) or 1 % (0.01) carry."""
-        return round(1 - self.cdf[round(1 - fraction, 9)], 4)
-
-
-def _paper_curve(half_loss_fraction: float, *shares: float) -> PaperCurve:
-    fractions = (0.2, 0.5, 0.8, 0.9, 0.95, 0.99)
-    return PaperCurve(dict(zip(fractions, shares, strict=True)), half_loss_fraction)
-
-
-PAPER: Mapping[str, Mapping[float, PaperCurve]] = {
+PAPER_FRACTIONS = (0.2, 0.5, 0.8, 0.9, 0.95, 0.99)
+PAPER: Mapping[str, Mapping[float, tuple[float, ...]]] = {
     "positive": {
-        0.0: _paper_curve(0.785, 0.034, 0.185, 0.524, 0.714, 0.836, 0.960),
-        0.5: _paper_curve(0.813, 0.018, 0.140, 0.477, 0.683, 0.816, 0.955),
-        1.0: _paper_curve(0.833, 0.010, 0.106, 0.436, 0.654, 0.799, 0.951),
-        2.0: _paper_curve(0.861, 0.003, 0.062, 0.369, 0.605, 0.768, 0.943),
+        0.0: (0.034, 0.185, 0.524, 0.714, 0.836, 0.960),
+        0.5: (0.018, 0.140, 0.477, 0.683, 0.816, 0.955),
+        1.0: (0.010, 0.106, 0.436, 0.654, 0.799, 0.951),
+        2.0: (0.003, 0.062, 0.369, 0.605, 0.768, 0.943),
     },
     "negative": {
-        0.0: _paper_curve(0.690, 0.083, 0.308, 0.633, 0.773, 0.855, 0.940),
-        0.5: _paper_curve(0.800, 0.047, 0.213, 0.500, 0.641, 0.730, 0.836),
-        1.0: _paper_curve(0.974, 0.019, 0.106, 0.286, 0.385, 0.454, 0.548),
-        2.0: _paper_curve(0.999, 0.0003, 0.003, 0.010, 0.015, 0.018, 0.026),
+        0.0: (0.083, 0.308, 0.633, 0.773, 0.855, 0.940),
+        0.5: (0.047, 0.213, 0.500, 0.641, 0.730, 0.836),
+        1.0: (0.019, 0.106, 0.286, 0.385, 0.454, 0.548),
+        2.0: (0.0003, 0.003, 0.010, 0.015, 0.018, 0.026),
     },
 }
-"""Side -> gamma -> curve: RetinaNet-101-600 trained with gamma 2; which reading is not stated."""
+"""Share of the loss that the easiest windows carry, at each of :data:`PAPER_FRACTIONS`.
+
+By side and gamma, measured in the vector graphics of figure 4: RetinaNet-101-600 trained with gamma
+2. The paper does not say which reading it is.
+"""
+
+
+def paper_share(side: str, gamma: float, hardest: float) -> float:
+    """Return the share of the loss that the hardest 20 % (0.2) or 1 % (0.01) carry in the paper."""
+    index = PAPER_FRACTIONS.index(round(1 - hardest, 9))
+    return round(1 - PAPER[side][gamma][index], 4)
 
 
 class Reservoir:
@@ -142,7 +131,6 @@ class LossCurve:
         sampled: how many of them the curve is of
         mean_loss: of a sampled window
         hardest: fraction (0.2, 0.01) -> share of the loss that the hardest windows carry
-        half_loss_fraction: the fraction of windows, easiest first, that carries half of the loss
         cdf: share of the loss that the easiest windows carry, at each of :data:`FRACTIONS`
     """
 
@@ -153,12 +141,11 @@ class LossCurve:
     sampled: int
     mean_loss: float
     hardest: Mapping[float, float]
-    half_loss_fraction: float
     cdf: tuple[float, ...]
 
 
 class CumulativeLoss:
-    """The cumulative distribution of float32 losses, summed in float64 chunk by chunk.
+    """The cumulative distribution of float32 losses, linear between windows and summed in float64.
 
     Args:
         losses: one dimension, not negative; sorted in place
@@ -169,38 +156,19 @@ class CumulativeLoss:
 
     def __init__(self, losses: np.ndarray) -> None:
         losses.sort()
-        sums = [_sum(losses[start : start + CHUNK]) for start in range(0, len(losses), CHUNK)]
-        self._losses = losses
-        self._before = np.cumsum([0.0, *sums])  # the loss before each chunk
-        self.total = float(self._before[-1])
+        self._sums = np.zeros(len(losses) + 1)
+        self._sums[1:] = losses
+        np.cumsum(self._sums, out=self._sums)
+        self.total = float(self._sums[-1])
         if not self.total > 0:
             raise InputError(f"the losses of {len(losses)} windows sum to {self.total:g}")
 
     def share_of_easiest(self, fraction: float) -> float:
-        """Return the share of the loss that a fraction of the windows, easiest first, carries.
-
-        Linear between windows.
-        """
-        position = fraction * len(self._losses)
-        index = min(int(position), len(self._losses) - 1)
-        chunk = index // CHUNK
-        below = self._before[chunk] + _sum(self._losses[chunk * CHUNK : index])
-        # float() first, because the product with a float32 would be float32.
-        return float(below + (position - index) * float(self._losses[index])) / self.total
-
-    def fraction_with(self, share: float) -> float:
-        """Return the fraction of the windows, easiest first, that carries a share of the loss."""
-        target = share * self.total
-        chunk = int(np.searchsorted(self._before, target)) - 1
-        losses = self._losses[chunk * CHUNK : (chunk + 1) * CHUNK].astype(np.float64)
-        upto = self._before[chunk] + np.cumsum(losses)
-        index = min(int(np.searchsorted(upto, target)), len(losses) - 1)
-        missing = (upto[index] - target) / losses[index]
-        return float((chunk * CHUNK + index + 1 - missing) / len(self._losses))
-
-
-def _sum(losses: np.ndarray) -> float:
-    return float(losses.sum(dtype=np.float64))
+        """Return the share of the loss that a fraction of the windows, easiest first, carries."""
+        position = fraction * (len(self._sums) - 1)
+        index = min(int(position), len(self._sums) - 2)
+        below, above = self._sums[index : index + 2]
+        return float(below + (position - index) * (above - below)) / self.total
 
 
 class WindowSample:
@@ -299,7 +267,6 @@ def _measure(reading: str, side: str, gamma: float, seen: int, losses: np.ndarra
         sampled=len(losses),
         mean_loss=cumulative.total / len(losses),
         hardest={part: 1 - cumulative.share_of_easiest(1 - part) for part in HARDEST},
-        half_loss_fraction=cumulative.fraction_with(0.5),
         cdf=tuple(cumulative.share_of_easiest(fraction) for fraction in FRACTIONS),
     )
 

@@ -20,13 +20,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from retinanet_ext.analysis.curves import FIGURE_1, FIGURES_5_AND_6, Curve, loss_curve
-from retinanet_ext.analysis.loss_cdf import FRACTIONS, PAPER, READINGS, LossCurve
+from retinanet_ext.analysis.loss_cdf import FRACTIONS, PAPER, PAPER_FRACTIONS, READINGS, LossCurve
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import write_file
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 GAMMA_COLOURS = dict(zip((0.0, 0.5, 1.0, 2.0, 5.0), COLOURS, strict=False))
 """The same colour for the same gamma in all figures."""
+
+METADATA = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}
+"""Metadata that is left out, because it differs between runs and between machines."""
 
 DASHES = ("-", "--", "-.", ":")
 LABEL_SIZE = 9
@@ -127,10 +130,8 @@ def _plot_cdf(axes: Axes, curve: LossCurve, index: int, num_curves: int) -> None
     colour = GAMMA_COLOURS[curve.gamma]
     cdf = np.array(curve.cdf)
     axes.plot(FRACTIONS, cdf, color=colour)
-    paper = PAPER[curve.side][curve.gamma].cdf
-    axes.scatter(
-        list(paper), list(paper.values()), s=16, facecolors="none", edgecolors=colour, alpha=0.6
-    )
+    paper = PAPER[curve.side][curve.gamma]
+    axes.scatter(PAPER_FRACTIONS, paper, s=16, facecolors="none", edgecolors=colour, alpha=0.6)
     # A CDF of sorted losses stays below the diagonal, so labels above it are never covered. A line
     # across the diagonal connects each label to its curve.
     level = 1.3 - 0.45 * index / max(num_curves - 1, 1)
@@ -198,16 +199,21 @@ def save_figure(figure: Figure, path: str | Path) -> None:
         InputError: another suffix, the file exists, or it cannot be written
     """
     path = Path(path)
-    metadata = {".svg": {"Date": None, "Creator": None}, ".png": {"Software": None}}
-    if path.suffix not in metadata:
+    if path.suffix not in METADATA:
         raise InputError(f"{path}: figures are written as .svg or .png")
     if os.path.exists(path):  # False where the name itself is not possible
         raise InputError(f"{path} exists; choose another name")
-    content = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "retinanet_ext"}):
-        figure.savefig(content, format=path.suffix[1:], dpi=150, metadata=metadata[path.suffix])
+    content = encode_figure(figure, path.suffix)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder {path.parent} cannot be made: {error.strerror}") from error
-    write_file(path, content.getvalue())
+    write_file(path, content)
+
+
+def encode_figure(figure: Figure, suffix: str) -> bytes:
+    """Return a figure as ``.svg`` or ``.png``, the same bytes for the same figure."""
+    content = io.BytesIO()
+    with matplotlib.rc_context({"svg.hashsalt": "retinanet_ext"}):
+        figure.savefig(content, format=suffix[1:], dpi=150, metadata=METADATA[suffix])
+    return content.getvalue()

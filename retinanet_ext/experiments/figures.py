@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from retinanet_ext.analysis.curves import loss_curve
+from retinanet_ext.analysis.plots import encode_figure
 from retinanet_ext.experiments.record import read_metrics
 from retinanet_ext.experiments.statistics import RowResult, TableResult
 from retinanet_ext.experiments.tables import ABOVE
@@ -36,7 +36,6 @@ STYLE = {
     "legend.frameon": False,
     "lines.linewidth": 1.2,
     "text.parse_math": False,
-    "svg.hashsalt": "retinanet_ext",  # the same bytes for the same figure
 }
 MAX_POINTS = 150  # of a training curve
 MAX_LOSS = 100  # upper limit of the axis of training curves, as a multiple of the median
@@ -57,8 +56,8 @@ SPEED = (
 )
 FOCAL_STAR = (
     "FL* at the settings of figure 7. Left: as in the paper, blue if AP is above 33.5, grey if it "
-    "is below or training did not converge. Middle: coloured by the AP measured here, dotted if "
-    "training diverged. Right: mean AP of each setting, framed in the paper's colour."
+    "is below or training did not converge. Right: coloured by the mean AP measured here, dotted "
+    "if training diverged."
 )
 DIAL = (
     "AP against the number of background anchors per foreground anchor. Each dot is a seed; lines "
@@ -167,7 +166,7 @@ def draw_speed(tables: Sequence[TableResult]) -> Figure:
 def draw_focal_star(table: TableResult) -> Figure:
     """Draw FL* over x_t at each setting, coloured by the paper's outcome and by measured AP."""
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
-    paper, measured, plane = figure.subplots(1, 3)
+    paper, measured = figure.subplots(1, 2)
     aps = {row: fmean(row.values("AP")) for row in table.rows if row.values("AP")}
     colours = mpl.colormaps["viridis_r"]
     low, high = min(aps.values(), default=0), max(aps.values(), default=1)
@@ -177,25 +176,16 @@ def draw_focal_star(table: TableResult) -> Figure:
     for row in table.rows:
         gamma, beta = (row.row.overrides[f"{node}.{name}"] for name in ("GAMMA", "BETA"))
         loss = loss_curve(f"focal_star:gamma={gamma:g},beta={beta:g}", x).value
-        frame = BLUE if row.row.outcome == ABOVE else PALE
-        paper.plot(x, loss, color=frame, zorder=3 if frame == BLUE else 2)
-        text = "–"
+        is_above = row.row.outcome == ABOVE
+        paper.plot(x, loss, color=BLUE if is_above else PALE, zorder=3 if is_above else 2)
         if row in aps:
-            text = f"{aps[row]:.1f}"
             measured.plot(x, loss, color=colours(scale(aps[row])))
         elif row.has_diverged:
-            text = "div."
             measured.plot(x, loss, color=RED, ls=":")
-        plane.plot(gamma, beta, ",", color="none")  # for the limits of the axes
-        plane.text(gamma, beta, text, color=RED if text == "div." else INK, fontsize=7,
-                   ha="center", va="center",
-                   bbox={"boxstyle": "round,pad=0.25", "fc": "white", "ec": frame})  # fmt: skip
     for axes, title in ((paper, "the paper"), (measured, "measured here")):
         axes.set(title=title, xlabel="x_t", ylabel="FL*", xlim=(-5, 5), ylim=(0, 8))
     if aps:
         figure.colorbar(ScalarMappable(scale, colours), ax=measured, aspect=30, label="AP")
-    plane.set(title="AP by γ and β", xlabel="γ", ylabel="β")
-    plane.margins(0.16, 0.08)
     return figure
 
 
@@ -237,10 +227,8 @@ def imbalance(row: RowResult) -> float:
 
 
 def _svg(draw: Callable[[], Figure]) -> bytes:
-    buffer = io.BytesIO()
     with mpl.rc_context(STYLE):
-        draw().savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return buffer.getvalue()
+        return encode_figure(draw(), ".svg")
 
 
 def _curves(row: RowResult) -> list[np.ndarray]:

@@ -26,14 +26,12 @@ import retinanet_ext
 from retinanet_ext.analysis.loss_cdf import (
     FRACTIONS,
     GAMMAS,
-    NUM_NEGATIVES,
-    NUM_POSITIVES,
-    PAPER,
     READINGS,
     SIDES,
     LossCurve,
     WindowSample,
     conclude,
+    paper_share,
 )
 from retinanet_ext.analysis.plots import figure_4, save_figure
 from retinanet_ext.data import CheckedDatasetMapper, prepare_datasets
@@ -49,7 +47,6 @@ from retinanet_ext.modeling.matching import label_anchors
 
 FORMAT = 1
 RESULT = "loss_cdf"
-MAX_SAMPLE = 10**9  # 20 GB
 COLUMNS = (("positive", 0.2), ("negative", 0.01), ("negative", 0.2))
 
 
@@ -60,8 +57,6 @@ def analyze_loss(
     *,
     dataset: str = "test",
     num_images: int | None = None,
-    num_positives: int = NUM_POSITIVES,
-    num_negatives: int = NUM_NEGATIVES,
     seed: int = 0,
     output: str | Path | None = None,
 ) -> str:
@@ -74,7 +69,6 @@ def analyze_loss(
         weights: the checkpoint
         dataset: ``train`` or ``test``, for the images of ``DATASETS.TRAIN`` or ``DATASETS.TEST``
         num_images: maximum number of images; all by default
-        num_positives, num_negatives: maximum number of windows sampled of each side
         seed: of the order of images and of the sample
         output: folder; ``loss_cdf-<dataset>`` beside the weights by default
 
@@ -84,7 +78,8 @@ def analyze_loss(
     Raises:
         InputError: a value, file, checkpoint or output that cannot be used, data without objects
     """
-    _check_numbers(num_images, num_positives, num_negatives, seed)
+    Interval("[1, inf)").check("--num-images", 1 if num_images is None else num_images)
+    Interval("[0, inf)").check("--seed", seed)
     if "://" not in weights and not Path(weights.partition("?")[0]).is_file():
         raise InputError(f"--weights {weights!r} is not a file")
     folder = _choose_folder(output, weights, dataset)
@@ -93,7 +88,7 @@ def analyze_loss(
     model = _load_model(cfg, weights, dataset)
     _make_folder(folder)
 
-    sample = WindowSample(num_positives=num_positives, num_negatives=num_negatives, seed=seed)
+    sample = WindowSample(seed=seed)
     workers = cfg.DATALOADER.NUM_WORKERS
     loader = build_detection_test_loader(images, mapper=_make_mapper(cfg), num_workers=workers)
     sample_windows(model, loader, len(images), sample)
@@ -133,7 +128,10 @@ def _write(folder: Path, facts: dict[str, Any], curves: Sequence[LossCurve]) -> 
         "version": retinanet_ext.__version__,
         **facts,
         "fractions": FRACTIONS.tolist(),
-        "curves": [_describe(curve) for curve in curves],
+        "curves": [
+            {**asdict(curve), "cdf": [float(f"{share:.6g}") for share in curve.cdf]}
+            for curve in curves
+        ],
     }
     write_file(json_file, to_json(content, indent=1, ensure_ascii=False))
     return [json_file, *pictures]
@@ -193,7 +191,7 @@ def format_tables(curves: Sequence[LossCurve]) -> str:
             row = [f"{gamma:g}"]
             for side, fraction in COLUMNS:
                 measured = by_key[reading, side, gamma].hardest[fraction]
-                paper = PAPER[side][gamma].share_of_hardest(fraction)
+                paper = paper_share(side, gamma, fraction)
                 row += [f"{100 * measured:.1f} %", f"{100 * paper:.1f} %"]
             rows.append(row)
         counts = ", ".join(_count(by_key[reading, side, GAMMAS[0]]) for side in SIDES)
@@ -205,15 +203,6 @@ def format_tables(curves: Sequence[LossCurve]) -> str:
 def _count(curve: LossCurve) -> str:
     sampled = "" if curve.sampled == curve.seen else f", {curve.sampled} of them sampled"
     return f"{curve.seen} {curve.side}s{sampled}"
-
-
-def _check_numbers(
-    num_images: int | None, num_positives: int, num_negatives: int, seed: int
-) -> None:
-    Interval("[1, inf)").check("--num-images", 1 if num_images is None else num_images)
-    Interval(f"[1, {MAX_SAMPLE}]").check("--positives", num_positives)
-    Interval(f"[1, {MAX_SAMPLE}]").check("--negatives", num_negatives)
-    Interval("[0, inf)").check("--seed", seed)
 
 
 def _files(folder: Path) -> list[Path]:
@@ -278,15 +267,3 @@ def _load_model(cfg: CfgNode, weights: str, dataset: str) -> DenseDetector:
     class_names = registered_classes(cfg, dataset.upper())
     Checkpointer(model, complete=True, class_names=class_names).load(weights)
     return model
-
-
-def _describe(curve: LossCurve) -> dict[str, Any]:
-    paper = PAPER[curve.side][curve.gamma]
-    content = asdict(curve)
-    content["cdf"] = [float(f"{share:.6g}") for share in curve.cdf]
-    content["paper"] = {
-        "hardest": {fraction: paper.share_of_hardest(fraction) for fraction in curve.hardest},
-        "half_loss_fraction": paper.half_loss_fraction,
-        "cdf": dict(paper.cdf),
-    }
-    return content

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,8 @@ from retinanet_ext.experiments.presets import (
     row_config,
 )
 from retinanet_ext.experiments.tables import Row, Table
+
+SIDES = ("TRAIN", "TEST")
 
 
 @dataclass(frozen=True)
@@ -97,24 +98,21 @@ def plan(
     check_processes(num_gpus)
     _check_opts(preset, chosen, opts)
     configs = root / "configs"
-    file_digest = cache(_file_digest)
-
-    def key(row: Row) -> str:
-        return _digest(row_config(preset, row, 0, opts, configs), file_digest)
-
-    campaign = _campaign(preset, num_gpus, opts, configs, output, file_digest)
-    names: dict[str, list[str]] = {}
-    keys: dict[str, str] = {}  # by table/row
+    base = row_config(preset, Row("base", {}, {}), 0, opts, configs)
+    digests = _file_digests(base)
+    rows_of: dict[str, list[str]] = {}  # key -> table/row
+    keys: dict[str, str] = {}
     for table, row in find_rows((), (), preset):
         name = f"{table.name}/{row.name}"
-        keys[name] = key(row)
-        names.setdefault(keys[name], []).append(name)
+        keys[name] = _digest(row_config(preset, row, 0, opts, configs), digests)
+        rows_of.setdefault(keys[name], []).append(name)
     distinct: dict[str, Row] = {}
     for table, row in chosen:
         distinct.setdefault(keys[f"{table.name}/{row.name}"], row)
+    campaign = _campaign(preset, num_gpus, opts, base, digests, output)
     return campaign, [
         Run(
-            rows=tuple(names[key]),
+            rows=tuple(rows_of[key]),
             key=key,
             seed=seed,
             config_file=configs / preset.configs[row.model],
@@ -147,49 +145,57 @@ def _campaign(
     preset: Preset,
     num_gpus: int,
     opts: Sequence[str],
-    configs: Path,
+    base: CfgNode,
+    digests: Mapping[str, str],
     output: Path,
-    file_digest: Callable[[str], str],
 ) -> Campaign:
-    cfg = row_config(preset, Row("base", {}, {}), 0, opts, configs)
-    if len(cfg.DATASETS.TEST) > 1:
-        raise InputError(f"DATASETS.TEST must name one data set here, got {cfg.DATASETS.TEST}")
-    files = {side: read_texts(cfg, f"DATASETS.CUSTOM.{side}_JSON") for side in ("TRAIN", "TEST")}
-    data = {
-        side.lower(): {
-            "name": ", ".join(files[side] or cfg.DATASETS[side]),
-            "sha256": ", ".join(map(file_digest, files[side])),
-        }
-        for side in files
-    }
     content = {
         "format": record.FORMAT,
         "preset": preset.name,
         "version": retinanet_ext.__version__,
         "num_gpus": num_gpus,
         "opts": list(opts),
-        "data": data,
+        "data": _describe_data(base, digests),
     }
-    parts = retinanet_ext.__version__, GENERATOR_VERSION, num_gpus, _digest(cfg, file_digest)
+    parts = retinanet_ext.__version__, GENERATOR_VERSION, num_gpus, _digest(base, digests)
     digest = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:8]
     return Campaign(output / f"{preset.name}-{digest}", content)
 
 
-def _digest(cfg: CfgNode, file_digest: Callable[[str], str]) -> str:
+def _annotation_files(cfg: CfgNode, side: str) -> tuple[str, ...]:
+    return read_texts(cfg, f"DATASETS.CUSTOM.{side}_JSON")
+
+
+def _file_digests(cfg: CfgNode) -> dict[str, str]:
+    """Return the digest of each annotation file's content."""
+    digests = {}
+    for path in (path for side in SIDES for path in _annotation_files(cfg, side)):
+        try:
+            digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    return digests
+
+
+def _describe_data(cfg: CfgNode, digests: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    if len(cfg.DATASETS.TEST) > 1:
+        raise InputError(f"DATASETS.TEST must name one data set here, got {cfg.DATASETS.TEST}")
+    files = {side: _annotation_files(cfg, side) for side in SIDES}
+    return {
+        side.lower(): {
+            "name": ", ".join(files[side] or cfg.DATASETS[side]),
+            "sha256": ", ".join(digests[path] for path in files[side]),
+        }
+        for side in SIDES
+    }
+
+
+def _digest(cfg: CfgNode, digests: Mapping[str, str]) -> str:
     """Return a digest of what a run's result depends on: data files by content, not by path."""
     cfg = cfg.clone()
     cfg.OUTPUT_DIR, cfg.SEED = "", 0
-    for side in ("TRAIN", "TEST"):
-        files = read_texts(cfg, f"DATASETS.CUSTOM.{side}_JSON")
-        cfg.DATASETS.CUSTOM[f"{side}_JSON"] = ", ".join(map(file_digest, files))
+    for side in SIDES:
+        files = _annotation_files(cfg, side)
+        cfg.DATASETS.CUSTOM[f"{side}_JSON"] = ", ".join(digests[path] for path in files)
         cfg.DATASETS.CUSTOM[f"{side}_IMAGES"] = ""
     return hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def _file_digest(path: str) -> str:
-    if not path:
-        return ""
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}") from None

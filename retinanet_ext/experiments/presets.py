@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -64,43 +65,37 @@ _QUICK_OVERRIDES = {
     "TEST.DETECTION_GRID.NUM_IMAGES": 4,
 }
 
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            "paper",
-            "COCO as published: 8 GPUs, 16 images per iteration, 90k iterations",
-            {name: f"retinanet_{name}_FPN.yaml" for name in ("R50", "R101", "X101")},
-        ),
-        Preset(
-            "small",
-            "ResNet-18 from random weights on your data: minutes per row on one GPU or CPU core",
-            _SMALL,
-            _SMALL_OVERRIDES,
-            seeds=2,
-        ),
-        Preset(
-            "quick",
-            "a first look: the small preset cut to seconds per row; its AP means little",
-            _SMALL,
-            _QUICK_OVERRIDES,
-        ),
-    )
+PRESETS = {
+    "paper": Preset(
+        "paper",
+        "COCO as published: 8 GPUs, 16 images per iteration, 90k iterations",
+        {name: f"retinanet_{name}_FPN.yaml" for name in ("R50", "R101", "X101")},
+    ),
+    "small": Preset(
+        "small",
+        "ResNet-18 from random weights on your data: minutes per row on one GPU or CPU core",
+        _SMALL,
+        _SMALL_OVERRIDES,
+        seeds=2,
+    ),
+    "quick": Preset(
+        "quick",
+        "a first look: the small preset cut to seconds per row; its AP means little",
+        _SMALL,
+        _QUICK_OVERRIDES,
+    ),
 }
 
 
 def find_preset(name: str) -> Preset:
     """Return a preset, or raise :class:`InputError` with the names of all presets."""
-    if name not in PRESETS:
-        raise InputError(f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
-    return PRESETS[name]
+    return _find("preset", name, PRESETS)
 
 
-def find_table(name: str) -> Table:
-    """Return a table, or raise :class:`InputError` with the names of all tables."""
-    if name not in TABLES:
-        raise InputError(f"there is no table {name!r}; there are {', '.join(TABLES)}")
-    return TABLES[name]
+def _find(kind: str, name: str, known: Mapping[str, Any]) -> Any:
+    if name not in known:
+        raise InputError(f"there is no {kind} {name!r}; there are {', '.join(known)}")
+    return known[name]
 
 
 def find_rows(
@@ -116,7 +111,7 @@ def find_rows(
     Raises:
         InputError: a name that does not exist, with those that do
     """
-    for table in map(find_table, tables):
+    for table in (_find("table", name, TABLES) for name in tables):
         if preset.name not in table.presets:
             raise InputError(
                 f"table {table.name} has no preset {preset.name!r}; "
@@ -141,8 +136,11 @@ def row_arguments(preset: Preset, row: Row, seed: int, opts: Sequence[str]) -> l
 
     What a row varies cannot be overridden; otherwise its name would be wrong.
     """
-    own = {**row.overrides, **row.preset_overrides.get(preset.name, {}), "SEED": seed}
-    return [*_pairs(preset.overrides), *opts, *_pairs(own)]
+    return [*_pairs(preset.overrides), *opts, *_pairs(_own(preset, row, seed))]
+
+
+def _own(preset: Preset, row: Row, seed: int) -> dict[str, Any]:
+    return {**row.overrides, **row.preset_overrides.get(preset.name, {}), "SEED": seed}
 
 
 def _pairs(overrides: Mapping[str, Any]) -> list[str]:
@@ -151,7 +149,7 @@ def _pairs(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def row_config(preset: Preset, row: Row, seed: int, opts: Sequence[str], configs: Path) -> CfgNode:
-    """Return a row's config as :func:`~retinanet_ext.engine.load_config` does.
+    """Return the config that :func:`row_arguments` gives.
 
     Args:
         preset, row: what to run
@@ -162,24 +160,28 @@ def row_config(preset: Preset, row: Row, seed: int, opts: Sequence[str], configs
     Raises:
         InputError: a key that is unknown, or has no effect beside the row's other settings
     """
-    cfg = load_config(
-        str(configs / preset.configs[row.model]), row_arguments(preset, row, seed, opts)
-    )
+    shared = (*_pairs(preset.overrides), *opts)
+    cfg = _load_once(str(configs / preset.configs[row.model]), shared).clone()
+    cfg.merge_from_list([part for pair in _own(preset, row, seed).items() for part in pair])
     # Otherwise all rows of a sweep would give the same result.
     if ineffective := ineffective_keys(cfg):
         raise InputError(f"row {row.name}: {ineffective[0]}")
     return cfg
 
 
+_load_once = cache(load_config)
+"""Rows share the config file and ``opts``; reading them takes longer than merging a row's keys."""
+
+
 def list_tables(names: Sequence[str] = ()) -> str:
-    """Return all tables as text, or the rows of the named tables; see :func:`find_table`."""
+    """Return all tables as text, or the rows of the named tables."""
     if not names:
         rows = [
             (t.name, len(t.rows), t.title, t.source, ", ".join(t.presets)) for t in TABLES.values()
         ]
         return tabulate(rows, ["table", "rows", "what", "where", "presets"], disable_numparse=True)
     texts = []
-    for table in map(find_table, names):
+    for table in (_find("table", name, TABLES) for name in names):
         rows = [
             (row.name, *row.settings.values(), row.paper.get("AP", row.outcome))
             for row in table.rows

@@ -18,15 +18,7 @@ from retinanet_ext.experiments.figures import Drawing, draw_figures
 from retinanet_ext.experiments.page import anchor, render_page
 from retinanet_ext.experiments.record import read_json
 from retinanet_ext.experiments.results import Results, flatten, read_results
-from retinanet_ext.experiments.statistics import (
-    RULE,
-    RowResult,
-    TableResult,
-    duration,
-    number,
-    signed,
-    with_spread,
-)
+from retinanet_ext.experiments.statistics import RULE, TableResult, duration, number, signed
 from retinanet_ext.files import write_file
 
 
@@ -123,58 +115,22 @@ def render_markdown(results: Results, figures: Mapping[str, Sequence[Drawing]]) 
 def _findings(results: Results) -> Iterator[str]:
     yield "## Findings"
     yield results.headline
-    verdicts = [(table, verdict) for table in results.tables for verdict in table.verdicts]
-    if verdicts:
+    rows = [
+        (
+            table.table.name,
+            _escape(verdict.text),
+            verdict.word,
+            verdict.measured,
+            signed(verdict.paper_difference),
+        )
+        for table in results.tables
+        for verdict in table.verdicts
+    ]
+    if rows:
         numbers = ("difference in AP (95 % interval)", "in the paper")
-        yield _markdown_table(
-            ("table", "the paper's claim", "here", *numbers),
-            [
-                (
-                    table.table.name,
-                    _escape(verdict.text),
-                    verdict.word,
-                    verdict.measured,
-                    signed(verdict.paper_difference),
-                )
-                for table, verdict in verdicts
-            ],
-            numbers=(3, 4),
-        )
+        head = ("table", "the paper's claim", "here", *numbers)
+        yield _markdown_table(head, rows, numbers=(3, 4))
         yield RULE
-    best = [(table, table.best) for table in results.tables if table.best]
-    if best:
-        yield "### Best row of each table"
-        yield _markdown_table(
-            (
-                "table",
-                "best row here",
-                "AP",
-                "indistinguishable from it",
-                "best in the paper",
-                "AP",
-            ),
-            [(table.table.name, *_best_cells(table, row)) for table, row in best],
-        )
-        yield (
-            "Indistinguishable: the interval of the difference includes 0. One seed is not enough "
-            "to tell. The best mean is the highest of several, so it is likely an overestimate."
-        )
-    elif not any(row.values("AP") for table in results.tables for row in table.rows):
-        yield "No row has an AP yet."
-
-
-def _best_cells(table: TableResult, best: RowResult) -> tuple[str, ...]:
-    values = best.values("AP")
-    close = "; ".join(row.label for row in table.close_to_best)
-    printed = [row for row in table.rows if "AP" in row.row.paper]
-    paper = max(printed, key=lambda row: row.row.paper["AP"], default=None)
-    return (
-        _escape(best.label),
-        with_spread(values),
-        _escape(close or ("one seed" if len(values) < 2 else "–")),
-        _escape(paper.label) if paper else "–",
-        number(paper.row.paper["AP"]) if paper else "–",
-    )
 
 
 def _table(result: TableResult) -> Iterator[str]:

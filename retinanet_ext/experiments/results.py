@@ -1,4 +1,4 @@
-"""Read a campaign from its folder: the runs, their configs, and the tables they belong to."""
+"""The runs of a campaign, read from its folder and sorted into the paper's tables."""
 
 from __future__ import annotations
 
@@ -25,14 +25,15 @@ from retinanet_ext.experiments.tables import TABLES
 
 @dataclass(frozen=True)
 class Results:
-    """The runs of a campaign and the tables they fill.
+    """The runs of a campaign and the tables that they fill.
 
     Attributes:
-        tables: the tables with at least two rows that were run; if there is none, those with one.
-        sparse: names of the tables left out. A run belongs to every table that has its config, so
+        info: the content of ``campaign.json``.
+        tables: the tables in which at least two rows were run; if there are none, those with one.
+        sparse: names of the tables left out. A run counts in every table that has its config, so
             running one table leaves single rows in others.
-        configs: flat config of each run: key -> value.
-        superseded: runs of rows whose config has changed since.
+        configs: run's folder -> its config, flat: key -> value.
+        superseded: runs left out, because their rows' config has changed since.
     """
 
     folder: Path
@@ -45,7 +46,7 @@ class Results:
 
     @property
     def headline(self) -> str:
-        """Return the number of claims per verdict."""
+        """Return the number of claims per verdict, as a sentence."""
         words = [verdict.word for table in self.tables for verdict in table.verdicts]
         counts = {word: words.count(word) for word in WORDS if word in words}
         parts = ", ".join(f"{word} {number}" for word, number in counts.items())
@@ -53,7 +54,7 @@ class Results:
 
     @property
     def warnings(self) -> list[str]:
-        """Return what to know before comparing rows."""
+        """Return the reasons, if any, why rows may not be comparable."""
         warnings = []
         if len(commits := _distinct(run.commit for run in self.runs)) > 1:
             warnings.append(
@@ -63,18 +64,11 @@ class Results:
         if self.superseded:
             names = ", ".join(run.folder.name for run in self.superseded)
             warnings.append(f"Left out, because their rows have changed since: {names}.")
-        for table in self.tables:
-            budgets = _distinct(run.iterations for row in table.rows for run in row.finished)
-            if len(budgets) > 1:
-                warnings.append(
-                    f"Rows of table {table.table.name} did not have the same number of "
-                    f"iterations: {', '.join(budgets)}."
-                )
         return warnings
 
     @property
     def facts(self) -> dict[str, str]:
-        """Return what was run, with which settings and on which hardware."""
+        """Return what was run, with which settings and on which hardware: name -> text."""
         info, runs = self.info, self.runs
         data = (f"{side}: {data['name']}" for side, data in info.get("data", {}).items())
         opts = (" ".join(pair) for pair in zip(*[iter(info.get("opts", []))] * 2, strict=True))
@@ -104,10 +98,10 @@ _DATA_KEYS = ("DATASETS.CUSTOM.TRAIN_", "DATASETS.CUSTOM.TEST_")
 
 
 def read_results(campaign: Path) -> Results:
-    """Read the records of a campaign's folder.
+    """Read the records and configs in a campaign's folder.
 
     Raises:
-        InputError: no campaign, or none of its runs has ended
+        InputError: the folder does not exist, a record cannot be read, or no run has ended
     """
     if not campaign.is_dir():
         raise InputError(f"{campaign}: there is no such folder; name one that the runner wrote")
@@ -142,7 +136,7 @@ def read_results(campaign: Path) -> Results:
 
 
 def _distinct(values: Iterable[Any]) -> list[str]:
-    """Return each non-empty value once, as text: numbers sorted, others in their order."""
+    """Return the distinct values that are not empty, as text; numbers are sorted."""
     values = list(dict.fromkeys(value for value in values if value not in ("", None)))
     if all(isinstance(value, (int, float)) for value in values):
         values.sort()
@@ -157,7 +151,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return key -> value of a nested config, lists for tuples."""
+    """Return a nested config as full key -> value, with lists instead of tuples."""
     flat: dict[str, Any] = {}
     for key, value in node.items():
         if isinstance(value, Mapping):
@@ -168,7 +162,7 @@ def flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _budget(config: Mapping[str, Any]) -> str:
-    """Return model, image size and budget; empty for a model other than a ResNet."""
+    """Return model, image size and training budget; an empty text if the model is no ResNet."""
     if "MODEL.RESNETS.DEPTH" not in config:
         return ""
     name = "ResNet" if config["MODEL.RESNETS.NUM_GROUPS"] == 1 else "ResNeXt"

@@ -27,11 +27,9 @@ from retinanet_ext.engine.trainer import Trainer
 from retinanet_ext.errors import DIVERGED as DIVERGED_EXIT
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments import record
-from retinanet_ext.experiments.plan import Campaign, Run, plan
+from retinanet_ext.experiments.plan import Campaign, Run
 from retinanet_ext.experiments.record import Record
 from retinanet_ext.experiments.statistics import duration
-
-__all__ = ["Campaign", "Run", "plan", "run_campaign"]
 
 CAMPAIGN = "campaign.json"
 OUTPUT = "output.txt"

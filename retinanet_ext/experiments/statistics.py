@@ -1,4 +1,4 @@
-"""Means and spreads over seeds, Welch's interval for a difference, and the paper's claims."""
+"""Means over seeds, confidence intervals of differences, and verdicts on the paper's claims."""
 
 from __future__ import annotations
 
@@ -19,26 +19,29 @@ WORDS = (HOLDS, FAILS, NOISE, ONE_SEED, UNMEASURED)
 
 RULE = (
     "A claim says that one row of a table has a higher AP than another. The interval is Welch's "
-    "95 % t interval for the difference of the two means over seeds. The claim holds if the whole "
-    "interval lies above 0, does not hold if it lies below 0, and is within the noise otherwise. "
-    "If either row has a single seed, there is no interval and no conclusion. A row that diverged "
-    "with every seed loses to one that finished. Means are over the runs that finished; ± is the "
-    "standard deviation over seeds."
+    "95 % t interval of the difference between the two means over seeds. The claim holds if the "
+    "whole interval lies above 0, does not hold if it lies below 0, and is within the noise "
+    "otherwise. If either row has a single seed, there is no interval and no conclusion. A row "
+    "that diverged with every seed loses to one that finished. Means are over the runs that "
+    "finished; ± is the standard deviation over seeds."
 )
 
 SAID_BY_VALUE = ("loss", "method", "backbone", "background : foreground")
-"""Columns whose values are clear without the column's name."""
+"""Columns whose values need no column name beside them."""
 
 OTHER_DATA = ("imbalance",)
-"""Tables whose rows have different test sets, so that their APs cannot be compared."""
+"""Tables whose rows have different test sets. Their APs cannot be compared."""
 
 SHOWN = ("AP", "AP50", "AP75")
+"""Metrics of every table, shown with their spread."""
+
 SHOWN_WHERE_PRINTED = ("APs", "APm", "APl", "ms")
+"""Metrics of the tables for which the paper prints them."""
 
 
 @dataclass(frozen=True, eq=False)
 class RowResult:
-    """A row of a table with its runs, by seed."""
+    """A row of a table with its runs, in the order of their seeds."""
 
     table: Table
     row: Row
@@ -46,7 +49,7 @@ class RowResult:
 
     @property
     def label(self) -> str:
-        """Return the row's settings in one line."""
+        """Return the row's settings on one line."""
         return ", ".join(
             value if name in SAID_BY_VALUE else f"{name} {value}"
             for name, value in self.row.settings.items()
@@ -59,18 +62,18 @@ class RowResult:
 
     @property
     def has_diverged(self) -> bool:
-        """Whether it diverged with every seed that did not fail."""
+        """Return whether every run that did not fail diverged; False if all failed."""
         return {run.status for run in self.runs} - {FAILED} == {DIVERGED}
 
     def values(self, metric: str) -> list[float]:
-        """Return a metric of each finished run for which it is defined; "ms" is per image."""
+        """Return a metric, or "ms" per image, of the finished runs for which it is defined."""
         values = [
             run.inference_ms if metric == "ms" else run.metrics.get(metric) for run in self.finished
         ]
         return [value for value in values if value is not None and math.isfinite(value)]
 
     def cells(self, metrics: Sequence[str]) -> list[str]:
-        """Return the mean of each metric, for AP, AP50 and AP75 with the spread."""
+        """Return the mean of each metric as text; AP, AP50 and AP75 with their spread."""
         cells = []
         for metric, values in zip(metrics, map(self.values, metrics), strict=True):
             mean = number(fmean(values) if values else None)
@@ -79,7 +82,7 @@ class RowResult:
 
     @property
     def notes(self) -> list[str]:
-        """Return how the runs that did not finish ended, one line per message."""
+        """Return a line per distinct message of the runs that did not finish, with their seeds."""
         seeds: dict[str, list[str]] = {}
         for run in self.runs:
             if run.status != FINISHED:
@@ -94,7 +97,7 @@ class RowResult:
 
     @property
     def status(self) -> str:
-        """Return the number of runs, and how those that did not finish ended."""
+        """Return the number of runs, and the notes on those that did not finish."""
         if not self.runs or not self.notes:
             return count(len(self.runs), "seed") if self.runs else "not run"
         return f"{len(self.finished)} of {len(self.runs)} finished; {'; '.join(self.notes)}"
@@ -102,7 +105,15 @@ class RowResult:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim of the paper beside the measured difference in AP."""
+    """The verdict on a claim of the paper.
+
+    Attributes:
+        word: one of :data:`WORDS`.
+        difference: mean AP of the better row minus that of the worse one; None if one has no AP.
+        interval: Welch's interval of the difference; None with a single seed on either side.
+        paper_difference: the same difference between the printed APs.
+        remarks: runs that did not finish, and which row the better one was compared with.
+    """
 
     claim: Claim
     word: str
@@ -113,12 +124,12 @@ class Verdict:
 
     @property
     def text(self) -> str:
-        """Return the claim with the remarks in brackets."""
+        """Return the claim, followed by the remarks in brackets."""
         return self.claim.text + (f" ({'; '.join(self.remarks)})" if self.remarks else "")
 
     @property
     def measured(self) -> str:
-        """Return the difference with its interval."""
+        """Return the difference, followed by its interval in brackets."""
         if self.interval is None:
             return signed(self.difference)
         low, high = map(signed, self.interval)
@@ -126,7 +137,7 @@ class Verdict:
 
 
 def welch_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
-    """Return Welch's t interval for mean(a) - mean(b), or None below two values on either side."""
+    """Return Welch's 95 % t interval of mean(a) - mean(b), or None if a or b has one value only."""
     if min(len(a), len(b)) < 2:
         return None
     difference = fmean(a) - fmean(b)
@@ -137,13 +148,13 @@ def welch_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float
 
 
 def highest(rows: Sequence[RowResult]) -> RowResult | None:
-    """Return the row with the highest mean AP, the first of equals; None if no row has an AP."""
+    """Return the row with the highest mean AP, or None if no row has an AP."""
     rows = [row for row in rows if row.values("AP")]
     return max(rows, key=lambda row: fmean(row.values("AP")), default=None)
 
 
 def judge(claim: Claim, better: RowResult, others: Sequence[RowResult]) -> Verdict:
-    """Judge a claim by :data:`RULE`, against the row of ``others`` with the highest AP."""
+    """Compare ``better`` with the row of ``others`` that has the highest AP; see :data:`RULE`."""
     worse = highest(others) or others[0]
     a, b = better.values("AP"), worse.values("AP")
     difference = fmean(a) - fmean(b) if a and b else None
@@ -178,12 +189,12 @@ class TableResult:
 
     @property
     def measured(self) -> list[RowResult]:
-        """Return the rows that were run, however they ended."""
+        """Return the rows with at least one run, whatever its status."""
         return [row for row in self.rows if row.runs]
 
     @property
     def metrics(self) -> list[str]:
-        """Return AP, AP50, AP75 and the other metrics that the paper prints for this table."""
+        """Return the metrics shown for this table."""
         printed = {metric for row in self.rows for metric in row.row.paper}
         return [*SHOWN, *(metric for metric in SHOWN_WHERE_PRINTED if metric in printed)]
 
@@ -194,18 +205,8 @@ class TableResult:
 
     @property
     def best(self) -> RowResult | None:
-        """Return the row with the highest mean AP; None if the rows have different test sets."""
+        """Return the row with the highest mean AP; None if the rows' APs cannot be compared."""
         return None if self.table.name in OTHER_DATA else highest(self.rows)
-
-    @property
-    def close_to_best(self) -> list[RowResult]:
-        """Return the rows whose difference from the best has an interval that includes 0."""
-        intervals = {
-            row: welch_interval(self.best.values("AP"), row.values("AP"))
-            for row in self.rows
-            if self.best and row is not self.best
-        }
-        return [row for row, interval in intervals.items() if interval and interval[0] <= 0]
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
@@ -217,17 +218,17 @@ class TableResult:
 
 
 def number(value: float | None) -> str:
-    """Return a number as the paper prints it; a dash if there is none."""
+    """Return a number with one decimal, as the paper prints it; a dash for None."""
     return "–" if value is None else f"{value:.1f}"
 
 
 def signed(value: float | None) -> str:
-    """Return a difference with its sign and a typographic minus; a dash if there is none."""
+    """Return a difference with its sign, the minus typographic; a dash for None."""
     return "–" if value is None else f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
 def with_spread(values: Sequence[float]) -> str:
-    """Return mean ± sample standard deviation; the mean alone below two values."""
+    """Return mean ± sample standard deviation; a single value alone; a dash for no value."""
     if len(values) < 2:
         return number(values[0] if values else None)
     return f"{fmean(values):.1f} ± {stdev(values):.1f}"

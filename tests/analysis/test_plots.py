@@ -6,7 +6,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from retinanet_ext.analysis.loss_cdf import GAMMAS, PAPER, WindowSample
+from retinanet_ext.analysis.loss_cdf import GAMMAS, PAPER, PAPER_FRACTIONS, WindowSample
 from retinanet_ext.analysis.plots import draw_losses, figure_4, save_figure
 from retinanet_ext.cli import main
 from retinanet_ext.errors import InputError
@@ -60,7 +60,9 @@ def test_figure_4_has_the_curves_and_the_paper_s_points():
         assert len(axes.lines) == len(GAMMAS)
         for line, points, gamma in zip(axes.lines, axes.collections, GAMMAS, strict=False):
             assert line.get_ydata()[-1] == pytest.approx(1)
-            assert dict(points.get_offsets().tolist()) == dict(PAPER[side][gamma].cdf)
+            assert dict(points.get_offsets().tolist()) == dict(
+                zip(PAPER_FRACTIONS, PAPER[side][gamma], strict=True)
+            )
     assert len(figure_4([curve for curve in curves if curve.reading == "pair"]).axes) == 2
 
 

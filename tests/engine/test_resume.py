@@ -17,7 +17,7 @@ import torch
 import stress_kills
 from retinanet_ext.engine.metrics import archive_superseded_metrics
 from retinanet_ext.errors import InputError
-from training import make_trainer, start_train_net
+from training import CONFIG, make_trainer, no_cuda, run_train_net, start_train_net
 
 ITERATIONS = 8
 SAVED = "model_0000004.pth"
@@ -228,9 +228,15 @@ def test_sigterm_to_all_processes_saves_and_says_how_to_go_on(num_processes, tmp
 def test_kills_at_random_moments_change_nothing(tmp_path):
     """A small form of ``stress_kills.py``: one run of two processes, killed once."""
     iterations = 25
+
+    def finish(folder):
+        with no_cuda():
+            argv = ("--config-file", CONFIG, *stress_kills.arguments(folder, iterations))
+            assert run_train_net(*argv) == 0
+
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    stress_kills.finish(whole, iterations=iterations)
+    finish(whole)
     delay = random.uniform(0, 0.5)
     stress_kills.kill(killed, 5, delay, in_writing=True, iterations=iterations)
-    stress_kills.finish(killed, iterations=iterations)
+    finish(killed)
     assert stress_kills.differences(whole / "model_final.pth", killed / "model_final.pth") == []

@@ -1,6 +1,7 @@
 """The loss analysis of a checkpoint, against the training loss of all anchors."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -129,8 +130,6 @@ def test_files_and_text(result):
         assert curve["cdf"] == sorted(curve["cdf"]) and curve["cdf"][-1] == pytest.approx(1)
         assert curve["sampled"] == curve["seen"] > 0
     negative = curve_of(content, "anchor", "negative", 2)
-    assert negative["paper"]["hardest"] == {"0.2": 0.99, "0.01": 0.974}
-    assert negative["paper"]["half_loss_fraction"] == 0.999
     row = next(line.split() for line in text.splitlines() if line.split()[:1] == ["2"])
     assert row[-4:] == [f"{100 * negative['hardest']['0.2']:.1f}", "%", "99.0", "%"]
     assert content["text"] in text and text.splitlines()[-1] == content["conclusion"]
@@ -164,8 +163,10 @@ def test_result_is_that_of_all_anchors(result, weights):
                 assert share == pytest.approx(expected, rel=1e-4)
 
 
-def test_images_and_windows_are_sampled_by_the_seed(weights, tmp_path):
-    options = {"dataset": "train", "num_images": 2, "num_positives": 20, "num_negatives": 500}
+def test_images_and_windows_are_sampled_by_the_seed(weights, tmp_path, monkeypatch):
+    small = partial(WindowSample, num_positives=20, num_negatives=500)
+    monkeypatch.setattr("retinanet_ext.experiments.loss_analysis.WindowSample", small)
+    options = {"dataset": "train", "num_images": 2}
 
     def run(name, seed):
         analyze_loss(CONFIG, str(weights), CPU, seed=seed, output=tmp_path / name, **options)
@@ -202,8 +203,6 @@ def refuse(weights, tmp_path):
 
 
 def test_numbers_and_names(refuse):
-    assert "--positives must be a number in [1, 1000000000]" in refuse(num_positives=0)
-    assert "--negatives" in refuse(num_negatives=-1)
     assert "--num-images" in refuse(num_images=0)
     assert "--seed" in refuse(seed=-1)
     assert "none.json" in refuse("DATASETS.CUSTOM.TEST_JSON", "none.json")
@@ -267,12 +266,11 @@ def test_command_line(weights, tmp_path, monkeypatch, capsys):
         return main(["analyze-loss", *map(str, argv)])
 
     common = ["--config-file", CONFIG, "--weights", weights, "--output", tmp_path / "result"]
-    assert run(*common, "--num-images", "1", "--negatives", "100", *CPU) == 0
+    assert run(*common, "--num-images", "1", *CPU) == 0
     *_, conclusion = capsys.readouterr().out.splitlines()
     assert conclusion.startswith("At gamma 0 the easiest 80 % of the negative anchors carry")
     content = read_json(tmp_path / "result")
     assert content["num_images"] == 1 and content["conclusion"] == conclusion
-    assert curve_of(content, "pair", "negative", 1)["sampled"] == 100
 
     assert run(*common, *CPU) == 2
     error = capsys.readouterr().err.splitlines()[-1]

@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 import retinanet_ext
+from retinanet_ext import cli
 from retinanet_ext.errors import InputError
+from retinanet_ext.experiments import plan as planning
 from retinanet_ext.experiments import record, runner
 from retinanet_ext.experiments.figures import _read_curve
 from retinanet_ext.experiments.presets import list_tables
@@ -79,7 +81,7 @@ def root(tmp_path):
 
 def plan(root, output, *rows, seeds: int | None = 1, opts=OPTS, tables=("1a",), **more):
     arguments = {"tables": tables, "rows": rows, "seeds": seeds, "opts": opts, **more}
-    return runner.plan("quick", root=root, output=output, **arguments)
+    return planning.plan("quick", root=root, output=output, **arguments)
 
 
 def hashes(folder):
@@ -87,15 +89,16 @@ def hashes(folder):
     return {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def test_killed_and_started_again(tmp_path):
+def test_killed_and_started_again(tmp_path, capsys, restore_logging):
     """SIGKILL of the runner ends its run as well; the same command resumes that run."""
     command = [
-        *(sys.executable, "-m", "retinanet_ext", "experiments", "run", "--preset", "quick"),
-        *("--table", "3", "--row", "focal", "--output", str(tmp_path)),
+        *("experiments", "run", "--preset", "quick", "--table", "3", "--row", "focal"),
+        *("--output", str(tmp_path)),
         *(*OPTS, "SOLVER.MAX_ITER", "8", "SOLVER.CHECKPOINT_PERIOD", "2"),
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    first = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
+    start = [sys.executable, "-m", "retinanet_ext", *command]
+    first = subprocess.Popen(start, cwd=ROOT, env=environment, stdout=subprocess.PIPE)
     cut = lambda: list(tmp_path.glob("*/runs/1b_gamma2.0_seed1/last_checkpoint"))  # noqa: E731
     deadline = time.monotonic() + 240
     while not cut() and first.poll() is None and time.monotonic() < deadline:
@@ -105,14 +108,14 @@ def test_killed_and_started_again(tmp_path):
     (campaign,) = tmp_path.iterdir()
     half = campaign / "runs/1b_gamma2.0_seed1"
     assert record.read_record(half).status == "unfinished"
-    time.sleep(1)
+    time.sleep(0.5)
     progress = hashes(half)
-    time.sleep(2)
+    time.sleep(1)
     assert hashes(half) == progress  # the row's process ended with the runner
 
-    again = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert "0 of 1 runs are done" in again.stdout and "resumed" in again.stdout
+    assert cli.main(command) == 0
+    output = capsys.readouterr().out
+    assert "0 of 1 runs are done" in output and "resumed" in output
     (focal,) = record.read_records(campaign)
     assert focal.num_starts == 2 and focal.status == "finished" and focal.iterations == 8
     assert focal.rows[0] == "1b/gamma2.0" and "3/focal" in focal.rows
@@ -212,7 +215,7 @@ def test_a_row_that_cannot_be_started_does_not_end_the_others(root, tmp_path):
 
 def test_a_new_row_of_the_same_config_is_credited(root, tmp_path):
     campaign, (one,) = plan(root, tmp_path / "out", "alpha.50")
-    less = runner.Run(one.rows[:1], *(one.key, 1, one.config_file, one.arguments))
+    less = planning.Run(one.rows[:1], *(one.key, 1, one.config_file, one.arguments))
     runner.run_campaign(campaign, [less], root=root, log=lambda line: None)
     (found,) = runner.run_campaign(campaign, [one], root=root, log=lambda line: None)
     assert record.read_record(found.folder).rows == ["1a/alpha.50", "prior/pi.01"]
@@ -248,7 +251,7 @@ def test_other_versions_configs_and_data_are_kept_apart(root, tmp_path, monkeypa
 def test_a_row_whose_definition_changed_gets_a_folder_of_its_own(root, tmp_path):
     campaign, (one,) = plan(root, tmp_path / "out", "alpha.50")
     runner.run_campaign(campaign, [one], root=root, log=lambda line: None)
-    changed = runner.Run(one.rows, "another", 1, one.config_file, one.arguments)
+    changed = planning.Run(one.rows, "another", 1, one.config_file, one.arguments)
     runner.run_campaign(campaign, [changed], root=root, log=lambda line: None)
     folders = sorted(path.name for path in (campaign.folder / "runs").iterdir())
     assert folders == ["1a_alpha.50_seed1", "1a_alpha.50_seed1-2"]
