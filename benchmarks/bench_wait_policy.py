@@ -1,24 +1,27 @@
 """A training step with OpenMP's default waiting and with ``OMP_WAIT_POLICY=passive``.
 
-    python benchmarks/bench_wait_policy.py [--repeat 3] [--seconds 15] [--save]
+    python benchmarks/bench_wait_policy.py [--repeat 9] [--seconds 5] [--save]
 
 An OpenMP thread that waits for the others spins by default, and takes a core from whoever has work;
-with the passive policy it sleeps. Each row is one state of the machine: idle, or shared with two
-processes that are always busy, and with the training's own loader workers or without. The policies
-alternate, each in a process of its own that trains ``configs/quickstart.yaml`` for that many
-seconds. Times are wall-clock seconds per step, medians and quartiles over the repetitions.
+with the passive policy it sleeps. Each row is a state of the machine: idle or shared with two
+processes that are always busy, and with the training's own loader workers or without. Two processes
+train ``configs/quickstart.yaml``, one with each policy, and take turns of some seconds. Times are
+wall-clock time per step, medians and quartiles over the turns; "ratio" is the median of the ratios
+of neighbouring turns. "others" is the mean number of cores that all other processes used meanwhile,
+the busy ones and the loader workers included.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from common import Timing, argument_parser, hardware, save
@@ -34,8 +37,8 @@ NUM_BUSY = 2
 WARMUP = 3  # steps
 
 
-def time_steps(seconds: float, num_workers: int) -> float:
-    """Train the quick start for a number of seconds, and return the seconds per step."""
+def train_in_turns(num_workers: int) -> None:
+    """Train for as many seconds as each line of stdin says, and print the seconds per step."""
     from detectron2.utils.events import EventStorage
 
     from retinanet_ext import engine
@@ -48,11 +51,30 @@ def time_steps(seconds: float, num_workers: int) -> float:
     with EventStorage():
         for trainer.iter in range(WARMUP):
             trainer.run_step()
-        start, num_steps = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            trainer.run_step()
-            num_steps += 1
-        return (time.perf_counter() - start) / num_steps
+        print("ready", flush=True)
+        for line in sys.stdin:
+            start, num_steps, cpu = time.perf_counter(), 0, time.process_time()
+            while time.perf_counter() - start < float(line):
+                trainer.run_step()
+                num_steps += 1
+            seconds = time.perf_counter() - start
+            print(seconds / num_steps, time.process_time() - cpu, flush=True)
+
+
+@contextmanager
+def started(policy: str, num_workers: int, threads: int, data: str) -> Iterator[subprocess.Popen]:
+    """Start a training that waits for its turns."""
+    unset = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+    env = {name: value for name, value in os.environ.items() if name not in unset}
+    env |= {"OMP_NUM_THREADS": str(threads), "DETECTRON2_DATASETS": data, **POLICIES[policy]}
+    env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, "--train", str(num_workers)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, env=env, text=True, **pipes) as process:
+        while process.stdout.readline() != "ready\n":
+            assert process.poll() is None, "the training failed"
+        yield process
+        process.stdin.close()
 
 
 @contextmanager
@@ -67,45 +89,54 @@ def busy_processes(number: int) -> Iterator[None]:
             process.wait()
 
 
-def run(args: argparse.Namespace, policy: str, num_workers: int, data: str) -> float:
-    """Return the seconds per step of a process with a policy."""
-    left_out = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-    env = {name: value for name, value in os.environ.items() if name not in left_out}
-    env |= {"OMP_NUM_THREADS": str(args.threads), "DETECTRON2_DATASETS": data}
-    env |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), **POLICIES[policy]}
-    command = [sys.executable, __file__, "--steps", str(num_workers), "--seconds"]
-    done = subprocess.run(
-        [*command, str(args.seconds)], env=env, check=True, stdout=subprocess.PIPE, text=True
+def machine_seconds() -> float:
+    """Return the CPU time that all programs have used since the machine started."""
+    user, nice, system, _, _, irq, softirq, *_ = map(
+        int, Path("/proc/stat").read_text().split("\n")[0].split()[1:]
     )
-    return float(done.stdout.splitlines()[-1])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+
+
+def take_turns(processes: dict[str, subprocess.Popen], args: argparse.Namespace) -> dict:
+    """Return the times of both policies, their ratio, and the cores that others used."""
+    times: dict[str, list[float]] = {policy: [] for policy in processes}
+    others = []
+    for _ in range(args.repeat):
+        for policy, process in processes.items():
+            start, used = time.perf_counter(), machine_seconds()
+            print(args.seconds, file=process.stdin, flush=True)
+            seconds, own = map(float, process.stdout.readline().split())
+            times[policy].append(seconds)
+            others.append((machine_seconds() - used - own) / (time.perf_counter() - start))
+    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
+    columns = {policy: Timing(values) for policy, values in times.items()}
+    return {**columns, "ratio": statistics.median(ratios), "others": statistics.mean(others)}
 
 
 def main() -> None:
     """Time the steps and print a table."""
-    parser = argument_parser(__doc__.splitlines()[0], repeat=3)
-    parser.add_argument("--seconds", type=float, default=15, help="of every repetition")
+    parser = argument_parser(__doc__.splitlines()[0], repeat=9)
+    parser.add_argument("--seconds", type=float, default=5, help="of every turn")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
-    parser.add_argument("--steps", type=int, metavar="WORKERS", help="time steps in this process")
+    parser.add_argument("--train", type=int, metavar="WORKERS", help="train in this process")
     args = parser.parse_args()
-    if args.steps is not None:
-        print(time_steps(args.seconds, args.steps))
+    if args.train is not None:
+        train_in_turns(args.train)
         return
     args.device = "cpu"
     rows = []
     with tempfile.TemporaryDirectory() as data:
         for num_workers in args.workers:
-            for num_busy in (0, NUM_BUSY):
-                seconds: dict[str, list[float]] = {policy: [] for policy in POLICIES}
-                for _ in range(args.repeat):
-                    for policy in POLICIES:
-                        with busy_processes(num_busy):
-                            seconds[policy].append(run(args, policy, num_workers, data))
-                times = {policy: Timing(values) for policy, values in seconds.items()}
-                ratio = times["passive"].median / times["default"].median
-                machine = {"busy processes": num_busy, "loader workers": num_workers}
-                rows.append({**machine, **times, "ratio": ratio})
-                print(rows[-1], flush=True)
-    print(hardware(), f"{args.threads} threads")
+            with ExitStack() as stack:
+                processes = {
+                    policy: stack.enter_context(started(policy, num_workers, args.threads, data))
+                    for policy in POLICIES
+                }
+                for num_busy in (0, NUM_BUSY):
+                    with busy_processes(num_busy):
+                        found = take_turns(processes, args)
+                    rows.append({"busy": num_busy, "workers": num_workers, **found})
+    print(hardware(), f"{args.threads} threads, milliseconds per step")
     print(tabulate(rows, headers="keys", floatfmt=".3g"))
     if args.save:
         print(f"Wrote {save('wait_policy', rows, args)}")

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 import train_net
@@ -32,6 +33,24 @@ def make_trainer(folder, *opts, resume=False):
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=resume)
     return trainer
+
+
+class CutOffError(Exception):
+    pass
+
+
+def cut_off(trainer, iteration):
+    """Train until the middle of an iteration, whose batch is then lost."""
+    run_step = trainer.run_step
+
+    def run_step_or_end():
+        run_step()
+        if trainer.iter == iteration:
+            raise CutOffError
+
+    trainer.run_step = run_step_or_end
+    with pytest.raises(CutOffError):
+        trainer.train()
 
 
 def run_train_net(*argv):

@@ -205,7 +205,8 @@ def check_metric(cfg: CfgNode, build_evaluator: Callable[[CfgNode, str], Dataset
     known = [prefix + name for prefix in prefixes for name in (*metrics, *per_class)]
     if metric in known:
         return
-    close = get_close_matches(metric, known, n=1) or [f for f in known if f.endswith(f"/{metric}")]
+    close = [name for name in known if name.lower().endswith(metric.lower())]
+    close = close or get_close_matches(metric, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     several = ", after the name of a data set" if len(prefixes) > 1 else ""
     of_class = f" and bbox/AP-CLASS of {join_some(classes)}" if classes else ""
