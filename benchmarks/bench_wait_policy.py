@@ -1,14 +1,15 @@
-"""A training step with OpenMP's default waiting and with ``OMP_WAIT_POLICY=passive``.
+"""A training step by how OpenMP's threads wait for each other.
 
     python benchmarks/bench_wait_policy.py [--repeat 9] [--seconds 5] [--save]
 
-An OpenMP thread that waits for the others spins by default, and takes a core from whoever has work;
-with the passive policy it sleeps. Each row is a state of the machine: idle or shared with two
-processes that are always busy, and with the training's own loader workers or without. Two processes
-train ``configs/quickstart.yaml``, one with each policy, and take turns of some seconds. Times are
-wall-clock time per step, medians and quartiles over the turns; "ratio" is the median of the ratios
-of neighbouring turns. "others" is the mean number of cores that all other processes used meanwhile,
-the busy ones and the loader workers included.
+A thread that waits spins by default, and takes a core from whoever has work. With
+``OMP_WAIT_POLICY=passive`` it sleeps at once, and with ``GOMP_SPINCOUNT=n`` after n turns. Each row
+is a state of the machine: idle or shared with two processes that are always busy, and with the
+training's own loader workers or without. The processes, one for each way, train
+``configs/quickstart.yaml`` and take turns of some seconds. Times are wall-clock time per step,
+medians and quartiles over the turns; a ratio is the median of those to the default in the same
+round. "others" is the mean number of cores that all other processes used meanwhile, the busy ones
+and the loader workers included.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ ROOT = Path(__file__).parents[1]
 POLICIES = {
     "default": {"GOMP_SPINCOUNT": "300000"},
     "passive": {"OMP_WAIT_POLICY": "passive"},
+    "spin 1000": {"GOMP_SPINCOUNT": "1000"},
+    "spin 10000": {"GOMP_SPINCOUNT": "10000"},
 }
 NUM_BUSY = 2
 WARMUP = 3  # steps
@@ -98,7 +101,7 @@ def machine_seconds() -> float:
 
 
 def take_turns(processes: dict[str, subprocess.Popen], args: argparse.Namespace) -> dict:
-    """Return the times of both policies, their ratio, and the cores that others used."""
+    """Return the times of all policies, their ratios, and the cores that others used."""
     times: dict[str, list[float]] = {policy: [] for policy in processes}
     others = []
     for _ in range(args.repeat):
@@ -108,9 +111,13 @@ def take_turns(processes: dict[str, subprocess.Popen], args: argparse.Namespace)
             seconds, own = map(float, process.stdout.readline().split())
             times[policy].append(seconds)
             others.append((machine_seconds() - used - own) / (time.perf_counter() - start))
-    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
-    columns = {policy: Timing(values) for policy, values in times.items()}
-    return {**columns, "ratio": statistics.median(ratios), "others": statistics.mean(others)}
+    columns: dict[str, object] = {}
+    for policy, values in times.items():
+        columns[policy] = Timing(values)
+        if policy != "default":
+            ratios = [a / b for a, b in zip(values, times["default"], strict=True)]
+            columns[f"ratio of {policy}"] = statistics.median(ratios)
+    return {**columns, "others": statistics.mean(others)}
 
 
 def main() -> None:
@@ -136,6 +143,7 @@ def main() -> None:
                     with busy_processes(num_busy):
                         found = take_turns(processes, args)
                     rows.append({"busy": num_busy, "workers": num_workers, **found})
+                    print(*(f"{name} {value}" for name, value in rows[-1].items()), sep=", ")
     print(hardware(), f"{args.threads} threads, milliseconds per step")
     print(tabulate(rows, headers="keys", floatfmt=".3g"))
     if args.save:

@@ -41,7 +41,6 @@ from retinanet_ext.engine.train_step import AccumulatingTrainer
 from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation import BoxEvaluator, InferenceTime, ValidationLoss
 from retinanet_ext.evaluation.outputs import draw_detections, inference_dir
-from retinanet_ext.modeling import RetinaNetExt
 
 EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
 """The data sets' ``evaluator_type`` that have an evaluator of boxes."""
@@ -278,22 +277,16 @@ class Trainer(DefaultTrainer):
             metrics by task and name, such as ``{"bbox": {"AP": 40.1}}``; by data set where there
             are several. Empty but on the main process.
         """
-        detector = model
         if isinstance(model, DistributedDataParallel):
             # Each process has its own statistics of BatchNorm; the checkpoint holds the first's.
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
-            detector = model.module
-        has_loss = cfg.TEST.LOSS and isinstance(detector, RetinaNetExt)
         if evaluators is None:
+            others = [InferenceTime(model)]
+            if cfg.TEST.LOSS and cfg.MODEL.META_ARCHITECTURE == "RetinaNetExt":
+                others.append(ValidationLoss(model))
             evaluators = [
-                DatasetEvaluators(
-                    [
-                        cls.build_evaluator(cfg, name),
-                        InferenceTime(model),
-                        *([ValidationLoss(detector)] if has_loss else []),
-                    ]
-                )
+                DatasetEvaluators([cls.build_evaluator(cfg, name), *others])
                 for name in cfg.DATASETS.TEST
             ]
         results = super().test(cfg, model, evaluators)
