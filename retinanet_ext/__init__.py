@@ -2,25 +2,13 @@
 
 Importing this package imports nothing else, so that :mod:`retinanet_ext.losses` and
 :mod:`retinanet_ext.sampling` work without Detectron2. Asking for
-:func:`add_retinanet_ext_config` imports the plugin, which registers everything. Imported before
-torch, the package sets ``OMP_WAIT_POLICY`` (docs/speed.md).
+:func:`add_retinanet_ext_config` imports the plugin, which registers everything.
 """
 
-import os
-import sys
 from typing import Any
 
 __version__ = "0.1.0"
 __all__ = ["add_retinanet_ext_config"]
-
-# OpenMP threads that wait for each other spin by default, which takes the cores from the loader's
-# workers and from other programs. libgomp reads this when it is loaded, which torch does.
-if "torch" not in sys.modules and not os.environ.keys() & {
-    "OMP_WAIT_POLICY",
-    "GOMP_SPINCOUNT",
-    "KMP_BLOCKTIME",
-}:
-    os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def __getattr__(name: str) -> Any:

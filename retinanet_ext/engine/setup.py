@@ -62,8 +62,6 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     _begin_logging()
     num_processes = comm.get_world_size()
     use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
-    if os.environ.get("OMP_WAIT_POLICY") == "passive":
-        logger.info("OMP_WAIT_POLICY passive: threads sleep while they wait (docs/speed.md)")
     check_config(cfg, num_processes=num_processes, eval_only=args.eval_only)
     _check_same_everywhere(cfg)
     for change in [] if args.eval_only else scale_schedule(cfg):
