@@ -201,7 +201,8 @@ class Trainer(DefaultTrainer):
     def _build_eval_hook(self) -> HookBase:
         if not self.cfg.SOLVER.BEST.METRIC:
             return EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
-        return SelectionHook(self.cfg, self.model, self.checkpointer.class_names)
+        checkpointer = self.checkpointer  # its model is the one that is evaluated
+        return SelectionHook(self.cfg, checkpointer.model, checkpointer.class_names)
 
     def build_writers(self) -> list[EventWriter]:
         """Return the writers to stdout, ``metrics.json`` and TensorBoard."""
