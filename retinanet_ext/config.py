@@ -230,6 +230,17 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # MODEL.RETINANET.SELECTION.OHEM.SCOPE "process".
     cfg.SOLVER.GRAD_ACCUM_STEPS = 1
 
+    cfg.SOLVER.BEST = CfgNode()
+    # Metric of the best model, as metrics.json names it, such as "bbox/AP", "bbox/AP50",
+    # "bbox/AP-<class>" or, with TEST.LOSS, "validation/total_loss". The weights of the best
+    # evaluation are kept in model_best.pth. With several data sets in DATASETS.TEST the name of one
+    # comes first: "mine_val/bbox/AP". "": off. See docs/training.md#the-best-model.
+    cfg.SOLVER.BEST.METRIC = ""
+    cfg.SOLVER.EARLY_STOP = CfgNode()
+    # Number of evaluations in a row without a better SOLVER.BEST.METRIC after which the run ends.
+    # 0: it runs to SOLVER.MAX_ITER.
+    cfg.SOLVER.EARLY_STOP.PATIENCE = 0
+
     cfg.SOLVER.NON_FINITE = CfgNode()
     # What is done about a step whose loss or gradient is infinite or NaN on any process: "raise" an
     # error, or "skip" the step and leave weights, optimizer and normaliser unchanged. Its likely
@@ -249,6 +260,10 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # Precision of backbone and head in evaluation and in Predictor: "float32", "bfloat16", or
     # "float16" (CUDA only). Decoding, scoring and NMS stay in float32.
     cfg.TEST.PRECISION = "float32"
+
+    # Evaluate the validation loss beside AP: the training losses on the test data. They are in
+    # metrics.json as validation/loss_cls, validation/loss_box_reg and validation/total_loss.
+    cfg.TEST.LOSS = False
 
     cfg.TEST.DETECTION_GRID = CfgNode()
     # Number of test images in the picture of ground truth and detections that is drawn after an

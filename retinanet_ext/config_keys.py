@@ -59,6 +59,7 @@ COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
             "MODEL.COMPILE",
             "MODEL.CHANNELS_LAST",
             "INPUT.SIZE_DIVISIBILITY",
+            "TEST.LOSS",
         ),
         _OURS,
     ),
@@ -102,6 +103,7 @@ COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("SOLVER.CLIP_GRADIENTS.ENABLED", (True,)),
     "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": ("SOLVER.CLIP_GRADIENTS.ENABLED", (True,)),
     "SOLVER.CLIP_GRADIENTS.NORM_TYPE": ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("norm", "full_model")),
+    "SOLVER.EARLY_STOP.PATIENCE": ("SOLVER.BEST.METRIC", ()),
     "SOLVER.GAMMA": (
         "SOLVER.LR_SCHEDULER_NAME",
         ("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR"),

@@ -508,6 +508,29 @@ CONFIG = [
         opts("SOLVER.GRAD_ACCUM_STEPS", 0),
     ),
     (
+        "a best metric that is not evaluated",
+        "(did you mean 'bbox/AP50'?); they are bbox/AP, bbox/AP50",
+        opts("SOLVER.BEST.METRIC", "AP50", "TEST.EVAL_PERIOD", 2),
+    ),
+    (
+        "a best model without evaluations",
+        "set TEST.EVAL_PERIOD",
+        opts("SOLVER.BEST.METRIC", "bbox/AP"),
+    ),
+    (
+        "a best model without test data",
+        "needs test data with annotations",
+        chain(
+            opts("DATASETS.CUSTOM.TEST_JSON", "", "DATASETS.CUSTOM.TEST_IMAGES", ""),
+            opts("SOLVER.BEST.METRIC", "bbox/AP", "TEST.EVAL_PERIOD", 2),
+        ),
+    ),
+    (
+        "early stopping without a metric",
+        "PATIENCE 2 needs the metric",
+        opts("SOLVER.EARLY_STOP.PATIENCE", 2, "TEST.EVAL_PERIOD", 2),
+    ),
+    (
         "an unknown answer to NaN",
         "NON_FINITE.POLICY 'ignore' is unknown; known:",
         opts("SOLVER.NON_FINITE.POLICY", "ignore"),

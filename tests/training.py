@@ -45,6 +45,24 @@ def no_cuda():
         yield
 
 
+class CutOffError(Exception):
+    pass
+
+
+def cut_off(trainer, iteration):
+    """Train until the middle of an iteration, whose batch is then lost."""
+    run_step = trainer.run_step
+
+    def run_step_or_end():
+        run_step()
+        if trainer.iter == iteration:
+            raise CutOffError
+
+    trainer.run_step = run_step_or_end
+    with pytest.raises(CutOffError):
+        trainer.train()
+
+
 def run_train_net(*argv):
     """Run train_net.py in this process, with its launcher, and return the exit code."""
     args = argument_parser().parse_args(list(map(str, argv)))

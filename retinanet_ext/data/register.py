@@ -154,6 +154,7 @@ def _register(cfg: CfgNode, source: Source) -> list[str]:
         evaluator_type="coco",
         json_file=_json_for_evaluation(checked) if source.split == "TEST" else source.json_file,
         image_root=checked.image_root,
+        is_labelled=checked.is_labelled,
         num_images=len(content["images"]),
         num_crowd_regions=len(content["annotations"]) - len(objects),
         images_by_num_objects=dict(Counter(num_objects.values())),

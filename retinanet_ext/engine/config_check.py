@@ -44,6 +44,7 @@ TRAINING_RANGES = {
     "INPUT.COLOR_JITTER": Interval("[0, 1]"),
     "INPUT.SCALE_JITTER": Interval("(0, 100]"),
     "INPUT.SIZE_DIVISIBILITY": Interval("[0, 16384]"),
+    "SOLVER.EARLY_STOP.PATIENCE": Interval("[0, inf)"),
     "SOLVER.EMA.DECAY": Interval("[0, 1)"),
     "SOLVER.FLAT_RATIO": Interval("[0, 1)"),
     "SOLVER.GRAD_ACCUM_STEPS": Interval("[1, 65536]"),
@@ -131,6 +132,7 @@ def check_config(cfg: CfgNode, *, num_processes: int, eval_only: bool) -> None:
             )
     if not eval_only:
         _check_solver(cfg, num_processes)
+        _check_selection(cfg)
 
 
 def _flat(value: Any) -> Iterator[Any]:
@@ -190,6 +192,20 @@ def _check_solver(cfg: CfgNode, num_processes: int) -> None:
         raise InputError(
             f"a batch of {batch} images (SOLVER.IMS_PER_BATCH) must be a multiple of "
             f"DATALOADER.ASPECT_RATIO_STREAMS {streams}"
+        )
+
+
+def _check_selection(cfg: CfgNode) -> None:
+    metric, patience = cfg.SOLVER.BEST.METRIC, cfg.SOLVER.EARLY_STOP.PATIENCE
+    if patience and not metric:
+        raise InputError(
+            f"SOLVER.EARLY_STOP.PATIENCE {patience} needs the metric that it waits for: set "
+            "SOLVER.BEST.METRIC, such as bbox/AP"
+        )
+    if metric and cfg.TEST.EVAL_PERIOD < 1:
+        raise InputError(
+            f"SOLVER.BEST.METRIC {metric} needs evaluations during the training: set "
+            "TEST.EVAL_PERIOD, the iterations between them, above 0"
         )
 
 

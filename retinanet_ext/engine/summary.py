@@ -17,7 +17,7 @@ CLASS_COLUMNS = 4
 
 
 def summarize(cfg: CfgNode, results: Mapping[str, Any]) -> str:
-    """Return AP, AP per class and the files of a run as text.
+    """Return AP, AP per class, the validation loss and the files of a run as text.
 
     Args:
         cfg: config of the run
@@ -25,19 +25,34 @@ def summarize(cfg: CfgNode, results: Mapping[str, Any]) -> str:
     """
     names = cfg.DATASETS.TEST
     by_name = {names[0]: results} if len(names) == 1 else results
-    parts = [_tables(cfg, name, by_name.get(name, {}).get("bbox", {})) for name in names]
+    parts = [
+        text
+        for name in names
+        for text in (
+            _tables(cfg, name, by_name.get(name, {}).get("bbox", {})),
+            *_validation_loss(name, by_name.get(name, {}).get("validation", {})),
+        )
+    ]
     folder = Path(cfg.OUTPUT_DIR)
     files = {
         **{grid_path(cfg, name): "picture of detections" for name in names},
         **{inference_dir(cfg, name): "all detections" for name in names},
         folder / "metrics.json": "losses and AP by iteration",
         folder / "model_final.pth": "weights",
+        folder / "model_best.pth": f"weights of the best {cfg.SOLVER.BEST.METRIC}",
         folder / "log.txt": "log",
     }
     table = tabulate(
         [(what, path) for path, what in files.items() if path.exists()], tablefmt="plain"
     )
     return "\n\n".join(["Finished.", *parts, table])
+
+
+def _validation_loss(name: str, losses: Mapping[str, float]) -> list[str]:
+    if not losses:
+        return []
+    parts = ", ".join(f"{key} {value:.4g}" for key, value in losses.items())
+    return [f"Validation loss on {name}: {parts}"]
 
 
 def _tables(cfg: CfgNode, name: str, metrics: Mapping[str, float]) -> str:

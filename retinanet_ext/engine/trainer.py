@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, build_detection_test_loader
+from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import DefaultTrainer, HookBase, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import (
     DatasetEvaluator,
@@ -34,12 +35,13 @@ from retinanet_ext.engine.class_matching import match_optimizer_state, saved_cla
 from retinanet_ext.engine.config_check import config_errors
 from retinanet_ext.engine.hooks import EvalHook, PreciseBN, SeedIterations, StopOnSignal
 from retinanet_ext.engine.metrics import StrictJSONWriter, archive_superseded_metrics
+from retinanet_ext.engine.model_selection import EarlyStop, SelectionHook, check_metric
 from retinanet_ext.engine.setup import report_results
 from retinanet_ext.engine.solver import build_lr_scheduler, build_optimizer
 from retinanet_ext.engine.train_step import AccumulatingTrainer
 from retinanet_ext.engine.weight_average import WeightAverage
 from retinanet_ext.errors import InputError
-from retinanet_ext.evaluation import BoxEvaluator, InferenceTime
+from retinanet_ext.evaluation import BoxEvaluator, InferenceTime, ValidationLoss
 from retinanet_ext.evaluation.outputs import draw_detections, inference_dir
 from retinanet_ext.modeling.timm_backbone import load_timm_weights, timm_weights
 
@@ -72,6 +74,7 @@ class Trainer(DefaultTrainer):
       :class:`WeightAverage`.
     - SIGTERM and one Ctrl-C save a checkpoint before they stop the training.
     - Inference is timed, and a picture of detections is drawn after an evaluation.
+    - The best model is kept, and a run may stop early, see :class:`SelectionHook`.
     - ``metrics.json`` is strict JSON, and holds no iteration twice.
     """
 
@@ -81,12 +84,14 @@ class Trainer(DefaultTrainer):
             cfg: a config whose data sets are registered; nothing is written yet
 
         Raises:
-            InputError: no model, optimizer or loader can be built from the config, or a test set
-                has an ``evaluator_type`` without an evaluator
+            InputError: no model, optimizer or loader can be built from the config, a test set has
+                an ``evaluator_type`` without an evaluator, or ``SOLVER.BEST.METRIC`` is unknown
         """
         TrainerBase.__init__(self)  # DefaultTrainer's would build all of what follows differently
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
         self.check_evaluators(cfg)
+        if cfg.SOLVER.BEST.METRIC:
+            check_metric(cfg, self.build_evaluator)
         model = self.build_model(cfg)
         with config_errors():
             optimizer = self.build_optimizer(cfg, model)
@@ -148,8 +153,11 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
-        """Return the batches of a test set."""
+        """Return the batches of a test set, with ``instances`` for ``TEST.LOSS``."""
         mapper = CheckedDatasetMapper(cfg, is_train=False)
+        if cfg.TEST.LOSS:
+            augmentations = build_augmentation(cfg, is_train=False)
+            mapper = CheckedDatasetMapper(cfg, is_train=True, augmentations=augmentations)
         return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
 
     @classmethod
@@ -202,10 +210,16 @@ class Trainer(DefaultTrainer):
         if is_main:
             period = cfg.SOLVER.CHECKPOINT_PERIOD
             all_hooks.append(hooks.PeriodicCheckpointer(self.checkpointer, period))
-        all_hooks += [StopOnSignal(), EvalHook(cfg.TEST.EVAL_PERIOD, self._evaluate)]
+        all_hooks += [StopOnSignal(), self._build_eval_hook()]
         if is_main:
             all_hooks.append(hooks.PeriodicWriter(self.build_writers(), period=20))
         return all_hooks
+
+    def _build_eval_hook(self) -> HookBase:
+        if not self.cfg.SOLVER.BEST.METRIC:
+            return EvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
+        checkpointer = self.checkpointer  # its model is the one that is evaluated
+        return SelectionHook(self.cfg, checkpointer.model, checkpointer.class_names)
 
     def build_writers(self) -> list[EventWriter]:
         """Return the writers to stdout, ``metrics.json`` and TensorBoard."""
@@ -261,13 +275,19 @@ class Trainer(DefaultTrainer):
         self.cfg.freeze()
 
     def train(self) -> Mapping[str, Any]:
-        """Train, and return the results of the last evaluation (empty but on the main process)."""
+        """Train, and return the results of the last evaluation (empty but on the main process).
+
+        The run ends at ``SOLVER.MAX_ITER``, or before by ``SOLVER.EARLY_STOP``.
+        """
         Path(self.cfg.OUTPUT_DIR).mkdir(parents=True, exist_ok=True)
         if self._resumes and comm.is_main_process():
             metrics = Path(self.cfg.OUTPUT_DIR, "metrics.json")
             is_extended = self._had_ended and self.start_iter < self.max_iter
             archive_superseded_metrics(metrics, self.start_iter, is_extended=is_extended)
-        TrainerBase.train(self, self.start_iter, self.max_iter)
+        try:
+            TrainerBase.train(self, self.start_iter, self.max_iter)
+        except EarlyStop as reason:
+            logger.info("%s", reason)
         report_results(self.cfg, self._last_eval_results)
         return self._last_eval_results
 
@@ -288,8 +308,11 @@ class Trainer(DefaultTrainer):
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
         if evaluators is None:
+            others = [InferenceTime(model)]
+            if cfg.TEST.LOSS and cfg.MODEL.META_ARCHITECTURE == "RetinaNetExt":
+                others.append(ValidationLoss(model))
             evaluators = [
-                DatasetEvaluators([cls.build_evaluator(cfg, name), InferenceTime(model)])
+                DatasetEvaluators([cls.build_evaluator(cfg, name), *others])
                 for name in cfg.DATASETS.TEST
             ]
         results = super().test(cfg, model, evaluators)

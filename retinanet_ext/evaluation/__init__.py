@@ -3,5 +3,12 @@
 from retinanet_ext.evaluation.coco import COCO_MAX_DETECTIONS, BoxEvaluator
 from retinanet_ext.evaluation.pictures import draw_detection_grid
 from retinanet_ext.evaluation.timing import InferenceTime
+from retinanet_ext.evaluation.validation_loss import ValidationLoss
 
-__all__ = ["COCO_MAX_DETECTIONS", "BoxEvaluator", "InferenceTime", "draw_detection_grid"]
+__all__ = [
+    "COCO_MAX_DETECTIONS",
+    "BoxEvaluator",
+    "InferenceTime",
+    "ValidationLoss",
+    "draw_detection_grid",
+]

@@ -116,6 +116,8 @@ class RetinaNetCriterion(nn.Module):
         self.register_buffer("loss_normalizer", torch.tensor(100.0, dtype=torch.float64))
         self._num_micro_batches = 1
         self._micro_counts: list[Tensor] = []
+        # If a list, counts of anchors are put there and do not divide the losses (ValidationLoss).
+        self.deferred_counts: list[Tensor] | None = None
 
     @classmethod
     def from_config(cls, cfg: CfgNode, box2box_transform: Box2BoxTransform) -> RetinaNetCriterion:
@@ -268,6 +270,9 @@ class RetinaNetCriterion(nn.Module):
             num_images *= self._num_micro_batches
             return 1 / (num_images * num_foreground.double().clamp(min=1))
         count = (num_selected if self.normalizer == "selected" else num_foreground).sum()
+        if self.deferred_counts is not None:
+            self.deferred_counts.append(count)
+            return torch.ones_like(num_foreground, dtype=torch.float64)
         if self._num_micro_batches == 1:
             weight = self._batch_weight(count)
         else:

@@ -17,30 +17,12 @@ import torch
 import stress_kills
 from retinanet_ext.engine.metrics import archive_superseded_metrics
 from retinanet_ext.errors import InputError
-from training import CONFIG, make_trainer, no_cuda, run_train_net, start_train_net
+from training import CONFIG, cut_off, make_trainer, no_cuda, run_train_net, start_train_net
 
 ITERATIONS = 8
 SAVED = "model_0000004.pth"
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
-
-
-class CutOffError(Exception):
-    pass
-
-
-def cut_off(trainer, iteration):
-    """Train until the middle of an iteration, whose batch is then lost."""
-    run_step = trainer.run_step
-
-    def run_step_or_end():
-        run_step()
-        if trainer.iter == iteration:
-            raise CutOffError
-
-    trainer.run_step = run_step_or_end
-    with pytest.raises(CutOffError):
-        trainer.train()
 
 
 def read_metrics(folder, name="metrics.json"):

@@ -9,9 +9,9 @@ import stress_kills
 from retinanet_ext.engine import Predictor
 from retinanet_ext.engine.weight_average import WeightAverage
 from retinanet_ext.errors import InputError
-from training import make_trainer
+from training import cut_off, make_trainer
 
-from .test_resume import SAVED, cut_off
+from .test_resume import SAVED
 
 EMA = ("SOLVER.EMA.DECAY", 0.9)
 
