@@ -99,8 +99,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # See docs/training.md#classes-of-weights.
     cfg.MODEL.RETINANET.REINIT_MISMATCHED = False
 
-    # Clip candidates to the image before non-maximum suppression, as torchvision and MMDetection do.
-    # False: clip the detections that it keeps, as in Detectron2.
+    # Clip candidates to the image before non-maximum suppression, as torchvision and MMDetection
+    # do. False: clip the detections that it keeps, as in Detectron2.
     cfg.MODEL.RETINANET.CLIP_BEFORE_NMS = False
 
     # Compile backbone and head with torch.compile at the first iteration (minutes).

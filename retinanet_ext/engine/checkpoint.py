@@ -25,7 +25,7 @@ from retinanet_ext.engine.pickled_weights import read_pickled_weights
 from retinanet_ext.errors import InputError, first_line
 from retinanet_ext.files import atomic_write, write_file
 from retinanet_ext.modeling import convert_weights, to_detectron2_state_dict
-from retinanet_ext.modeling.weights import KNOWN, check_fits
+from retinanet_ext.modeling.weights import KNOWN, check_fits, rename_detectrons_retinanet
 
 # Name, shape in the checkpoint, shape in the model.
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
@@ -273,7 +273,8 @@ class Checkpointer(DetectionCheckpointer):
             return []
         if checkpoint.get("__author__") == "Caffe2":
             self._convert_ndarray_to_tensor(checkpoint["model"])
-            checkpoint["model"], _ = convert_c2_detectron_names(checkpoint["model"])
+            weights, _ = convert_c2_detectron_names(checkpoint["model"])
+            checkpoint["model"] = rename_detectrons_retinanet(weights)
             checkpoint["__author__"] = "Caffe2, names converted"
         weights = checkpoint["model"]
         mismatches = []

@@ -85,6 +85,7 @@ def run_checkpoints(folder: str | Path) -> tuple[list[Path], list[str]]:
 
 
 def no_checkpoint_left(passed_over: list[str]) -> InputError:
+    """Return the error that no checkpoint is left; the arguments say why of each."""
     return InputError(
         f"{'; '.join(passed_over)}: no checkpoint is left to go on from; start anew in another "
         "OUTPUT_DIR"

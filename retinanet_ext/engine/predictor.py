@@ -24,9 +24,9 @@ from retinanet_ext.data.images import (
     num_channels,
 )
 from retinanet_ext.engine.checkpoint import Checkpointer
-from retinanet_ext.engine.find_checkpoint import last_checkpoint
 from retinanet_ext.engine.class_matching import saved_class_names
 from retinanet_ext.engine.config_check import use_cpu_without_cuda
+from retinanet_ext.engine.find_checkpoint import last_checkpoint
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
 

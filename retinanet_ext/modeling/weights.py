@@ -141,6 +141,26 @@ def convert_weights(state: Mapping[str, Tensor], source: str) -> ConvertedWeight
     return None
 
 
+def rename_detectrons_retinanet(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Rename the layers of Detectron's RetinaNet that Detectron2 has no names for.
+
+    They are the head, P6 and P7. Their anchors and classes are in Detectron2's order.
+
+    Args:
+        weights: tensors under the names that ``convert_c2_detectron_names`` gives them
+    """
+    renamed = {}
+    for name, tensor in weights.items():
+        name = re.sub(r"^fpn\.([67])\.", r"top_block.p\1.", name)
+        name = re.sub(r"^retnet\.cls\.pred\.fpn\d\.", "head.cls_score.", name)
+        name = re.sub(r"^retnet\.bbox\.pred\.fpn\d\.", "head.bbox_pred.", name)
+        match = re.fullmatch(r"retnet\.(cls|bbox)\.conv\.n(\d)\.fpn\d\.(\w+)", name)
+        if match:
+            name = f"head.{match[1]}_subnet.{2 * int(match[2])}.{match[3]}"
+        renamed[name] = tensor
+    return renamed
+
+
 def _convert_torchvision(state: Mapping[str, Tensor], source: str) -> ConvertedWeights:
     is_v2 = "head.classification_head.conv.0.1.weight" in state
     version = "v2" if is_v2 else "v1"
@@ -324,9 +344,7 @@ def _describe(
     return ", ".join(parts)
 
 
-def _describe_resnet(
-    shapes: Mapping[str, tuple[int, ...]], stride_in_3x3: bool | None
-) -> str:
+def _describe_resnet(shapes: Mapping[str, tuple[int, ...]], stride_in_3x3: bool | None) -> str:
     bottom_up = "backbone.bottom_up."
     stages = [
         sum(
