@@ -121,10 +121,12 @@ class RetinaNetExt(DenseDetector):
         self.max_detections_per_image = max_detections_per_image
         self.test_precision = test_precision
         self.ignore_ioa_thresh = ignore_ioa_thresh
-        self.size_divisibility = size_divisibility
-        self._set_execution(channels_last, compile_network)
+        self._set_execution(channels_last, size_divisibility, compile_network)
 
-    def _set_execution(self, channels_last: bool, compile_network: bool) -> None:
+    def _set_execution(
+        self, channels_last: bool, size_divisibility: int, compile_network: bool
+    ) -> None:
+        self.size_divisibility = size_divisibility
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
         if compile_network:

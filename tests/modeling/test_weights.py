@@ -160,6 +160,18 @@ def test_torchvisions_detections(pair, sizes):
         assert_same_detections(f, e, rtol=0, atol=1e-5, box_rtol=0, box_atol=1e-2)
 
 
+def test_torchvisions_predictions_on_every_level(pair):
+    """Of P7 too, whose few boxes rarely reach the detections."""
+    theirs, ours = pair
+    image = torch.rand(1, 3, 128, 160)
+    with torch.no_grad():
+        expected = theirs.head(list(theirs.backbone(image).values()))["bbox_regression"]
+        found = ours.head(list(ours.backbone(image).values()))[1]
+    found = [level.unflatten(1, (3, 3, 4)).permute(0, 4, 5, 2, 1, 3) for level in found]
+    found = torch.cat([level.reshape(1, -1, 4) for level in found], dim=1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 class MMDetections(nn.Module):
     """The network of MMDetection's RetinaNet on R-18, under its names, written from its source."""
 
