@@ -184,12 +184,12 @@ class Checkpointer(DetectionCheckpointer):
             weights = {k: v for k, v in state if not k.endswith("num_batches_tracked")}
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
         content = super()._load_file(filename)
-        nested = content["model"]
-        if "state_dict" in nested:  # MMDetection's and timm's, beside the state of the training
-            content = {"model": nested["state_dict"]}
-            meta = nested.get("meta", {})
-            names = meta.get("dataset_meta", {}).get("classes") or meta.get("CLASSES")
-            content |= {"class_names": list(names)} if names else {}
+        saved = content["model"]
+        if isinstance(saved, dict) and "state_dict" in saved:  # MMDetection's files and timm's
+            content["model"], meta = saved["state_dict"], saved.get("meta", {})
+            names = meta.get("CLASSES") or meta.get("dataset_meta", {}).get("classes")
+            if names:
+                content["class_names"] = list(names)
         return content
 
     def _torch_load(self, f: str) -> dict[str, Any]:

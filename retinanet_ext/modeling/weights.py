@@ -166,7 +166,7 @@ def _convert_torchvision(state: Mapping[str, Tensor], source: str) -> ConvertedW
     version = "v2" if is_v2 else "v1"
     origin = f"torchvision's RetinaNet {version}"
     weights = _rename(state, "backbone.body.", _TORCHVISION, f"{source} are {origin}")
-    if not any(name.endswith("num_batches_tracked") for name in state):
+    if not is_v2 and not any(name.endswith("num_batches_tracked") for name in state):
         _fold_frozen_norms(weights)
     num_anchors = _reorder_anchors(weights, f"{source} are {origin}")
     # Output k of the classifier is label k: 0 is the background, which is never trained, and
@@ -221,9 +221,9 @@ def _rename(
 
 
 def _number_subnets(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Number the layers of the head's subnets on, where they are numbered per block.
+    """Number the layers of the head's subnets consecutively, where they are numbered per block.
 
-    Detectron2's convolutions have a bias before a norm too, which is then zero.
+    The convolutions get a zero bias before a norm, because Detectron2's have one there.
     """
     with_norm = "head.cls_subnet.0.1.weight" in weights
     layers_per_block = 3 if with_norm else 2  # convolution, norm if there is one, ReLU
@@ -242,8 +242,8 @@ def _number_subnets(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 def _fold_frozen_norms(weights: dict[str, Tensor]) -> None:
     """Fold the variances of frozen norms into their weights, in place.
 
-    torchvision evaluates its v1 with an epsilon of 0, because it was trained so, where other
-    frozen norms have 1e-5. Its file tells by having no ``num_batches_tracked``.
+    torchvision sets the epsilon of the published v1 to 0, because it was trained so. Detectron2's
+    frozen norms always have 1e-5. Files of frozen norms have no ``num_batches_tracked``.
     """
     for name, variance in list(weights.items()):
         if name.endswith(".norm.running_var"):
