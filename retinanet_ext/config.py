@@ -103,6 +103,10 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # See docs/training.md#classes-of-weights.
     cfg.MODEL.RETINANET.REINIT_MISMATCHED = False
 
+    # Clip candidates to the image before non-maximum suppression, as torchvision and MMDetection
+    # do. False: clip the detections that it keeps, as in Detectron2.
+    cfg.MODEL.RETINANET.CLIP_BEFORE_NMS = False
+
     cfg.MODEL.TIMM = CfgNode()
     # Name of a model of timm, such as "mobilenetv2_100"; `timm.list_models()` lists them. It needs
     # features at strides 8, 16 and 32, and images of any size. See docs/fine_tuning.md.

@@ -56,6 +56,7 @@ COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
             "MODEL.RETINANET.LOW_QUALITY_MATCHES",
             "MODEL.RETINANET.IGNORE_IOA_THRESH",
             "MODEL.RETINANET.PRIOR_INIT",
+            "MODEL.RETINANET.CLIP_BEFORE_NMS",
             "MODEL.COMPILE",
             "MODEL.CHANNELS_LAST",
             "INPUT.SIZE_DIVISIBILITY",

@@ -25,6 +25,7 @@ from unittest import mock
 import torch
 from PIL import Image
 from torch import nn
+from torchvision.models import resnet34
 
 from training import run_train_net
 
@@ -671,6 +672,13 @@ def model_weights(**opts: Any) -> dict[str, Any]:
     return _models[key]
 
 
+def torchvisions_resnet34() -> dict[str, Any]:
+    """Zeros under the names and of the shapes of its weights."""
+    with torch.device("meta"):
+        weights = resnet34().state_dict()
+    return {name: torch.zeros(()).expand(tensor.shape) for name, tensor in weights.items()}
+
+
 def truncated_weights(case: Case) -> str:
     path = case.save("w.pth", {"model": model_weights()})
     truncate(Path(path))
@@ -747,6 +755,11 @@ CHECKPOINT = [
         "weights of another model",
         "hold no tensor of this model",
         weights(lambda c: c.save("w.pth", nn.Linear(2, 2).state_dict())),
+    ),
+    (
+        "a backbone of another depth",
+        "torchvision's or timm's ResNet (ResNet-34), but the config's model is ResNet-18",
+        weights(lambda c: c.save("w.pth", torchvisions_resnet34())),
     ),
     (
         "weights of 4 classes for 3",

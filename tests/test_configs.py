@@ -23,14 +23,16 @@ def load(name):
 def test_the_configs_that_others_rely_on_are_there():
     models = {f"retinanet_{depth}_FPN" for depth in ("R50", "R101", "X101")}
     small = {f"small_{backbone}_FPN" for backbone in ("R18", "mobilenetv2")}
-    assert set(NAMES) == {*models, *small, "finetune_R50_FPN", "base_coco", "quickstart"}
+    others = {"mmdet_retinanet_R50_FPN", "torchvision_retinanet_v1", "torchvision_retinanet_v2"}
+    assert set(NAMES) == {*models, *small, *others, "finetune_R50_FPN", "base_coco", "quickstart"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_builds_this_detector(name):
     cfg = load(name)
     assert cfg.MODEL.META_ARCHITECTURE == "RetinaNetExt"
-    assert cfg.MODEL.ANCHOR_GENERATOR.NAME == "OctaveAnchorGenerator"
+    anchors = "Torchvision" if name.startswith("torchvision") else "Octave"
+    assert f"{anchors}AnchorGenerator" == cfg.MODEL.ANCHOR_GENERATOR.NAME
     build_without_memory(cfg)
 
 

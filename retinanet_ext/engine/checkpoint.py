@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
-import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,20 +11,21 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.checkpoint.c2_model_loading import convert_c2_detectron_names
-from detectron2.config import CfgNode
 from detectron2.utils import comm
 from torch import nn
 
 from retinanet_ext.engine.class_matching import match_checkpoint, saved_class_names
+from retinanet_ext.engine.find_checkpoint import (
+    TAG,
+    last_checkpoint,
+    no_checkpoint_left,
+    run_checkpoints,
+)
 from retinanet_ext.engine.pickled_weights import read_pickled_weights
 from retinanet_ext.errors import InputError, first_line
 from retinanet_ext.files import atomic_write, write_file
-from retinanet_ext.modeling import to_detectron2_state_dict
-
-TAG = "last_checkpoint"
-"""Name of the file in OUTPUT_DIR that names the newest checkpoint, as in Detectron2."""
-
-CHECKPOINT = re.compile(r"model_(\d+|final)\.pth$")
+from retinanet_ext.modeling import convert_weights, to_detectron2_state_dict
+from retinanet_ext.modeling.weights import KNOWN, check_fits, rename_detectrons_retinanet
 
 # Name, shape in the checkpoint, shape in the model.
 Mismatch = tuple[str, tuple[int, ...], tuple[int, ...]]
@@ -121,7 +120,7 @@ class Checkpointer(DetectionCheckpointer):
             InputError: the file is missing or unreadable, or does not fit the model
         """
         may_fall_back = bool(self.save_dir) and checkpointables is None
-        candidates, passed_over = _run_checkpoints(self.save_dir) if may_fall_back else ([], [])
+        candidates, passed_over = run_checkpoints(self.save_dir) if may_fall_back else ([], [])
         if not candidates or path != str(candidates[0]):
             return self._load_one(path, checkpointables)
         for candidate in map(str, candidates):
@@ -133,7 +132,7 @@ class Checkpointer(DetectionCheckpointer):
             if passed_over:
                 logger.warning("%s; %s is used", "; ".join(passed_over), candidate)
             return content
-        raise _no_checkpoint_left(passed_over)
+        raise no_checkpoint_left(passed_over)
 
     def _load_one(self, path: str, checkpointables: list[str] | None) -> dict[str, Any]:
         self.loaded_path = path
@@ -184,7 +183,14 @@ class Checkpointer(DetectionCheckpointer):
             state = self._torch_load(filename)["model_state"].items()
             weights = {k: v for k, v in state if not k.endswith("num_batches_tracked")}
             return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
-        return super()._load_file(filename)
+        content = super()._load_file(filename)
+        saved = content["model"]
+        if isinstance(saved, dict) and "state_dict" in saved:  # MMDetection's files and timm's
+            content["model"], meta = saved["state_dict"], saved.get("meta", {})
+            names = meta.get("CLASSES") or meta.get("dataset_meta", {}).get("classes")
+            if names:
+                content["class_names"] = list(names)
+        return content
 
     def _torch_load(self, f: str) -> dict[str, Any]:
         is_zip = zipfile.is_zipfile(f)
@@ -197,6 +203,9 @@ class Checkpointer(DetectionCheckpointer):
         return torch.load(f, map_location="cpu", mmap=is_zip, weights_only=True)
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        example = next(iter(checkpoint["model"]))
+        if not (self._resuming or checkpoint.get("matching_heuristics")):
+            self._convert(checkpoint)
         self._match_classes(checkpoint)
         mismatches = self._skipped_by_heuristics(checkpoint)
         incompatible = super()._load_model(checkpoint)
@@ -208,10 +217,36 @@ class Checkpointer(DetectionCheckpointer):
             missing[:] = sorted(set(missing) - {name for name, *_ in mismatches})
         skipped = {*missing, *(name for name, *_ in mismatches)}
         if skipped.issuperset(name for name, _ in self.model.named_parameters()):
-            raise InputError(f"weights {self.loaded_path} hold no tensor of this model")
+            raise InputError(
+                f"weights {self.loaded_path} hold no tensor of this model: their names, such as "
+                f"{example}, are of no architecture that is known; known: {KNOWN}"
+            )
         if self.complete:
             self._check_complete(sorted(skipped), incompatible.unexpected_keys)
         return incompatible
+
+    def _convert(self, checkpoint: dict[str, Any]) -> None:
+        """Convert weights of other libraries to Detectron2's names."""
+        source = f"weights {self.loaded_path}"
+        converted = convert_weights(checkpoint["model"], source)
+        if converted is None:
+            return
+        check_fits(converted, self.model, source, reinit=self.reinit_mismatched)
+        logger.info("%s are %s; they are converted to Detectron2's names", source, converted.origin)
+        # BatchNorm counts batches and FrozenBN does not; the counters have no effect.
+        counters = {
+            name: tensor
+            for name, tensor in self.model.state_dict().items()
+            if name.endswith("num_batches_tracked") and name.startswith(converted.prefixes)
+        }
+        weights = {
+            name: tensor
+            for name, tensor in converted.weights.items()
+            if not name.endswith("num_batches_tracked")
+        }
+        checkpoint["model"] = weights | counters
+        if converted.class_names:
+            checkpoint["class_names"] = converted.class_names
 
     def _match_classes(self, checkpoint: dict[str, Any]) -> None:
         if self._resuming:
@@ -238,7 +273,8 @@ class Checkpointer(DetectionCheckpointer):
             return []
         if checkpoint.get("__author__") == "Caffe2":
             self._convert_ndarray_to_tensor(checkpoint["model"])
-            checkpoint["model"], _ = convert_c2_detectron_names(checkpoint["model"])
+            weights, _ = convert_c2_detectron_names(checkpoint["model"])
+            checkpoint["model"] = rename_detectrons_retinanet(weights)
             checkpoint["__author__"] = "Caffe2, names converted"
         weights = checkpoint["model"]
         mismatches = []
@@ -284,92 +320,6 @@ class Checkpointer(DetectionCheckpointer):
                 f"weights {self.loaded_path} hold {len(foreign)} tensors this model has no place "
                 f"for, such as {foreign[0]}: they are another architecture's"
             )
-
-
-def find_weights(cfg: CfgNode, *, resume: bool, eval_only: bool) -> tuple[str, bool]:
-    """Return the file or URL to load, and whether it is the run's last checkpoint.
-
-    With ``resume`` it is the last checkpoint in OUTPUT_DIR, chosen by name. Without ``resume``, and
-    where there is no checkpoint, it is MODEL.WEIGHTS. Nothing is read.
-
-    Raises:
-        InputError: there are no weights to evaluate, no such file, or no checkpoint is left
-    """
-    weights = last_checkpoint(cfg.OUTPUT_DIR) if resume else ""
-    if weights:
-        return weights, True
-    if resume and eval_only:
-        raise InputError(
-            f"--eval-only --resume evaluates the last checkpoint of OUTPUT_DIR {cfg.OUTPUT_DIR}, "
-            "which holds none; leave --resume out to evaluate MODEL.WEIGHTS"
-        )
-    if resume:
-        logger.warning(
-            "Nothing to resume: %s holds no checkpoint. Training starts at iteration 0.",
-            cfg.OUTPUT_DIR,
-        )
-    weights = cfg.MODEL.WEIGHTS
-    if eval_only and not weights:
-        raise InputError("--eval-only needs weights: MODEL.WEIGHTS FILE, or --resume for the last")
-    # Detectron2 resolves URLs. "?matching_heuristics=True" may follow a name.
-    if weights and "://" not in weights and not Path(weights.partition("?")[0]).is_file():
-        raise InputError(f"MODEL.WEIGHTS is {weights}, which is not a file")
-    return weights, False
-
-
-def last_checkpoint(folder: str | Path) -> str:
-    """Return the newest checkpoint of a run by name, empty if the run has none.
-
-    The file ``last_checkpoint`` names it. If the named file is missing, it is the newest before.
-    Nothing but names is looked at; :meth:`Checkpointer.load` finds out whether the file is whole.
-
-    Raises:
-        InputError: ``last_checkpoint`` exists, but no checkpoint that it could mean
-    """
-    candidates, passed_over = _run_checkpoints(folder)
-    if not candidates and passed_over:
-        raise _no_checkpoint_left(passed_over)
-    return str(candidates[0]) if candidates else ""
-
-
-def _run_checkpoints(folder: str | Path) -> tuple[list[Path], list[str]]:
-    """Return the checkpoints to try, newest first, and why the first is not the named one."""
-    tag = Path(folder, TAG)
-    files = [path for path in Path(folder).glob("model_*.pth") if CHECKPOINT.match(path.name)]
-    files.sort(key=lambda path: (_iteration(path), path.name), reverse=True)
-    if not tag.is_file():
-        return files, [f"{tag} is missing"] if files else []
-    name = tag.read_text(errors="replace").strip()
-    if not name.isprintable():
-        return files, [f"{tag} is damaged"]
-    named = Path(folder, name)
-    # Later checkpoints stay unused: someone who names an earlier one has a reason to.
-    earlier = [path for path in files if path != named and _iteration(path) <= _iteration(named)]
-    if named.is_file():
-        return [named, *earlier], []
-    return earlier, [f"{tag} names {named}, which is missing"]
-
-
-def _no_checkpoint_left(passed_over: list[str]) -> InputError:
-    return InputError(
-        f"{'; '.join(passed_over)}: no checkpoint is left to go on from; start anew in another "
-        "OUTPUT_DIR"
-    )
-
-
-def _iteration(checkpoint: Path) -> float:
-    """Return the iteration in a checkpoint's name, or for ``model_final.pth`` in its header.
-
-    A file that does not say counts as the newest.
-    """
-    name = CHECKPOINT.match(checkpoint.name)
-    if name and name[1] != "final":
-        return int(name[1])
-    try:
-        content = torch.load(checkpoint, map_location="cpu", mmap=True, weights_only=True)
-        return int(content["iteration"])
-    except Exception:  # unpickling a damaged file may raise anything
-        return math.inf
 
 
 def export_weights(checkpoint: str | Path, output: str | Path) -> None:

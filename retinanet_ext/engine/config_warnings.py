@@ -43,15 +43,34 @@ _BGR_MEAN, _RGB_MEAN = [103.530, 116.280, 123.675], [123.675, 116.280, 103.530]
 _BGR_STD, _RGB_STD = [57.375, 57.120, 58.395], [58.395, 57.120, 57.375]
 
 # Name of weights (first match) -> INPUT.FORMAT, PIXEL_MEAN and PIXEL_STD that they were trained
-# with, from the configs and tools of Detectron2's model zoo.
+# with, from the configs and tools of Detectron2's model zoo, from torchvision and MMDetection.
 _WEIGHTS = {
-    r"torchvision|\br(18|34|50|101|152)\.pkl": ("RGB", _RGB_MEAN, _RGB_STD),
+    r"torchvision|\br(18|34|50|101|152)\.pkl|retinanet_resnet50_fpn(_v2)?_coco": (
+        "RGB",
+        _RGB_MEAN,
+        _RGB_STD,
+    ),
+    r"\b(wide_)?resnex?t\d+\w*-[0-9a-f]{8}\.pth": ("RGB", _RGB_MEAN, _RGB_STD),
+    r"\bretinanet_r\d+_caffe_fpn_\w*coco": ("BGR", _BGR_MEAN, [1.0, 1.0, 1.0]),
+    r"\bretinanet_[rx]\d+_\w*fpn_\w*coco": ("RGB", _RGB_MEAN, _RGB_STD),
     r"X[-_]101[-_]32x8d": ("BGR", _BGR_MEAN, _BGR_STD),
     r"MSRA/R-|\bR-(50|101)(-GN)?\.pkl|retinanet_R_(50|101)_FPN_\dx/": (
         "BGR",
         _BGR_MEAN,
         [1.0, 1.0, 1.0],
     ),
+}
+
+_OFFSET = "MODEL.ANCHOR_GENERATOR.OFFSET"
+# Name of weights -> other keys that they were trained with and that their shapes do not tell.
+_SETTINGS = {
+    r"COCO-Detection/retinanet_R_": {_OFFSET: 0.0},
+    r"\bretinanet_resnet50_fpn(_v2)?_coco": {
+        "MODEL.ANCHOR_GENERATOR.NAME": "TorchvisionAnchorGenerator",
+        _OFFSET: 0.0,
+    },
+    r"\bretinanet_[rx]\d+_\w*fpn_\w*coco": {_OFFSET: 0.0},
+    r"\bretinanet_r\d+_caffe_fpn_\w*coco": {"MODEL.RESNETS.STRIDE_IN_1X1": True},
 }
 
 Warnings = Iterator[str]
@@ -77,12 +96,12 @@ def config_warnings(cfg: CfgNode, weights: str, *, eval_only: bool) -> list[str]
 
 
 def model_warnings(cfg: CfgNode, weights: str, *, eval_only: bool = False) -> list[str]:
-    """Return the warnings about keys without effect, pixel statistics and anchors.
+    """Return the warnings about keys without effect and those that do not fit the weights.
 
     Args: as in :func:`config_warnings`; the data need not be registered.
     """
     ineffective = ineffective_keys(cfg, eval_only=eval_only)
-    return [*ineffective, *_pixels(cfg, weights), *_anchors(cfg, weights)]
+    return [*ineffective, *_pixels(cfg, weights), *_settings(cfg, weights)]
 
 
 def training_warnings(
@@ -216,13 +235,19 @@ def _pixels(cfg: CfgNode, weights: str) -> Warnings:
         )
 
 
-def _anchors(cfg: CfgNode, weights: str) -> Warnings:
-    offset = cfg.MODEL.ANCHOR_GENERATOR.OFFSET
-    if offset != 0 and re.search(r"COCO-Detection/retinanet_R_", weights):
-        yield (
-            f"MODEL.ANCHOR_GENERATOR.OFFSET {offset} does not fit the weights {weights}, which "
-            "were trained with 0.0: boxes would be off by up to half a stride"
-        )
+def _settings(cfg: CfgNode, weights: str) -> Warnings:
+    fitting = {
+        key: value
+        for name, settings in _SETTINGS.items()
+        if re.search(name, weights)
+        for key, value in settings.items()
+    }
+    wrong = {key: value for key, value in fitting.items() if read_key(cfg, key) != value}
+    if wrong:
+        have = ", ".join(f"{key} {read_key(cfg, key)}" for key in wrong)
+        need = ", ".join(f"{key} {value}" for key, value in wrong.items())
+        effect = ": boxes would be off by up to half a stride" if _OFFSET in wrong else ""
+        yield f"{have} does not fit the weights {weights}, which were trained with {need}{effect}"
 
 
 def _close(given: Any, fitting: Any) -> bool:

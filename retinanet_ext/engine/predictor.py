@@ -23,9 +23,10 @@ from retinanet_ext.data.images import (
     has_several_frames,
     num_channels,
 )
-from retinanet_ext.engine.checkpoint import Checkpointer, last_checkpoint
+from retinanet_ext.engine.checkpoint import Checkpointer
 from retinanet_ext.engine.class_matching import saved_class_names
 from retinanet_ext.engine.config_check import use_cpu_without_cuda
+from retinanet_ext.engine.find_checkpoint import last_checkpoint
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
 

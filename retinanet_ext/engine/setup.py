@@ -26,9 +26,10 @@ from retinanet_ext.config_keys import all_keys, read_key
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.anchor_coverage import warn_of_unreached_boxes
 from retinanet_ext.data.register import registered_classes
-from retinanet_ext.engine.checkpoint import Checkpointer, find_weights
+from retinanet_ext.engine.checkpoint import Checkpointer
 from retinanet_ext.engine.config_check import check_config, use_cpu_without_cuda
 from retinanet_ext.engine.config_warnings import config_warnings
+from retinanet_ext.engine.find_checkpoint import find_weights
 from retinanet_ext.engine.launch import torchrun_store
 from retinanet_ext.engine.run_info import write_run_info
 from retinanet_ext.engine.scaling import scale_schedule

@@ -18,9 +18,9 @@ from typing import IO, Any
 import torch
 
 from retinanet_ext.data import prepare_datasets
-from retinanet_ext.engine.checkpoint import find_weights
 from retinanet_ext.engine.config_check import check_config, use_cpu_without_cuda
 from retinanet_ext.engine.config_load import load_config
+from retinanet_ext.engine.find_checkpoint import find_weights
 from retinanet_ext.engine.launch import end_with_parent
 from retinanet_ext.engine.run_info import commit, cpu_name, versions
 from retinanet_ext.engine.trainer import Trainer

@@ -1,4 +1,4 @@
-"""Anchors by octave (section 4). Boxes: XYXY in input pixels."""
+"""Anchors by octave (section 4), and as torchvision's. Boxes: XYXY in input pixels."""
 
 from __future__ import annotations
 
@@ -94,3 +94,37 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
             "strides": [shape.stride for shape in input_shape],
             "offset": node.OFFSET,
         }
+
+
+@ANCHOR_GENERATOR_REGISTRY.register()
+class TorchvisionAnchorGenerator(DefaultAnchorGenerator):
+    """Anchors of torchvision's RetinaNet, by row, column, size and aspect ratio.
+
+    They differ from Detectron2's in two ways. The corners of a cell's anchors are rounded to whole
+    pixels. The distance of two cells is the padded side divided by the number of cells, rounded
+    down, because torchvision knows no strides: on P7 of 800 pixels, 114 in place of 128.
+
+    Example:
+        >>> generator = TorchvisionAnchorGenerator(
+        ...     sizes=[[32, 40, 50]], aspect_ratios=[0.5, 1.0, 2.0], strides=[8], offset=0.0
+        ... )
+        >>> generator([torch.zeros(1, 1, 4, 6)])[0].tensor[0]
+        tensor([-23., -11.,  23.,  11.])
+    """
+
+    def generate_cell_anchors(
+        self, sizes: Sequence[float], aspect_ratios: Sequence[float]
+    ) -> Tensor:
+        return super().generate_cell_anchors(sizes, aspect_ratios).round()
+
+    def forward(self, features: list[Tensor]) -> list[Boxes]:
+        height, width = (side * self.strides[0] for side in features[0].shape[-2:])
+        anchors = []
+        for level, cell in zip(features, self.cell_anchors, strict=True):
+            rows, columns = level.shape[-2:]
+            y = (torch.arange(rows, device=cell.device) + self.offset) * (height // rows)
+            x = (torch.arange(columns, device=cell.device) + self.offset) * (width // columns)
+            y, x = torch.meshgrid(y, x, indexing="ij")
+            shifts = torch.stack([x, y, x, y], dim=2).view(-1, 1, 4)
+            anchors.append(Boxes((shifts + cell).view(-1, 4)))
+        return anchors

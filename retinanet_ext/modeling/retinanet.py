@@ -18,6 +18,7 @@ from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torchvision.ops import clip_boxes_to_image
 
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
@@ -74,6 +75,7 @@ class RetinaNetExt(DenseDetector):
         test_score_thresh: float = 0.05,
         test_topk_candidates: int = 1000,
         test_nms_thresh: float = 0.5,
+        clip_before_nms: bool = False,
         max_detections_per_image: int = 100,
         test_precision: str = "float32",
         pixel_mean: list[float],
@@ -95,6 +97,7 @@ class RetinaNetExt(DenseDetector):
             test_score_thresh: detections have a score above this
             test_topk_candidates: candidates per level before non-maximum suppression
             test_nms_thresh: IoU above which the lower score of the same class is suppressed
+            clip_before_nms: clip candidates to the image before suppression, not after it
             max_detections_per_image: number of detections kept, the highest scores
             test_precision: autocast dtype in inference; ``float32`` keeps the caller's autocast
             pixel_mean, pixel_std: per channel in the order of ``INPUT.FORMAT``, 0 to 255
@@ -114,13 +117,16 @@ class RetinaNetExt(DenseDetector):
         self.test_score_thresh = test_score_thresh
         self.test_topk_candidates = test_topk_candidates
         self.test_nms_thresh = test_nms_thresh
+        self.clip_before_nms = clip_before_nms
         self.max_detections_per_image = max_detections_per_image
         self.test_precision = test_precision
         self.ignore_ioa_thresh = ignore_ioa_thresh
-        self.size_divisibility = size_divisibility
-        self._set_execution(channels_last, compile_network)
+        self._set_execution(channels_last, size_divisibility, compile_network)
 
-    def _set_execution(self, channels_last: bool, compile_network: bool) -> None:
+    def _set_execution(
+        self, channels_last: bool, size_divisibility: int, compile_network: bool
+    ) -> None:
+        self.size_divisibility = size_divisibility
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
         if compile_network:
@@ -157,6 +163,7 @@ class RetinaNetExt(DenseDetector):
             "test_score_thresh": node.SCORE_THRESH_TEST,
             "test_topk_candidates": node.TOPK_CANDIDATES_TEST,
             "test_nms_thresh": node.NMS_THRESH_TEST,
+            "clip_before_nms": node.CLIP_BEFORE_NMS,
             "max_detections_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
             "test_precision": cfg.TEST.PRECISION,
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
@@ -277,7 +284,7 @@ class RetinaNetExt(DenseDetector):
         with self._test_autocast():
             features = self.backbone(batch.tensor)
             features = [features[name] for name in self.head_in_features]
-            found = self._detections(features, self.head(features))
+            found = self._detections(features, self.head(features), batch.image_sizes)
         return [clip(each, size) for each, size in zip(found, batch.image_sizes, strict=True)]
 
     def forward_inference(
@@ -288,12 +295,17 @@ class RetinaNetExt(DenseDetector):
                 size, pred_boxes=Boxes(found.boxes), scores=found.scores, pred_classes=found.classes
             )
             for size, found in zip(
-                images.image_sizes, self._detections(features, predictions), strict=True
+                images.image_sizes,
+                self._detections(features, predictions, images.image_sizes),
+                strict=True,
             )
         ]
 
     def _detections(
-        self, features: list[Tensor], predictions: list[list[Tensor]]
+        self,
+        features: list[Tensor],
+        predictions: list[list[Tensor]],
+        image_sizes: Sequence[tuple[int, int]],
     ) -> list[Candidates]:
         candidates = decode_candidates(
             *predictions,
@@ -303,6 +315,11 @@ class RetinaNetExt(DenseDetector):
             topk=self.test_topk_candidates,
             box2box_transform=self.box2box_transform,
         )
+        if self.clip_before_nms:
+            candidates = [
+                found._replace(boxes=clip_boxes_to_image(found.boxes, size))
+                for found, size in zip(candidates, image_sizes, strict=True)
+            ]
         kept = [
             suppress(found, self.test_nms_thresh)[: self.max_detections_per_image]
             for found in candidates

@@ -15,7 +15,7 @@ from torch import nn
 
 from detectors import make_cfg, make_model
 from retinanet_ext.engine import Checkpointer, export_weights
-from retinanet_ext.engine.checkpoint import find_weights, last_checkpoint
+from retinanet_ext.engine.find_checkpoint import find_weights, last_checkpoint
 from retinanet_ext.errors import InputError
 
 CLS_SCORE = "head.cls_score.weight"
