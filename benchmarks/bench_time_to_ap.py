@@ -24,6 +24,7 @@ from common import save
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator
+from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from retinanet_ext.data import prepare_datasets
@@ -32,6 +33,8 @@ from retinanet_ext.engine import Trainer, load_config
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/small_R18_FPN.yaml"
 TARGETS = (30, 40, 45, 50)
+FIGURE = ROOT / "docs/results/figures/time_to_ap.svg"
+COLORS = {"detectron2": "#d55e00", "ours": "#0072b2"}
 
 
 class Detectron2Trainer(DefaultTrainer):
@@ -106,9 +109,24 @@ def run(way: str, args: argparse.Namespace) -> None:
     print(json.dumps(curve.points))
 
 
-def minutes_to(points: list[list[float]], target: float) -> float | None:
+def minutes_to(points: list[list[float]], target: float) -> str:
     """Return the minutes of the first evaluation at or above an AP."""
-    return next((minutes for _, minutes, ap in points if ap >= target), None)
+    return next((f"{minutes:.2f}" for _, minutes, ap in points if ap >= target), "never")
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Write AP against minutes of training, a line per run."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="minutes of training", ylabel="AP")
+    labelled: set[str] = set()
+    for row in rows:
+        _, minutes, aps = zip(*row["curve"], strict=True)
+        label = None if row["way"] in labelled else row["way"]
+        labelled.add(row["way"])
+        axes.plot([0, *minutes], [0, *aps], "o-", ms=3, color=COLORS[row["way"]], label=label)
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -126,20 +144,20 @@ def main() -> None:
     if args.way:
         run(args.way, args)
         return
-    rows, curves = [], []
+    rows = []
     for seed in range(args.seed, args.seed + args.seeds):
         for way in ("detectron2", "ours"):
             options = ["--seed", str(seed), "--way", way, "--period", str(args.period)]
             command = [sys.executable, __file__, "--data", args.data, *options, *args.opts]
             output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             points = json.loads(output.splitlines()[-1])
-            curves.append({"way": way, "seed": seed, "points": points})
-            reached = [minutes_to(points, target) for target in TARGETS]
-            rows.append([way, seed, *reached, points[-1][1], points[-1][2]])
-    head = ["", "seed", *(f"min to {target} AP" for target in TARGETS), "min in all", "last AP"]
-    print(tabulate(rows, head, floatfmt=".2f", missingval="never"))
+            reached = {f"min to {ap} AP": minutes_to(points, ap) for ap in TARGETS}
+            last = {"min in all": f"{points[-1][1]:.2f}", "last AP": f"{points[-1][2]:.1f}"}
+            rows.append({"way": way, "seed": seed, **reached, **last, "curve": points})
+    print(tabulate([{k: v for k, v in row.items() if k != "curve"} for row in rows], "keys"))
     if args.save:
-        save("time_to_ap", curves, args)
+        save("time_to_ap", rows, args)
+        draw(rows, FIGURE)
 
 
 if __name__ == "__main__":

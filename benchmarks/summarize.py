@@ -60,9 +60,10 @@ def _age(path: Path) -> tuple[str, int]:
 def _section(content: dict[str, Any]) -> str:
     settings = content["settings"]
     said = ", ".join(f"{name} {value}" for name, value in settings.items() if name != "device")
+    names = [name for name in content["rows"][0] if name != "curve"]
     table = tabulate(
-        [[_cell(name, value) for name, value in row.items()] for row in content["rows"]],
-        [_column(name) for name in content["rows"][0]],
+        [[_cell(name, row[name]) for name in names] for row in content["rows"]],
+        [_column(name) for name in names],
         tablefmt="github",
         disable_numparse=True,
     )
