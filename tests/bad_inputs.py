@@ -509,6 +509,35 @@ CONFIG = [
         opts("SOLVER.GRAD_ACCUM_STEPS", 0),
     ),
     (
+        "an optimizer that is not known",
+        "SOLVER.OPTIMIZER 'Adam' is unknown; known: 'SGD', 'AdamW'",
+        opts("SOLVER.OPTIMIZER", "Adam"),
+    ),
+    (
+        "a type of gradient clipping that is not known",
+        "known: 'value', 'norm', 'full_model'",
+        opts("SOLVER.CLIP_GRADIENTS.ENABLED", True, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "global"),
+    ),
+    (
+        "a decay of the averaged weights that is out of range",
+        "SOLVER.EMA.DECAY must be a number in [0, 1)",
+        opts("SOLVER.EMA.DECAY", 1.0),
+    ),
+    (
+        "a range of scales the wrong way round",
+        "INPUT.SCALE_JITTER takes [least, most]",
+        opts("INPUT.SCALE_JITTER", "[2.0, 0.5]"),
+    ),
+    (
+        "alpha from the annotations with a class that has no box",
+        "CLASS_ALPHA auto: no_box have no object",
+        chain(
+            lambda case: case.train["categories"].append({"id": 99, "name": "no_box"}),
+            lambda case: case.val["categories"].append({"id": 99, "name": "no_box"}),
+            opts("MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA", "auto"),
+        ),
+    ),
+    (
         "a best metric that is not evaluated",
         "(did you mean 'bbox/AP50'?); they are bbox/AP, bbox/AP50",
         opts("SOLVER.BEST.METRIC", "AP50", "TEST.EVAL_PERIOD", 2),
