@@ -40,8 +40,9 @@ def balance_class_alpha(cfg: CfgNode, class_names: Sequence[str]) -> None:
     absent = [name for name, count in zip(class_names, counts, strict=True) if not count]
     if absent:
         raise InputError(
-            f"{CLASS_ALPHA} auto: {', '.join(absent)} have no object in DATASETS.TRAIN "
-            f"{', '.join(cfg.DATASETS.TRAIN)}; give K numbers, or leave these classes out"
+            f"{CLASS_ALPHA} auto needs objects of every class, and DATASETS.TRAIN "
+            f"{', '.join(cfg.DATASETS.TRAIN)} has none of {', '.join(absent)}; give numbers, or "
+            "choose the other classes with DATASETS.CUSTOM.CLASSES"
         )
     alpha = read_key(cfg, loss_parameter_keys(loss)["alpha"])
     odds = 1.0 if alpha == UNBALANCED else alpha / max(1 - alpha, 1e-6)
