@@ -1,6 +1,6 @@
 """Train the rows of recipe.yaml, several side by side, and print AP by row over seeds.
 
-    python benchmarks/recipe.py --data bccd=FOLDER [--rows NAME ...] [--seeds 3] [--jobs 2]
+    python benchmarks/recipe.py --data bccd=FOLDER [--rows NAME ...] [--seeds 1 2 3] [--jobs 2]
 
 FOLDER holds ``instances_{train,val}.json`` and ``images``. Each row is a training by
 ``train_net.py`` in ``--out``; rows that are finished are not run again. ``recipe.json`` there is
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", default=[], metavar="TABLE=FOLDER")
     parser.add_argument("--weights", default="", help="timm's of the rows from ImageNet weights")
     parser.add_argument("--rows", nargs="*", default=[], metavar="TABLE/ROW", help="default: all")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     parser.add_argument("--minutes", type=float, default=1e6)
     parser.add_argument("--out", type=Path, default=Path("output/recipe"))
@@ -129,7 +129,7 @@ def main() -> None:
     rows = [(table, row) for table in tables for row in tables[table]["rows"]]
     if args.rows:
         rows = [pair for pair in rows if "/".join(pair) in args.rows or pair[0] in args.rows]
-    jobs = [(table, row, seed) for seed in range(1, args.seeds + 1) for table, row in rows]
+    jobs = [(table, row, seed) for seed in args.seeds for table, row in rows]
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     print(table_of(run_all(jobs, args)))
