@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 
@@ -73,6 +75,9 @@ _SETTINGS = {
     r"\bretinanet_r\d+_caffe_fpn_\w*coco": {"MODEL.RESNETS.STRIDE_IN_1X1": True},
 }
 
+WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+"""Environment variables that say how OpenMP's threads wait."""
+
 Warnings = Iterator[str]
 
 
@@ -92,7 +97,7 @@ def config_warnings(cfg: CfgNode, weights: str, *, eval_only: bool) -> list[str]
         sum(MetadataCatalog.get(name).get(count, 0) for name in cfg.DATASETS.TRAIN)
         for count in ("num_images", "num_crowd_regions")
     ]
-    return lines + training_warnings(cfg, weights, *counts)
+    return lines + training_warnings(cfg, weights, *counts) + shared_cpu_warnings(cfg)
 
 
 def model_warnings(cfg: CfgNode, weights: str, *, eval_only: bool = False) -> list[str]:
@@ -119,6 +124,23 @@ def training_warnings(
         *_frozen_random_layers(cfg, weights),
         *_crowd(cfg, num_crowd_regions),
         *_schedule(cfg, num_images),
+    ]
+
+
+def shared_cpu_warnings(cfg: CfgNode) -> list[str]:
+    """Return a warning if other processes use the cores whose threads spin while they wait.
+
+    Spinning costs several times the step on a shared machine, and saves a tenth on an idle one.
+    """
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    is_chosen = any(name in os.environ for name in WAIT_VARIABLES)
+    spins = cfg.MODEL.DEVICE == "cpu" and torch.get_num_threads() > 1 and not is_chosen
+    if not spins or load < cores / 2:
+        return []
+    return [
+        f"Other processes use the CPU (load {load:.1f} on {cores} cores): with the environment "
+        "variable OMP_WAIT_POLICY=passive, set before the command, a step may take a fraction of "
+        "its time (docs/speed.md)"
     ]
 
 

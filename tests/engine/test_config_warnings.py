@@ -8,9 +8,11 @@ from retinanet_ext.config_keys import COUNTS_ONLY_IF, all_keys
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine.config_load import load_config
 from retinanet_ext.engine.config_warnings import (
+    WAIT_VARIABLES,
     config_warnings,
     ineffective_keys,
     model_warnings,
+    shared_cpu_warnings,
     training_warnings,
 )
 from training import run_train_net
@@ -326,3 +328,18 @@ def test_the_launching_process_warns_once(tmp_path, restore_logging, capfd):
     assert output.count("SOLVER.BASE_LR: 0.02 -> 0.01") == 1
     assert "REFERENCE_BATCH: 2" in (tmp_path / "config.yaml").read_text()
     assert "MAX_ITER: 2\n" in (tmp_path / "config.yaml").read_text()
+
+
+def test_a_cpu_that_others_use_is_warned_of_unless_waiting_is_chosen(monkeypatch):
+    cfg = load_config(R18, ["MODEL.DEVICE", "cpu"])
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 4)
+    for name in WAIT_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("os.getloadavg", lambda: (1.9, 0, 0))
+    assert shared_cpu_warnings(cfg) == []
+    monkeypatch.setattr("os.getloadavg", lambda: (2.1, 0, 0))
+    (line,) = shared_cpu_warnings(cfg)
+    assert "load 2.1 on 4 cores" in line and "OMP_WAIT_POLICY=passive" in line
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    assert shared_cpu_warnings(cfg) == []
