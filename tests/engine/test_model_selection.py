@@ -209,6 +209,7 @@ def test_two_processes_agree(tmp_path):
     """With the real evaluation, in which AP stays 0: the first is the best."""
     opts = (*OPTS, "TEST.EVAL_PERIOD", 1, "SOLVER.EARLY_STOP.PATIENCE", 1, "TEST.LOSS", True)
     opts += ("MODEL.RESNETS.NORM", "FrozenBN", "INPUT.MIN_SIZE_TRAIN", "[64]")
+    opts += ("SOLVER.EMA.DECAY", 0.9)
     two, one = tmp_path / "two", tmp_path / "one"
     run = start_train_net(
         *("--num-gpus", 2, "OUTPUT_DIR", two, *opts),
