@@ -35,7 +35,6 @@ class WeightAverage(HookBase):
         self._training_model = training_model
         self._decay = decay
         self._averaged = AveragedModel(training_model, use_buffers=True)
-        self._averaged.requires_grad_(False)
         self._loaded: dict[str, Any] | None = None
 
     @property
