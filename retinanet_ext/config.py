@@ -136,7 +136,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # to its original size at a random place ("large-scale jitter", arXiv 2012.07177).
     # [1.0, 1.0]: off.
     cfg.INPUT.SCALE_JITTER = [1.0, 1.0]
-    # Largest relative change, in [0, 1], of brightness, contrast and saturation. 0.0: off.
+    # Largest relative change, in [0, 1], of brightness, contrast and, with INPUT.FORMAT "RGB" or
+    # "BGR", saturation. 0.0: off.
     cfg.INPUT.COLOR_JITTER = 0.0
     # Flip upside down every second image, as for views from above.
     cfg.INPUT.VERTICAL_FLIP = False
@@ -254,7 +255,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     cfg.SOLVER.NON_FINITE.MAX_SKIPPED = 0
 
     # Images per batch that the learning rate and the lengths in iterations are written for. For
-    # another IMS_PER_BATCH they are scaled linearly. 0: off.
+    # another IMS_PER_BATCH they are scaled linearly, except that the learning rate of "AdamW" is
+    # scaled by the square root (arXiv 2205.10287). 0: off.
     cfg.SOLVER.REFERENCE_BATCH = 0
 
     # The built-in sample set, drawn where DATASETS.TRAIN or DATASETS.TEST names it. Lengths are in

@@ -24,8 +24,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` may be ``full_model`` besides Detectron2's types: the norm
     of all gradients together is clipped.
 
-    AdamW (arXiv 1711.05101) decays the weights of convolutions and linear layers only:
-    ``WEIGHT_DECAY_NORM`` and ``WEIGHT_DECAY_BIAS`` are 0 unless they are set.
+    AdamW (arXiv 1711.05101) does not decay norms and biases unless ``WEIGHT_DECAY_NORM`` or
+    ``WEIGHT_DECAY_BIAS`` is set.
     """
     solver = cfg.SOLVER
     clips_full_model = (
