@@ -43,7 +43,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # training data get a higher alpha. A run saves the numbers. `[]`: off.
     cfg.MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA = []
     # Factor of the classification loss, at least 0. "auto": the gradient of a positive at the
-    # initial probability MODEL.RETINANET.PRIOR_PROB becomes that of cross entropy with alpha 0.75.
+    # initial probability MODEL.RETINANET.PRIOR_PROB becomes that of cross entropy with alpha 0.75;
+    # Detectron2's own `merge_from_file` accepts numbers alone. A run saves the number.
     cfg.MODEL.RETINANET.CLS_LOSS.WEIGHT = 1.0
     for name, loss in LOSSES.items():
         for parameter, key in loss_parameter_keys(loss).items():

@@ -132,6 +132,9 @@ def check_config(cfg: CfgNode, *, num_processes: int, eval_only: bool) -> None:
                 f"{cfg.INPUT.FORMAT}; got {read_key(cfg, key)}"
             )
     if not eval_only:
+        jitter = cfg.INPUT.SCALE_JITTER
+        if len(jitter) != 2 or jitter[0] > jitter[1]:
+            raise InputError(f"INPUT.SCALE_JITTER takes [least, most], got {jitter}")
         _check_solver(cfg, num_processes)
         _check_selection(cfg)
 
@@ -170,9 +173,7 @@ def _check_precision(cfg: CfgNode) -> None:
 
 
 def _check_solver(cfg: CfgNode, num_processes: int) -> None:
-    solver, jitter = cfg.SOLVER, cfg.INPUT.SCALE_JITTER
-    if len(jitter) != 2 or jitter[0] > jitter[1]:
-        raise InputError(f"INPUT.SCALE_JITTER takes [least, most], got {jitter}")
+    solver = cfg.SOLVER
     is_flat_cosine = solver.LR_SCHEDULER_NAME == FLAT_COSINE
     if is_flat_cosine and not 0 <= solver.BASE_LR_END <= solver.BASE_LR > 0:
         raise InputError(
