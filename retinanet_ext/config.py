@@ -140,9 +140,9 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # Largest relative change, in [0, 1], of brightness, contrast and, with INPUT.FORMAT "RGB" or
     # "BGR", saturation. 0.0: off.
     cfg.INPUT.COLOR_JITTER = 0.0
-    # Flip upside down every second image, as for views from above.
+    # Flip images upside down with probability 0.5, as for views from above.
     cfg.INPUT.VERTICAL_FLIP = False
-    # Turn images by 0, 90, 180 or 270 degrees.
+    # Turn each image by 0, 90, 180 or 270 degrees, at random.
     cfg.INPUT.QUARTER_TURNS = False
 
     # Grey levels that become 0 and 255 in images of more than 8 bits; 8-bit images stay as they

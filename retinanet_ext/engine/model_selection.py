@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class EarlyStop(BaseException):
     """Ends the loop of ``TrainerBase.train``; the message says why.
 
-    It is no ``Exception``, because Detectron2 logs those as failures.
+    It is not an ``Exception``, because Detectron2 logs those as failures.
     """
 
 
@@ -46,7 +46,7 @@ class WeightsSaver(Checkpointer):
 
 
 class SelectionHook(EvalHook):
-    """Evaluate, keep the weights of the best evaluation, and stop when none gets better.
+    """Evaluate, keep the weights of the best evaluation, and stop when the metric stagnates.
 
     Detectron2's ``BestCheckpointer`` forgets the best value when a run is resumed, and names its
     file as the checkpoint to resume from. The differences of this hook are:

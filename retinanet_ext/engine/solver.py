@@ -67,8 +67,8 @@ def _clip_full_model(optimizer: torch.optim.Optimizer, settings: CfgNode) -> Non
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
     """Return Detectron2's schedule, or ``WarmupFlatCosineLR``.
 
-    That one keeps the base rate for the first ``SOLVER.FLAT_RATIO`` of the iterations and then
-    falls along half a cosine to ``SOLVER.BASE_LR_END``.
+    ``WarmupFlatCosineLR`` keeps the base rate for the first ``SOLVER.FLAT_RATIO`` of the iterations
+    and then lowers it along half a cosine to ``SOLVER.BASE_LR_END``.
     """
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME != FLAT_COSINE:
