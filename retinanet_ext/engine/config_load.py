@@ -132,7 +132,7 @@ def _convert(values: dict[Any, Any], cfg: CfgNode, prefix: str = "") -> None:
     for name, value in values.items():
         key, default = f"{prefix}{name}", cfg.get(name)
         if key in AUTO_KEYS:  # yacs insists on the type of the value before
-            default = cfg[name] = AUTO if value == AUTO else 0.0
+            default = cfg[name] = AUTO if value == AUTO else 1.0
         if isinstance(default, CfgNode) and isinstance(value, dict):
             _convert(value, default, f"{key}.")
         elif value is None and default is not None:
