@@ -272,6 +272,12 @@ def test_an_unknown_metric_is_refused_with_the_known_ones(metric, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_loss_is_no_metric_of_detectron2s_detector(tmp_path):
+    loss = ("SOLVER.BEST.METRIC", "validation/total_loss", "TEST.LOSS", True)
+    with pytest.raises(InputError, match="total_loss' is none of the evaluation's metrics"):
+        make_trainer(tmp_path, *OPTS, *loss, "MODEL.META_ARCHITECTURE", "RetinaNet")
+
+
 def test_without_test_data_or_their_boxes_it_is_refused(tmp_path):
     message = "SOLVER.BEST.METRIC bbox/AP needs test data with annotations"
     with pytest.raises(InputError, match=message):
