@@ -55,12 +55,22 @@ The keys that the plugin adds to Detectron2's. Set them in a YAML file, or as `K
 of a command. A key has no effect unless the keys under "counts only with" have the values given
 there. A run warns, before it starts, about keys that are set and have no effect.
 
-Detectron2's keys keep their defaults and meaning. Two of them have new values:
-`MODEL.META_ARCHITECTURE RetinaNetExt` is this detector, and
-`MODEL.ANCHOR_GENERATOR.NAME OctaveAnchorGenerator` generates its anchors. The focal loss reads
-Detectron2's `MODEL.RETINANET.FOCAL_LOSS_ALPHA` and `MODEL.RETINANET.FOCAL_LOSS_GAMMA`. With
-`TEST.DETECTIONS_PER_IMAGE` above 100, AP counts as many detections per image
-and is not COCO's.
+Detectron2's keys keep their defaults and meaning. These of them have new values:
+
+- `MODEL.META_ARCHITECTURE RetinaNetExt` is this detector.
+- `MODEL.ANCHOR_GENERATOR.NAME OctaveAnchorGenerator` generates its anchors;
+  `TorchvisionAnchorGenerator` generates torchvision's.
+- `MODEL.BACKBONE.NAME build_retinanet_timm_fpn_backbone` is a model of timm
+  ([fine-tuning](fine_tuning.md)). `build_retinanet_resnet_fpn_p5_backbone` and
+  `build_mmdet_retinanet_resnet_fpn_backbone` are those of torchvision's v1 and of MMDetection
+  ([weights](weights.md)).
+- `SOLVER.LR_SCHEDULER_NAME WarmupFlatCosineLR` keeps the learning rate and then lowers it to
+  `SOLVER.BASE_LR_END`; see `SOLVER.FLAT_RATIO`.
+- `SOLVER.CLIP_GRADIENTS.CLIP_TYPE full_model` clips the norm of all gradients together.
+
+The focal loss reads Detectron2's `MODEL.RETINANET.FOCAL_LOSS_ALPHA` and
+`MODEL.RETINANET.FOCAL_LOSS_GAMMA`. With `TEST.DETECTIONS_PER_IMAGE` above 100, AP counts as many
+detections per image and is not COCO's.
 """
 
 

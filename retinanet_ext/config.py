@@ -43,7 +43,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # training data get a higher alpha. A run saves the numbers. `[]`: off.
     cfg.MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA = []
     # Factor of the classification loss, at least 0. "auto": the gradient of a positive at the
-    # initial probability MODEL.RETINANET.PRIOR_PROB becomes that of cross entropy with alpha 0.75.
+    # initial probability MODEL.RETINANET.PRIOR_PROB becomes that of cross entropy with alpha 0.75;
+    # Detectron2's own `merge_from_file` accepts numbers alone. A run saves the number.
     cfg.MODEL.RETINANET.CLS_LOSS.WEIGHT = 1.0
     for name, loss in LOSSES.items():
         for parameter, key in loss_parameter_keys(loss).items():
@@ -136,11 +137,12 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # to its original size at a random place ("large-scale jitter", arXiv 2012.07177).
     # [1.0, 1.0]: off.
     cfg.INPUT.SCALE_JITTER = [1.0, 1.0]
-    # Largest relative change, in [0, 1], of brightness, contrast and saturation. 0.0: off.
+    # Largest relative change, in [0, 1], of brightness, contrast and, with INPUT.FORMAT "RGB" or
+    # "BGR", saturation. 0.0: off.
     cfg.INPUT.COLOR_JITTER = 0.0
-    # Flip upside down every second image, as for views from above.
+    # Flip images upside down with probability 0.5, as for views from above.
     cfg.INPUT.VERTICAL_FLIP = False
-    # Turn images by 0, 90, 180 or 270 degrees.
+    # Turn each image by 0, 90, 180 or 270 degrees, at random.
     cfg.INPUT.QUARTER_TURNS = False
 
     # Grey levels that become 0 and 255 in images of more than 8 bits; 8-bit images stay as they
@@ -254,7 +256,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     cfg.SOLVER.NON_FINITE.MAX_SKIPPED = 0
 
     # Images per batch that the learning rate and the lengths in iterations are written for. For
-    # another IMS_PER_BATCH they are scaled linearly. 0: off.
+    # another IMS_PER_BATCH they are scaled linearly, except that the learning rate of "AdamW" is
+    # scaled by the square root (arXiv 2205.10287). 0: off.
     cfg.SOLVER.REFERENCE_BATCH = 0
 
     # The built-in sample set, drawn where DATASETS.TRAIN or DATASETS.TEST names it. Lengths are in

@@ -124,7 +124,7 @@ COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     "TEST.DETECTION_GRID.SCORE_THRESH": ("TEST.DETECTION_GRID.NUM_IMAGES", ()),
     "TEST.PRECISE_BN.NUM_ITER": ("TEST.PRECISE_BN.ENABLED", (True,)),
 }
-"""A key, or how a group of keys begins -> the key and its values beside which it has an effect.
+"""A key, or the prefix of a group of keys -> the key and its values beside which it has an effect.
 
 No values: any but 0 and none. Names of data sets may be in ``DATASETS.TEST`` as well.
 """

@@ -489,6 +489,11 @@ CONFIG = [
         opts("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR"),
     ),
     (
+        "a learning rate that would rise",
+        "needs 0 <= SOLVER.BASE_LR_END <= SOLVER.BASE_LR",
+        opts("SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR", "SOLVER.BASE_LR_END", 1),
+    ),
+    (
         "an unknown sampler",
         "Unknown training sampler: Shuffle",
         opts("DATALOADER.SAMPLER_TRAIN", "Shuffle"),

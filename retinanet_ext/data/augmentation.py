@@ -9,10 +9,6 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import CropTransform, Transform, TransformList
 
-from retinanet_ext.data.images import num_channels
-
-LUMINANCE = 3  # channels of an image whose saturation can be changed
-
 
 class ScaleJitter(T.Augmentation):
     """Scale the image by a random factor and crop it, at a random place, to its original size.
@@ -40,15 +36,33 @@ class ScaleJitter(T.Augmentation):
 class QuarterTurns(T.Augmentation):
     """Turn the image by 90 or 270 degrees if ``is_turned``, else by 0 or 180.
 
-    The training loader sets ``is_turned``, because its batches hold images of one orientation. With
-    another loader it is None, and drawn here.
+    The training loader sets ``is_turned`` if it groups by aspect ratio, because its batches then
+    hold images of one orientation. Otherwise it is None, and drawn here.
     """
 
     def get_transform(self, image: np.ndarray, is_turned: bool | None) -> Transform:
         if is_turned is None:
             is_turned = np.random.rand() < 0.5
         angle = 90 * is_turned + 180 * np.random.randint(2)
-        return T.RotationTransform(*image.shape[:2], angle) if angle else T.NoOpTransform()
+        return _QuarterTurn(*image.shape[:2], angle) if angle else T.NoOpTransform()
+
+
+class _QuarterTurn(T.RotationTransform):
+    """Detectron2's rotation without OpenCV, which drops the axis of a single channel."""
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        return np.rot90(img, self.angle // 90)
+
+
+class _RandomSaturationOfBGR(T.RandomSaturation):
+    """Detectron2's, which computes the luminance of RGB."""
+
+    def get_transform(self, image: np.ndarray) -> Transform:
+        return super().get_transform(image[:, :, ::-1])
+
+
+SATURATION = {"RGB": T.RandomSaturation, "BGR": _RandomSaturationOfBGR}
+"""``INPUT.FORMAT`` -> change of saturation; the other formats have none."""
 
 
 def build_augmentations(cfg: CfgNode, augmentations: Sequence[T.Augmentation]) -> list:
@@ -68,7 +82,7 @@ def build_augmentations(cfg: CfgNode, augmentations: Sequence[T.Augmentation]) -
         extended.append(QuarterTurns())
     if jitter := cfg.INPUT.COLOR_JITTER:
         changes = [T.RandomBrightness, T.RandomContrast]
-        if num_channels(cfg.INPUT.FORMAT) == LUMINANCE:
-            changes.append(T.RandomSaturation)
+        if cfg.INPUT.FORMAT in SATURATION:
+            changes.append(SATURATION[cfg.INPUT.FORMAT])
         extended += [change(1 - jitter, 1 + jitter) for change in changes]
     return extended

@@ -18,17 +18,26 @@ from retinanet_ext.losses.registry import UNBALANCED
 logger = logging.getLogger(__name__)
 
 
-def balance_class_alpha(cfg: CfgNode, class_names: Sequence[str]) -> None:
+def balance_class_alpha(cfg: CfgNode, class_names: Sequence[str], *, eval_only: bool) -> None:
     """Replace ``CLS_LOSS.CLASS_ALPHA auto`` by K numbers, from the training annotations.
 
-    The odds alpha / (1 - alpha) of a class are those of the loss's alpha, times the square root of
-    the classes' geometric mean number of objects over the class's own.
+    The odds alpha / (1 - alpha) of a class are those of the loss's alpha times sqrt(m / n), for n
+    objects of the class and the geometric mean m over the classes. An evaluation, which need not
+    have the training data, clears the key, because detections do not depend on it.
 
     Raises:
-        InputError: the loss has no alpha, or a class has no object
+        InputError: the loss has no alpha, a class has no object, or an evaluation computes the loss
     """
     node = cfg.MODEL.RETINANET.CLS_LOSS
     if list(node.CLASS_ALPHA) != [AUTO]:
+        return
+    if eval_only:
+        if cfg.TEST.LOSS:
+            raise InputError(
+                f"{CLASS_ALPHA} auto is not known in an evaluation with TEST.LOSS; use the run's "
+                "config.yaml, which has the numbers"
+            )
+        node.CLASS_ALPHA = []
         return
     loss = LOSSES[node.NAME]
     if loss.alpha is None:

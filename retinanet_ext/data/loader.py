@@ -113,19 +113,20 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
         self.num_batches, self.num_images = state["num_batches"], state["num_images"]
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        batch_size, turns = self.cfg.SOLVER.IMS_PER_BATCH, self.cfg.INPUT.QUARTER_TURNS
+        batch_size = self.cfg.SOLVER.IMS_PER_BATCH
+        # Without grouping, the mapper draws the turns.
+        is_grouped = self.cfg.INPUT.QUARTER_TURNS and self.cfg.DATALOADER.ASPECT_RATIO_GROUPING
+        is_turned = self._is_turned if is_grouped else None
         batches = batch_by_aspect_ratio(
             self._sampler()._infinite_indices(),
             self.groups,
             batch_size=batch_size,
             num_streams=self.num_streams,
-            is_turned=self._is_turned if turns else lambda position: False,
+            is_turned=is_turned,
         )
         batches = itertools.islice(batches, self.num_images // batch_size, None)
         loader = DataLoader(
-            _MappedSamples(
-                self.records, self.mapper, self.seed, self._is_turned if turns else None
-            ),
+            _MappedSamples(self.records, self.mapper, self.seed, is_turned),
             batch_sampler=shard_batch(
                 batches,
                 rank=comm.get_rank(),
@@ -193,7 +194,7 @@ def batch_by_aspect_ratio(
     *,
     batch_size: int,
     num_streams: int,
-    is_turned: Callable[[int], bool] = lambda position: False,
+    is_turned: Callable[[int], bool] | None = None,
 ) -> Iterator[list[Sample]]:
     """Yield batches in which the samples of each stream belong to one group.
 
@@ -202,14 +203,16 @@ def batch_by_aspect_ratio(
         groups: group of each image, 0 or 1.
         batch_size: samples per batch; all streams contribute equally, one after the other.
         num_streams: number of streams; a divisor of ``batch_size``.
-        is_turned: whether the sample at a position is of the other group than its image.
+        is_turned: whether the sample at a position is of the other group than its image; by
+            default none is.
     """
     share = batch_size // num_streams
     waiting: list[list[list[Sample]]] = [[[], []] for _ in range(num_streams)]
     full: list[deque[list[Sample]]] = [deque() for _ in range(num_streams)]
     for position, index in enumerate(indices):
         stream = position % num_streams
-        samples = waiting[stream][groups[index] ^ is_turned(position)]
+        group = groups[index] ^ (is_turned is not None and is_turned(position))
+        samples = waiting[stream][group]
         samples.append((position, index))
         if len(samples) == share:
             full[stream].append(samples.copy())

@@ -74,8 +74,7 @@ def prepare_datasets(cfg: CfgNode, *, eval_only: bool) -> None:
         set_num_classes(cfg, known)
     indices = [str(index) for index in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
     class_names = next(iter(known.values()), indices)
-    if not eval_only:
-        balance_class_alpha(cfg, class_names)
+    balance_class_alpha(cfg, class_names, eval_only=eval_only)
     resolve_class_alpha(cfg, class_names)
     for source in sources:
         _check_files_exist(source)

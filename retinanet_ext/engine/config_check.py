@@ -19,6 +19,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from retinanet_ext.config_keys import all_keys, read_key
 from retinanet_ext.data.images import num_channels, parse_pixel_range
+from retinanet_ext.engine.solver import FLAT_COSINE
 from retinanet_ext.errors import InputError, first_line
 from retinanet_ext.losses import Interval
 from retinanet_ext.modeling import RetinaNetExt
@@ -131,6 +132,9 @@ def check_config(cfg: CfgNode, *, num_processes: int, eval_only: bool) -> None:
                 f"{cfg.INPUT.FORMAT}; got {read_key(cfg, key)}"
             )
     if not eval_only:
+        jitter = cfg.INPUT.SCALE_JITTER
+        if len(jitter) != 2 or jitter[0] > jitter[1]:
+            raise InputError(f"INPUT.SCALE_JITTER takes [least, most], got {jitter}")
         _check_solver(cfg, num_processes)
         _check_selection(cfg)
 
@@ -169,9 +173,13 @@ def _check_precision(cfg: CfgNode) -> None:
 
 
 def _check_solver(cfg: CfgNode, num_processes: int) -> None:
-    solver, jitter = cfg.SOLVER, cfg.INPUT.SCALE_JITTER
-    if len(jitter) != 2 or jitter[0] > jitter[1]:
-        raise InputError(f"INPUT.SCALE_JITTER takes [least, most], got {jitter}")
+    solver = cfg.SOLVER
+    is_flat_cosine = solver.LR_SCHEDULER_NAME == FLAT_COSINE
+    if is_flat_cosine and not 0 <= solver.BASE_LR_END <= solver.BASE_LR > 0:
+        raise InputError(
+            f"{FLAT_COSINE} needs 0 <= SOLVER.BASE_LR_END <= SOLVER.BASE_LR and a rate above 0; "
+            f"got SOLVER.BASE_LR_END {solver.BASE_LR_END}, SOLVER.BASE_LR {solver.BASE_LR}"
+        )
     # With a reference, Detectron2 scales the batch to the number of processes.
     reference = solver.REFERENCE_WORLD_SIZE
     shares = {

@@ -131,6 +131,8 @@ def _convert(values: dict[Any, Any], cfg: CfgNode, prefix: str = "") -> None:
     """Bring values to the types on which yacs insists, in place."""
     for name, value in values.items():
         key, default = f"{prefix}{name}", cfg.get(name)
+        if key in AUTO_KEYS:  # yacs insists on the type of the value before
+            default = cfg[name] = AUTO if value == AUTO else 1.0
         if isinstance(default, CfgNode) and isinstance(value, dict):
             _convert(value, default, f"{key}.")
         elif value is None and default is not None:
@@ -141,8 +143,6 @@ def _convert(values: dict[Any, Any], cfg: CfgNode, prefix: str = "") -> None:
             values[name] = [[item, number] for item, number in value.items()]
         elif key in (RANGE_KEY, CLASS_ALPHA) and isinstance(value, str):
             values[name] = [value]
-        elif value == AUTO and key in AUTO_KEYS:
-            cfg[name] = ""
         elif key in PATHS and isinstance(value, list):
             cfg[name] = []
         elif isinstance(value, str) and (key in PATHS or isinstance(default, str)):

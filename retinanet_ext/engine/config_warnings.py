@@ -223,6 +223,11 @@ def _foreign(cfg: CfgNode, key: str) -> Warnings:
         own = _RENAMED.get(last, f"MODEL.RETINANET.{last}")
         meant = own in all_keys(cfg) and f"; {own} {read_key(cfg, own)} is what counts"
         yield f"{key} {read_key(cfg, key)} has no effect: {name} does not read it{meant or ''}"
+    if cfg.MODEL.BACKBONE.NAME == BUILDER and key.startswith("MODEL.RESNETS."):
+        yield (
+            f"{key} {read_key(cfg, key)} has no effect with MODEL.BACKBONE.NAME {BUILDER}, which "
+            "reads MODEL.TIMM"
+        )
 
 
 def _pixels(cfg: CfgNode, weights: str) -> Warnings:

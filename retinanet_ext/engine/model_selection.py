@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 class EarlyStop(BaseException):
     """Ends the loop of ``TrainerBase.train``; the message says why.
 
-    It is no ``Exception``, because Detectron2 logs those as failures.
+    It is not an ``Exception``, because Detectron2 logs those as failures.
     """
 
 
@@ -46,7 +46,7 @@ class WeightsSaver(Checkpointer):
 
 
 class SelectionHook(EvalHook):
-    """Evaluate, keep the weights of the best evaluation, and stop when none gets better.
+    """Evaluate, keep the weights of the best evaluation, and stop when the metric stagnates.
 
     Detectron2's ``BestCheckpointer`` forgets the best value when a run is resumed, and names its
     file as the checkpoint to resume from. The differences of this hook are:
@@ -199,7 +199,8 @@ def check_metric(cfg: CfgNode, build_evaluator: Callable[[CfgNode, str], Dataset
         return
     classes = registered_classes(cfg, "TEST", read=True)
     classes = classes if len(classes) > 1 else []  # Detectron2 gives no AP per class of one class
-    metrics = [*BOX_METRICS, *(LOSS_METRICS if cfg.TEST.LOSS else ())]
+    has_loss = cfg.TEST.LOSS and cfg.MODEL.META_ARCHITECTURE == "RetinaNetExt"
+    metrics = [*BOX_METRICS, *(LOSS_METRICS if has_loss else ())]
     prefixes = [f"{name}/" for name in names] if len(tests) > 1 else [""]
     per_class = [f"bbox/AP-{name}" for name in classes]
     known = [prefix + name for prefix in prefixes for name in (*metrics, *per_class)]

@@ -24,9 +24,8 @@ def scale_schedule(cfg: CfgNode) -> list[str]:
     The linear rule (arXiv 1706.02677, section 2.1): for k times as many images per batch, the
     learning rates are multiplied by k and all lengths in iterations divided by k, so that the same
     number of images is seen. AdamW's rates are multiplied by the square root of k (arXiv
-    2205.10287). A length is at least 1, a length of 0 (off) stays 0, and steps stay
-    strictly increasing. The key is then set to the new batch, so that a saved config is not scaled
-    twice.
+    2205.10287). A length is at least 1, a length of 0 (off) stays 0, and steps stay strictly
+    increasing. The key is then set to the new batch, so that a saved config is not scaled twice.
 
     Args:
         cfg: a checked config; changed in place

@@ -48,7 +48,7 @@ PER_MACHINE = (
     "DATASETS.CUSTOM.TRAIN_",
     "DATASETS.CUSTOM.TEST_",
 )
-"""How the keys begin that may differ between machines: paths."""
+"""Prefixes of the keys that may differ between machines: paths."""
 
 LOGGERS = ("retinanet_ext", "detectron2", "fvcore")
 

@@ -24,8 +24,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     ``SOLVER.CLIP_GRADIENTS.CLIP_TYPE`` may be ``full_model`` besides Detectron2's types: the norm
     of all gradients together is clipped.
 
-    AdamW (arXiv 1711.05101) decays the weights of convolutions and linear layers only:
-    ``WEIGHT_DECAY_NORM`` and ``WEIGHT_DECAY_BIAS`` are 0 unless they are set.
+    AdamW (arXiv 1711.05101) does not decay norms and biases unless ``WEIGHT_DECAY_NORM`` or
+    ``WEIGHT_DECAY_BIAS`` is set.
     """
     solver = cfg.SOLVER
     clips_full_model = (
@@ -67,8 +67,8 @@ def _clip_full_model(optimizer: torch.optim.Optimizer, settings: CfgNode) -> Non
 def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMultiplier:
     """Return Detectron2's schedule, or ``WarmupFlatCosineLR``.
 
-    That one keeps the base rate for the first ``SOLVER.FLAT_RATIO`` of the iterations and then
-    falls along half a cosine to ``SOLVER.BASE_LR_END``.
+    ``WarmupFlatCosineLR`` keeps the base rate for the first ``SOLVER.FLAT_RATIO`` of the iterations
+    and then lowers it along half a cosine to ``SOLVER.BASE_LR_END``.
     """
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME != FLAT_COSINE:

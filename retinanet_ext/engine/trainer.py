@@ -97,13 +97,13 @@ class Trainer(DefaultTrainer):
             optimizer = self.build_optimizer(cfg, model)
             self.scheduler = self.build_lr_scheduler(cfg, optimizer)
             data_loader = self.build_train_loader(cfg)
-        self.weight_average = None
-        if cfg.SOLVER.EMA.DECAY:
-            self.weight_average = WeightAverage(model, cfg.SOLVER.EMA.DECAY)
         # Detectron2 would pass device_ids, which DDP refuses for a model on the CPU.
         devices = {} if torch.device(cfg.MODEL.DEVICE).type == "cuda" else {"device_ids": None}
-        model = create_ddp_model(model, broadcast_buffers=False, **devices)
-        self._trainer = AccumulatingTrainer(model, data_loader, optimizer, cfg)
+        ddp_model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        self.weight_average = None
+        if cfg.SOLVER.EMA.DECAY:  # after DDP, which gives all processes the same initial weights
+            self.weight_average = WeightAverage(model, cfg.SOLVER.EMA.DECAY)
+        self._trainer = AccumulatingTrainer(ddp_model, data_loader, optimizer, cfg)
         self.checkpointer = Checkpointer(
             self.evaluated_model,
             cfg.OUTPUT_DIR,
@@ -371,3 +371,6 @@ class Trainer(DefaultTrainer):
             logger.warning("Settings other than the checkpoint's: %s", ", ".join(changed))
         for group, settings in zip(groups, configured, strict=True):
             group.update(settings)
+        if self.cfg.SOLVER.FUSED_OPTIMIZER:
+            # Moves AdamW's step counts to the GPU, where the fused kernel expects them.
+            self.optimizer.load_state_dict(self.optimizer.state_dict())

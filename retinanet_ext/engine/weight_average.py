@@ -19,8 +19,8 @@ class WeightAverage(HookBase):
     export and fine-tuning need not know of it. The weights that the optimizer changes are part of
     the trainer's state in the checkpoint; only a resumed run reads them.
 
-    After n steps the decay is at most (1 + n) / (10 + n), because the initial weights would
-    otherwise dominate the average of a short run.
+    The average starts as the weights of the first step. After n steps the decay is at most
+    (1 + n) / (10 + n), because the first weights would otherwise dominate that of a short run.
 
     Attributes:
         model: the averaged model
@@ -35,7 +35,6 @@ class WeightAverage(HookBase):
         self._training_model = training_model
         self._decay = decay
         self._averaged = AveragedModel(training_model, use_buffers=True)
-        self._averaged.requires_grad_(False)
         self._loaded: dict[str, Any] | None = None
 
     @property

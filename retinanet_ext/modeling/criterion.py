@@ -374,13 +374,13 @@ def resolve_cls_loss_weight(cfg: CfgNode) -> None:
 
 
 def _class_alpha(given: Sequence[Any], num_classes: int) -> list[float]:
-    if len(given) != num_classes:
-        raise InputError(f"{CLASS_ALPHA} has {len(given)} values for {num_classes} classes")
-    if any(isinstance(value, (list, tuple)) for value in given):
+    if any(isinstance(value, (list, tuple, str)) for value in given):
         raise InputError(
-            f"{CLASS_ALPHA} names classes, which train_net.py resolves from the data; "
+            f"{CLASS_ALPHA} names classes or is auto, which train_net.py resolves from the data; "
             f"give {num_classes} numbers here, in the order of the classes"
         )
+    if len(given) != num_classes:
+        raise InputError(f"{CLASS_ALPHA} has {len(given)} values for {num_classes} classes")
     return [ALPHA_RANGE.check(f"{CLASS_ALPHA}[{i}]", value) for i, value in enumerate(given)]
 
 

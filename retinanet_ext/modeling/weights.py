@@ -102,7 +102,7 @@ class ConvertedWeights:
 
     @property
     def prefixes(self) -> tuple[str, ...]:
-        """How the names begin of what the weights fill: the whole model, or its backbone."""
+        """Prefixes of the names that the weights fill: the whole model's, or its backbone's."""
         is_detector = CLASSIFIER[0] in self.weights
         return ("backbone.", "head.") if is_detector else ("backbone.bottom_up.",)
 
@@ -118,7 +118,7 @@ def convert_weights(state: Mapping[str, Tensor], source: str) -> ConvertedWeight
         None if they are of none of the libraries, as Detectron2's are
 
     Raises:
-        InputError: they are recognised, but hold a layer that this project's RetinaNet has not
+        InputError: they are recognised, but hold a layer that Detectron2's RetinaNet lacks
 
     Example:
         >>> from torchvision.models import resnet18
@@ -203,7 +203,7 @@ def _rename(
 
     Args:
         state: tensors by name
-        backbone: how the names of the ResNet begin
+        backbone: prefix of the ResNet's names
         table: patterns and replacements of the other names
         what: what to call the weights in messages
     """

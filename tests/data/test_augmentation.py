@@ -110,3 +110,38 @@ def test_batches_of_turned_images_have_one_orientation(bccd: Bccd, cfg: CfgNode)
     ]
     assert all(len(kinds) == 1 for kinds in orientations)
     assert 4 < sum(kinds == {True} for kinds in orientations) < 16
+
+
+def test_turns_do_not_group_batches_without_grouping(bccd: Bccd, cfg: CfgNode) -> None:
+    cfg.SOLVER.IMS_PER_BATCH, cfg.SEED, cfg.DATALOADER.NUM_WORKERS = 3, 1, 0
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.DATALOADER.ASPECT_RATIO_GROUPING = (48,), False
+    prepare_datasets(bccd.use(cfg), eval_only=False)
+
+    def ids() -> list[int]:
+        batches = itertools.islice(Trainer.build_train_loader(cfg), 4)
+        return [image["image_id"] for batch in batches for image in batch]
+
+    expected = ids()
+    cfg.INPUT.QUARTER_TURNS = True
+    assert ids() == expected
+
+
+@pytest.mark.parametrize("image_format", ["L", "YUV-BT.601", "CMYK"])
+def test_all_augmentations_of_other_formats(image_format: str, record: dict, cfg: CfgNode) -> None:
+    cfg.INPUT.FORMAT, cfg.INPUT.COLOR_JITTER = image_format, 0.5
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.SCALE_JITTER = (60,), [0.5, 2.0]
+    cfg.INPUT.VERTICAL_FLIP = cfg.INPUT.QUARTER_TURNS = True
+    channels = {"L": 1, "CMYK": 4}.get(image_format, 3)
+    mapper = CheckedDatasetMapper(cfg, is_train=True)
+    assert {mapper(record)["image"].shape[0] for _ in range(8)} == {channels}
+
+
+def test_colors_of_bgr_change_as_those_of_rgb(record: dict, cfg: CfgNode) -> None:
+    cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.COLOR_JITTER = (HEIGHT,), 0.9
+    images = []
+    for image_format, step in (("RGB", 1), ("BGR", -1)):
+        cfg.INPUT.FORMAT = image_format
+        np.random.seed(1)
+        mapper = CheckedDatasetMapper(cfg, is_train=True)
+        images.append(np.stack([mapper(record)["image"].numpy()[::step] for _ in range(4)]))
+    np.testing.assert_allclose(*(image.astype(int) for image in images), atol=1)

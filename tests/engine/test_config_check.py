@@ -117,6 +117,14 @@ def test_values_reach_their_keys(tmp_path):
     assert text.DATASETS.CUSTOM.TRAIN_JSON == "one.json"
 
 
+@pytest.mark.parametrize(("value", "expected"), [("2", 2.0), ("0.5", 0.5), ("auto", "auto")])
+def test_a_number_overrides_the_auto_of_a_file(value, expected, tmp_path):
+    (tmp_path / "config.yaml").write_text("MODEL: {RETINANET: {CLS_LOSS: {WEIGHT: auto}}}")
+    cfg = load_config(tmp_path / "config.yaml", ["MODEL.RETINANET.CLS_LOSS.WEIGHT", value])
+    found = cfg.MODEL.RETINANET.CLS_LOSS.WEIGHT
+    assert found == expected and type(found) is type(expected)
+
+
 @pytest.mark.parametrize(
     ("opts", "num_processes", "expected"),
     [

@@ -154,6 +154,11 @@ WARNINGS = {
         ["MODEL.TIMM.WEIGHTS", ""],
         ["MODEL.TIMM.NORM EvalBN normalises nothing", "set BN, or name weights"],
     ),
+    "a key of Detectron2's ResNet beside timm's backbone": (
+        MOBILENET,
+        ["MODEL.RESNETS.NORM", "BN"],
+        ["MODEL.RESNETS.NORM BN has no effect with MODEL.BACKBONE.NAME build_retinanet_timm_fpn"],
+    ),
     "timm's weights beside those of the whole model": (
         MOBILENET,
         ["MODEL.WEIGHTS", "mine.pth"],

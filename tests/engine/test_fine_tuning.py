@@ -89,6 +89,7 @@ def test_a_run_needs_its_timm_weights_once(backbone, tmp_path):
     assert all(torch.equal(expected[k], t) for k, t in predictor.model.state_dict().items())
 
     final = ("MODEL.WEIGHTS", whole / "model_final.pth", "SOLVER.BASE_LR", 0.0)
+    final += ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")
     assert run_train_net(*command, *opts(other, *gone, *final)) == 0
     assert "is not read, because MODEL.WEIGHTS" in (other / "log.txt").read_text()
     for key, tensor in weights_of(other).items():

@@ -209,6 +209,7 @@ def test_two_processes_agree(tmp_path):
     """With the real evaluation, in which AP stays 0: the first is the best."""
     opts = (*OPTS, "TEST.EVAL_PERIOD", 1, "SOLVER.EARLY_STOP.PATIENCE", 1, "TEST.LOSS", True)
     opts += ("MODEL.RESNETS.NORM", "FrozenBN", "INPUT.MIN_SIZE_TRAIN", "[64]")
+    opts += ("SOLVER.EMA.DECAY", 0.9)
     two, one = tmp_path / "two", tmp_path / "one"
     run = start_train_net(
         *("--num-gpus", 2, "OUTPUT_DIR", two, *opts),
@@ -269,6 +270,12 @@ def test_an_unknown_metric_is_refused_with_the_known_ones(metric, tmp_path):
     with pytest.raises(InputError, match=UNKNOWN[metric]):
         make_trainer(tmp_path, *OPTS, "SOLVER.BEST.METRIC", metric)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_loss_is_no_metric_of_detectron2s_detector(tmp_path):
+    loss = ("SOLVER.BEST.METRIC", "validation/total_loss", "TEST.LOSS", True)
+    with pytest.raises(InputError, match="total_loss' is none of the evaluation's metrics"):
+        make_trainer(tmp_path, *OPTS, *loss, "MODEL.META_ARCHITECTURE", "RetinaNet")
 
 
 def test_without_test_data_or_their_boxes_it_is_refused(tmp_path):

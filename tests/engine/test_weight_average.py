@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fvcore.nn.precise_bn import get_bn_modules
 from torch import nn
 from torch.testing import assert_close
 
@@ -9,6 +10,7 @@ import stress_kills
 from retinanet_ext.engine import Predictor
 from retinanet_ext.engine.weight_average import WeightAverage
 from retinanet_ext.errors import InputError
+from retinanet_ext.modeling import TimmBackbone
 from training import cut_off, make_trainer
 
 from .test_resume import SAVED
@@ -40,6 +42,15 @@ def test_average_of_weights_and_statistics():
     for state in (own, expected):
         del state["1.num_batches_tracked"]
     assert_close(own, expected)
+
+
+def test_batchnorm_of_the_average_trains_after_an_evaluation():
+    """As TEST.PRECISE_BN needs. timm's backbone tells frozen norms by ``requires_grad``."""
+    backbone = TimmBackbone("mobilenetv2_035", ["res3", "res4", "res5"], norm="BN")
+    average = WeightAverage(backbone, 0.9)
+    num_norms = len(get_bn_modules(average.model))
+    average.model.eval().train()
+    assert len(get_bn_modules(average.model)) == num_norms > 0
 
 
 def test_resumed_equals_uninterrupted_and_checkpoints_hold_the_average(tmp_path):
