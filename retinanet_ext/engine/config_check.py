@@ -19,6 +19,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from retinanet_ext.config_keys import all_keys, read_key
 from retinanet_ext.data.images import num_channels, parse_pixel_range
+from retinanet_ext.engine.solver import FLAT_COSINE
 from retinanet_ext.errors import InputError, first_line
 from retinanet_ext.losses import Interval
 from retinanet_ext.modeling import RetinaNetExt
@@ -172,6 +173,13 @@ def _check_solver(cfg: CfgNode, num_processes: int) -> None:
     solver, jitter = cfg.SOLVER, cfg.INPUT.SCALE_JITTER
     if len(jitter) != 2 or jitter[0] > jitter[1]:
         raise InputError(f"INPUT.SCALE_JITTER takes [least, most], got {jitter}")
+    falls_to_end = solver.LR_SCHEDULER_NAME in ("WarmupCosineLR", FLAT_COSINE)
+    if falls_to_end and not (solver.BASE_LR > 0 and 0 <= solver.BASE_LR_END <= solver.BASE_LR):
+        raise InputError(
+            f"SOLVER.LR_SCHEDULER_NAME {solver.LR_SCHEDULER_NAME} falls from SOLVER.BASE_LR, above "
+            f"0, to SOLVER.BASE_LR_END, from 0 to BASE_LR; got {solver.BASE_LR:g} and "
+            f"{solver.BASE_LR_END:g}"
+        )
     # With a reference, Detectron2 scales the batch to the number of processes.
     reference = solver.REFERENCE_WORLD_SIZE
     shares = {
