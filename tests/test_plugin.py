@@ -57,6 +57,9 @@ def test_the_model_trains_under_detectron2s_own_trainer(tmp_path):
     cfg.MODEL.DEVICE, cfg.OUTPUT_DIR = "cpu", str(tmp_path / "run")
     cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST = (64,), 64
     cfg.SOLVER.IMS_PER_BATCH, cfg.SOLVER.MAX_ITER = 2, 2
+    # Two values that Detectron2's own trainer does not know.
+    cfg.SOLVER.LR_SCHEDULER_NAME = "WarmupCosineLR"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "norm"
     cfg.DATALOADER.NUM_WORKERS = 0
     Path(cfg.OUTPUT_DIR).mkdir()
     trainer = DefaultTrainer(cfg)

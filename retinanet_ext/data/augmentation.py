@@ -40,6 +40,9 @@ class QuarterTurns(T.Augmentation):
     hold images of one orientation. Otherwise it is None, and drawn here.
     """
 
+    def __init__(self) -> None:
+        super().__init__()  # Detectron2 logs an augmentation by the signature of this method
+
     def get_transform(self, image: np.ndarray, is_turned: bool | None) -> Transform:
         if is_turned is None:
             is_turned = np.random.rand() < 0.5

@@ -174,11 +174,12 @@ def _check_precision(cfg: CfgNode) -> None:
 
 def _check_solver(cfg: CfgNode, num_processes: int) -> None:
     solver = cfg.SOLVER
-    is_flat_cosine = solver.LR_SCHEDULER_NAME == FLAT_COSINE
-    if is_flat_cosine and not 0 <= solver.BASE_LR_END <= solver.BASE_LR > 0:
+    falls_to_end = solver.LR_SCHEDULER_NAME in ("WarmupCosineLR", FLAT_COSINE)
+    if falls_to_end and not (solver.BASE_LR > 0 and 0 <= solver.BASE_LR_END <= solver.BASE_LR):
         raise InputError(
-            f"{FLAT_COSINE} needs 0 <= SOLVER.BASE_LR_END <= SOLVER.BASE_LR and a rate above 0; "
-            f"got SOLVER.BASE_LR_END {solver.BASE_LR_END}, SOLVER.BASE_LR {solver.BASE_LR}"
+            f"SOLVER.LR_SCHEDULER_NAME {solver.LR_SCHEDULER_NAME} falls from SOLVER.BASE_LR, above "
+            f"0, to SOLVER.BASE_LR_END, from 0 to BASE_LR; got {solver.BASE_LR:g} and "
+            f"{solver.BASE_LR_END:g}"
         )
     # With a reference, Detectron2 scales the batch to the number of processes.
     reference = solver.REFERENCE_WORLD_SIZE

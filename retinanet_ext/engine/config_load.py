@@ -175,9 +175,10 @@ def _yacs_errors(source: str, cfg: CfgNode) -> Iterator[None]:
             raise InputError(
                 f"{source}: {key} is a group of keys, not a value; got {value[:80]}"
             ) from None
+        or_auto = f", or {AUTO}" if key in AUTO_KEYS else ""
         raise InputError(
             f"{source}: {key} takes a value of type {type(default).__name__}, such as "
-            f"{default!r}; got {value[:80]}"
+            f"{default!r}{or_auto}; got {value[:80]}"
         ) from None
 
 

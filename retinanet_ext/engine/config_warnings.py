@@ -15,6 +15,7 @@ from detectron2.data import MetadataCatalog
 
 from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.config_keys import all_keys, find_conditions, read_key
+from retinanet_ext.engine.solver import FLAT_COSINE
 from retinanet_ext.modeling.timm_backbone import BUILDER, pixel_statistics
 
 FOREIGN_GROUPS = (
@@ -354,6 +355,13 @@ def _schedule(cfg: CfgNode, num_images: int) -> Warnings:
     for key, effect in effects.items():
         if read_key(cfg, key) > solver.MAX_ITER:
             yield f"{key} {read_key(cfg, key)} is longer than {end}: {effect}"
+    flat = round(solver.FLAT_RATIO * solver.MAX_ITER)
+    if solver.LR_SCHEDULER_NAME == FLAT_COSINE and flat < solver.WARMUP_ITERS <= solver.MAX_ITER:
+        yield (
+            f"SOLVER.WARMUP_ITERS {solver.WARMUP_ITERS} is longer than the schedule's flat part, "
+            f"{flat} iterations (SOLVER.FLAT_RATIO {solver.FLAT_RATIO:g} of {end}): warm-up leads "
+            "to the lower rate that the schedule has then, and never reaches SOLVER.BASE_LR"
+        )
     late = [step for step in solver.STEPS if step > solver.MAX_ITER]
     if late and solver.LR_SCHEDULER_NAME == "WarmupMultiStepLR":
         yield f"SOLVER.STEPS {late} lie beyond {end}: the learning rate is not lowered there"

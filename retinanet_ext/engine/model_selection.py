@@ -209,6 +209,8 @@ def check_metric(cfg: CfgNode, build_evaluator: Callable[[CfgNode, str], Dataset
     close = [name for name in known if name.lower().endswith(metric.lower())]
     close = close or get_close_matches(metric, known, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
+    if metric.endswith(LOSS_METRICS) and not cfg.TEST.LOSS:
+        hint = " without TEST.LOSS True"
     several = ", after the name of a data set" if len(prefixes) > 1 else ""
     of_class = f" and bbox/AP-CLASS of {join_some(classes)}" if classes else ""
     where = f"{several}: {', '.join(prefixes)}" if several else ""

@@ -59,10 +59,13 @@ def _tables(cfg: CfgNode, name: str, metrics: Mapping[str, float]) -> str:
     if not metrics:
         return f"{name}: not evaluated, as it has no annotations"
     overall = {key: value for key, value in metrics.items() if not key.startswith("AP-")}
-    if all(map(math.isnan, overall.values())):
-        return f"{name}: no objects in the test data: AP cannot be computed"
     detections = inference_dir(cfg, name) / DETECTIONS
-    if detections.is_file() and detections.stat().st_size <= len("[]"):
+    size = detections.stat().st_size if detections.is_file() else 0
+    if all(map(math.isnan, overall.values())):
+        # Detectron2's evaluator gives NaN for a detector that finds nothing, BoxEvaluator gives 0.
+        what = "no objects" if size > len("[]") else "no detections, or no objects"
+        return f"{name}: {what} in the test data: AP cannot be computed"
+    if size == len("[]"):
         thresh = cfg.MODEL.RETINANET.SCORE_THRESH_TEST
         return f"{name}: no detections above MODEL.RETINANET.SCORE_THRESH_TEST {thresh:g}: AP is 0"
     number = {key: "-" if math.isnan(value) else f"{value:.1f}" for key, value in metrics.items()}

@@ -332,13 +332,21 @@ class Trainer(DefaultTrainer):
         """Load the state of a run, except for settings of the optimizer, which are the config's.
 
         Raises:
-            InputError: the run has more iterations than ``SOLVER.MAX_ITER``
+            InputError: the run has more iterations than ``SOLVER.MAX_ITER``, another optimizer, or
+                averaged weights where the config has none
         """
         if "WeightAverage" in state_dict.get("hooks", {}) and not self.weight_average:
             raise InputError(
                 "SOLVER.EMA.DECAY 0.0: the run averages its weights; resume it with its own value"
             )
         groups = self.optimizer.param_groups
+        # Of the optimizers, AdamW alone has betas.
+        saved = state_dict.get("_trainer", {}).get("optimizer", {}).get("param_groups", groups)
+        if any("betas" in group for group in saved) != any("betas" in group for group in groups):
+            raise InputError(
+                f"SOLVER.OPTIMIZER {self.cfg.SOLVER.OPTIMIZER}: the run was trained with another "
+                "optimizer; resume it with that one, or start a new run with MODEL.WEIGHTS"
+            )
         configured = [{k: v for k, v in group.items() if k != "params"} for group in groups]
         super().load_state_dict(state_dict)
         if self.iter >= self.max_iter:

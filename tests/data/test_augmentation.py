@@ -41,6 +41,12 @@ def painted(channel: np.ndarray) -> list[int]:
     return list(map(int, box))
 
 
+def test_the_log_names_the_augmentations(cfg: CfgNode) -> None:
+    cfg.INPUT.QUARTER_TURNS, cfg.INPUT.SCALE_JITTER = True, [0.5, 2.0]
+    text = str(CheckedDatasetMapper(cfg, is_train=True).augmentations)
+    assert "ScaleJitter(low=0.5, high=2.0)" in text and "QuarterTurns()" in text
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -14,6 +14,7 @@ from retinanet_ext.engine.config_load import load_config
 from retinanet_ext.errors import InputError
 
 FOCAL = "MODEL.RETINANET.FOCAL_LOSS_GAMMA"
+WEIGHT = "MODEL.RETINANET.CLS_LOSS.WEIGHT"
 
 BAD_FILES = {
     "python tag": (
@@ -52,6 +53,7 @@ BAD_OPTS = {
     "flag at the end": (["OUTPUT_DIR", "x", "--eval-only"], ["--eval-only", "before"]),
     "flag between": (["OUTPUT_DIR", "x", "--num-gpus", "2"], ["--num-gpus", "before"]),
     "text": ([FOCAL, "two"], [FOCAL, "float", "two"]),
+    "a misspelt auto": ([WEIGHT, "Auto"], [WEIGHT, "float, such as 1.0, or auto; got Auto"]),
     "None": ([FOCAL, "None"], [FOCAL, "no value"]),
     "another architecture's key": (["MODEL.NUM_CLASSES", "3"], ["MODEL.RETINANET.NUM_CLASSES?"]),
 }

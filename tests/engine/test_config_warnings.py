@@ -169,6 +169,11 @@ WARNINGS = {
         ["SOLVER.WARMUP_ITERS", "451"],
         ["WARMUP_ITERS 451 is longer than SOLVER.MAX_ITER 450"],
     ),
+    "a warm-up longer than the flat part": (
+        MOBILENET,
+        ["SOLVER.WARMUP_ITERS", "151"],
+        ["WARMUP_ITERS 151 is longer than the schedule's flat part, 150", "never reaches"],
+    ),
     "steps after the end": (R50, ["SOLVER.MAX_ITER", "70000"], ["STEPS [80000] lie beyond"]),
     "nothing saved": (
         R18,

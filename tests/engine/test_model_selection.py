@@ -261,7 +261,7 @@ UNKNOWN = {
     r"bbox/APm, bbox/APl and bbox/AP-CLASS of RBC, WBC, Platelets",
     "bbox/AP-rbc": "did you mean 'bbox/AP-RBC'",
     "segm/AP": "'segm/AP' is none of the evaluation's metrics",
-    "validation/total_loss": "is none of the evaluation's metrics",
+    "validation/total_loss": "is none of the evaluation's metrics without TEST.LOSS True",
 }
 
 

@@ -120,6 +120,12 @@ def test_a_schedule_that_has_ended_is_refused(tmp_path):
         make_trainer(tmp_path, "SOLVER.MAX_ITER", 6, resume=True)
 
 
+def test_another_optimizer_is_refused(tmp_path):
+    cut_off(make_trainer(tmp_path), 6)
+    with pytest.raises(InputError, match=r"SOLVER.OPTIMIZER AdamW: .* another optimizer"):
+        make_trainer(tmp_path, "SOLVER.OPTIMIZER", "AdamW", resume=True)
+
+
 def test_no_iteration_is_in_the_metrics_twice(tmp_path):
     """Detectron2's writer comes every 20 iterations."""
     opts = ("SOLVER.MAX_ITER", 60, "SOLVER.CHECKPOINT_PERIOD", 25)

@@ -106,8 +106,11 @@ def test_flat_cosine_schedule() -> None:
         ("SOLVER.BASE_LR_END", "1", "SOLVER.BASE_LR_END 1.0, SOLVER.BASE_LR 0.001"),
         ("INPUT.SCALE_JITTER", "[2.0, 0.5]", r"takes \[least, most\]"),
         ("INPUT.COLOR_JITTER", "1.5", r"must be a number in \[0, 1\]"),
+        ("SOLVER.BASE_LR", "0.0", "got 0 and 0"),
+        ("SOLVER.BASE_LR_END", "1.0", "from 0 to BASE_LR; got 0.001 and 1"),
+        ("SOLVER.BASE_LR_END", "-0.1", "from 0 to BASE_LR; got 0.001 and -0.1"),
     ],
 )
 def test_values_that_are_refused(key: str, value: str, expected: str) -> None:
     with pytest.raises(InputError, match=f"{key}.*{expected}|{expected}"):
-        make_cfg(key, value)
+        make_cfg("SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR", key, value)

@@ -21,6 +21,7 @@ from retinanet_ext.engine.config_check import check_config
 from retinanet_ext.engine.metrics import StrictJSONWriter
 from retinanet_ext.engine.summary import summarize
 from retinanet_ext.errors import InputError, explain
+from retinanet_ext.evaluation.outputs import DETECTIONS, inference_dir
 
 IMAGES = Path("tests/fixtures/bccd_mini/images")
 
@@ -117,6 +118,9 @@ def test_summary_without_objects_or_detections_says_which(tmp_path):
     said = "custom_test: no detections above MODEL.RETINANET.SCORE_THRESH_TEST 0.999: AP is 0"
     assert said in text.splitlines()
     nothing = {"bbox": {"AP": math.nan, "AP50": math.nan, "AP-RBC": math.nan}}
+    said = "custom_test: no detections, or no objects in the test data: AP cannot be computed"
+    assert said in summarize(cfg, nothing).splitlines()
+    inference_dir(cfg, "custom_test").joinpath(DETECTIONS).write_text('[{"image_id": 1}]')
     said = "custom_test: no objects in the test data: AP cannot be computed"
     assert said in summarize(cfg, nothing).splitlines()
 
