@@ -490,7 +490,7 @@ CONFIG = [
     ),
     (
         "a learning rate that would rise",
-        "needs 0 <= SOLVER.BASE_LR_END <= SOLVER.BASE_LR",
+        "falls from SOLVER.BASE_LR, above 0, to SOLVER.BASE_LR_END",
         opts("SOLVER.LR_SCHEDULER_NAME", "WarmupFlatCosineLR", "SOLVER.BASE_LR_END", 1),
     ),
     (

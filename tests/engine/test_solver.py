@@ -98,12 +98,6 @@ def test_flat_cosine_schedule() -> None:
         ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "global", "known: 'value', 'norm', 'full_model'"),
         ("SOLVER.EMA.DECAY", "1.0", r"SOLVER.EMA.DECAY must be a number in \[0, 1\)"),
         ("SOLVER.FLAT_RATIO", "1.0", r"SOLVER.FLAT_RATIO must be a number in \[0, 1\)"),
-        (
-            "SOLVER.BASE_LR",
-            "0",
-            r"needs 0 <= SOLVER.BASE_LR_END <= SOLVER.BASE_LR and a rate above",
-        ),
-        ("SOLVER.BASE_LR_END", "1", "SOLVER.BASE_LR_END 1.0, SOLVER.BASE_LR 0.001"),
         ("INPUT.SCALE_JITTER", "[2.0, 0.5]", r"takes \[least, most\]"),
         ("INPUT.COLOR_JITTER", "1.5", r"must be a number in \[0, 1\]"),
         ("SOLVER.BASE_LR", "0.0", "got 0 and 0"),
