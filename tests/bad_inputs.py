@@ -485,7 +485,7 @@ CONFIG = [
     ),
     (
         "an unknown schedule",
-        "Unknown LR scheduler: WarmupPolyLR",
+        "SOLVER.LR_SCHEDULER_NAME 'WarmupPolyLR' is unknown; known: WarmupMultiStepLR",
         opts("SOLVER.LR_SCHEDULER_NAME", "WarmupPolyLR"),
     ),
     (

@@ -14,8 +14,12 @@ from fvcore.common.param_scheduler import (
 )
 from torch import nn
 
+from retinanet_ext.errors import InputError
+
 FULL_MODEL = "full_model"
 FLAT_COSINE = "WarmupFlatCosineLR"
+SCHEDULES = ("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR", FLAT_COSINE)
+"""Detectron2's schedules, and this one's."""
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
@@ -69,8 +73,16 @@ def build_lr_scheduler(cfg: CfgNode, optimizer: torch.optim.Optimizer) -> LRMult
 
     ``WarmupFlatCosineLR`` keeps the base rate for the first ``SOLVER.FLAT_RATIO`` of the iterations
     and then lowers it along half a cosine to ``SOLVER.BASE_LR_END``.
+
+    Raises:
+        InputError: ``SOLVER.LR_SCHEDULER_NAME`` is unknown
     """
     solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME not in SCHEDULES:
+        raise InputError(
+            f"SOLVER.LR_SCHEDULER_NAME {solver.LR_SCHEDULER_NAME!r} is unknown; known: "
+            f"{', '.join(SCHEDULES)}"
+        )
     if solver.LR_SCHEDULER_NAME != FLAT_COSINE:
         return detectron2_solver.build_lr_scheduler(cfg, optimizer)
     flat = solver.FLAT_RATIO
