@@ -93,7 +93,7 @@ class AccumulatingTrainer(SimpleTrainer):
             the micro-batches, the losses of the step and the seconds spent waiting for data
         """
         count = self.cfg.SOLVER.GRAD_ACCUM_STEPS
-        end_step = begin_step(_unwrap(self.model), count)
+        end_step = begin_step(unwrap(self.model), count)
         totals: dict[str, Tensor] = {}
         batches, data_time = [], 0.0
         for number in range(count):
@@ -160,7 +160,7 @@ class AccumulatingTrainer(SimpleTrainer):
             losses={name: loss.item() for name, loss in losses.items()},
             seed=torch.initial_seed(),  # set anew before each step
         )
-        report = explain_step(_unwrap(self.model), step)
+        report = explain_step(unwrap(self.model), step)
         _restore(buffers)
         saw = report["reproduced"] or not all(map(math.isfinite, step.losses.values()))
         # If no process sees it alone, the sum over processes is not finite: rank 0 reports.
@@ -185,7 +185,7 @@ class AccumulatingTrainer(SimpleTrainer):
         losses = ", ".join(f"{name} {loss:.4g}" for name, loss in step.losses.items())
         line = f"at iteration {step.iteration}: {losses} on rank {step.rank}; {report['cause']}"
         states = {
-            "model": _unwrap(self.model).state_dict(),
+            "model": unwrap(self.model).state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "grad_scaler": self.grad_scaler.state_dict(),
         }
@@ -209,7 +209,8 @@ class AccumulatingTrainer(SimpleTrainer):
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside ``DistributedDataParallel``, or the model itself."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 

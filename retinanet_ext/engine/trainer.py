@@ -38,7 +38,7 @@ from retinanet_ext.engine.metrics import StrictJSONWriter, archive_superseded_me
 from retinanet_ext.engine.model_selection import EarlyStop, SelectionHook, check_metric
 from retinanet_ext.engine.setup import report_results
 from retinanet_ext.engine.solver import build_lr_scheduler, build_optimizer
-from retinanet_ext.engine.train_step import AccumulatingTrainer
+from retinanet_ext.engine.train_step import AccumulatingTrainer, unwrap
 from retinanet_ext.engine.weight_average import WeightAverage
 from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation import BoxEvaluator, InferenceTime, ValidationLoss
@@ -249,7 +249,7 @@ class Trainer(DefaultTrainer):
             content = self.checkpointer.load(checkpoint)
             saved, wanted = saved_class_names(content), self.checkpointer.class_names
             if saved and wanted and saved != wanted:
-                match_optimizer_state(self.optimizer, saved, wanted, self.model)
+                match_optimizer_state(self.optimizer, saved, wanted, unwrap(self.model))
                 if self.weight_average:
                     self.weight_average.match_classes(saved, wanted)
             self.start_iter = self.iter + 1
@@ -310,7 +310,7 @@ class Trainer(DefaultTrainer):
         if evaluators is None:
             others = [InferenceTime(model)]
             if cfg.TEST.LOSS and cfg.MODEL.META_ARCHITECTURE == "RetinaNetExt":
-                others.append(ValidationLoss(model))
+                others.append(ValidationLoss(unwrap(model)))
             evaluators = [
                 DatasetEvaluators([cls.build_evaluator(cfg, name), *others])
                 for name in cfg.DATASETS.TEST

@@ -9,7 +9,6 @@ from typing import Any
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from torch.nn.parallel import DistributedDataParallel
 
 from retinanet_ext.modeling import RetinaNetExt
 
@@ -25,9 +24,8 @@ class ValidationLoss(DatasetEvaluator):
     ``Trainer.build_test_loader`` with ``TEST.LOSS``; others are left out.
     """
 
-    def __init__(self, model: RetinaNetExt | DistributedDataParallel) -> None:
-        is_wrapped = isinstance(model, DistributedDataParallel)
-        self._model: RetinaNetExt = model.module if is_wrapped else model
+    def __init__(self, model: RetinaNetExt) -> None:
+        self._model = model
 
     def reset(self) -> None:
         self._sums: Counter[str] = Counter()

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.utils import comm
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from detectors import make_cfg, make_model
@@ -237,7 +240,23 @@ def float64():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.usefixtures("float64")
+@pytest.fixture(params=["plain", "DistributedDataParallel"])
+def parallel(request, monkeypatch, tmp_path_factory):
+    """A process of its own, or one of a group, whose model is wrapped."""
+    if request.param == "plain":
+        yield
+        return
+    monkeypatch.setattr(comm, "_LOCAL_PROCESS_GROUP", None)
+    wrapped = "retinanet_ext.engine.trainer.create_ddp_model"
+    monkeypatch.setattr(wrapped, lambda model, **kwargs: DistributedDataParallel(model, **kwargs))
+    store = tmp_path_factory.mktemp("store") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    comm.create_local_process_group(1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("float64", "parallel")
 def test_a_run_is_resumed_with_other_category_ids(tmp_path):
     """Its momentum too: the weights end as those of the run that was not cut off."""
     opts = ("SOLVER.CHECKPOINT_PERIOD", 4)
