@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import save
+from common import custom_data, save
 from detectron2.config import CfgNode, get_cfg
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.evaluation import COCOEvaluator
@@ -73,9 +73,7 @@ def make_configs(args: argparse.Namespace, output: str) -> dict[str, CfgNode]:
     opts += ["TEST.DETECTION_GRID.NUM_IMAGES", "0"]
     if not torch.cuda.is_available():
         opts += ["MODEL.DEVICE", "cpu"]
-    for split, name in (("TRAIN", "train"), ("TEST", "val")):
-        opts += [f"DATASETS.CUSTOM.{split}_JSON", f"{args.data}/instances_{name}.json"]
-        opts += [f"DATASETS.CUSTOM.{split}_IMAGES", f"{args.data}/images"]
+    opts += [word for pair in custom_data(args.data).items() for word in pair]
     ours = load_config(CONFIG, [*opts, *args.opts])
     prepare_datasets(ours, eval_only=False)
     stock = get_cfg()

@@ -45,6 +45,15 @@ class Timing:
         return f"{1e3 * self.median:.4g} ({1e3 * low:.4g} to {1e3 * high:.4g})"
 
 
+def custom_data(folder: str | Path) -> dict[str, str]:
+    """Return the keys for a folder with ``instances_{train,val}.json`` and ``images``."""
+    return {
+        f"DATASETS.CUSTOM.{split}_{what}": f"{folder}/{name}"
+        for split, file in (("TRAIN", "train"), ("TEST", "val"))
+        for what, name in (("JSON", f"instances_{file}.json"), ("IMAGES", "images"))
+    }
+
+
 def argument_parser(description: str, repeat: int) -> argparse.ArgumentParser:
     """Return a parser with the options that every benchmark has."""
     parser = argparse.ArgumentParser(description=description)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import hardware
+from common import custom_data, hardware
 
 ROOT = Path(__file__).parents[1]
 SIZE = "--height 800 --width 1344"
@@ -88,12 +88,7 @@ def make_parts(args: argparse.Namespace) -> dict[str, Part]:
 def training(name: str, args: argparse.Namespace) -> list[str]:
     """Return the command of one of :data:`TRAININGS`."""
     config = "tests/engine/tiny.yaml" if args.dry_run else "configs/small_R18_FPN.yaml"
-    pairs = [
-        word
-        for key, split in (("TRAIN", "train"), ("TEST", "val"))
-        for what, file in (("JSON", f"instances_{split}.json"), ("IMAGES", "images"))
-        for word in (f"DATASETS.CUSTOM.{key}_{what}", str(args.data / file))
-    ]
+    pairs = [word for pair in custom_data(args.data).items() for word in pair]
     values = TRAININGS[name].split()
     if args.dry_run and "True" in values and "bfloat16" not in values:
         values += ["SOLVER.AMP.PRECISION", "bfloat16"]

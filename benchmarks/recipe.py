@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from common import custom_data
 
 ROOT = Path(__file__).parents[1]
 TABLES = Path(__file__).with_suffix(".yaml")
@@ -32,9 +33,7 @@ def command(
     values = {**table.get("base", {}), **table["rows"][row], "SEED": seed, "OUTPUT_DIR": output}
     config = values.pop("config", table.get("config"))
     if data:
-        for split, file in (("TRAIN", "train"), ("TEST", "val")):
-            values[f"DATASETS.CUSTOM.{split}_JSON"] = f"{data}/instances_{file}.json"
-            values[f"DATASETS.CUSTOM.{split}_IMAGES"] = f"{data}/images"
+        values.update(custom_data(data))
     pairs = [str(part) for pair in values.items() for part in pair]
     pairs = [args.weights if part == "{weights}" else part for part in pairs]
     return [sys.executable, "train_net.py", "--config-file", config, *pairs]
