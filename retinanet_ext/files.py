@@ -1,7 +1,8 @@
-"""Atomic writes, and strict JSON."""
+"""Atomic writes, strict JSON, and checksums."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -54,6 +55,15 @@ def write_file(path: Path, content: str | bytes) -> None:
         content = content.encode(errors="backslashreplace")  # file names need not be UTF-8
     with atomic_write(path) as file:
         file.write(content)
+
+
+def sha256_of(path: str | os.PathLike[str]) -> str:
+    """Return the SHA-256 of a file's bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def to_json(content: Any, **options: Any) -> str:

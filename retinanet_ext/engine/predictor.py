@@ -6,7 +6,8 @@ import logging
 import os
 from collections.abc import Iterable, Iterator
 from os import PathLike
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +29,8 @@ from retinanet_ext.engine.class_matching import saved_class_names
 from retinanet_ext.engine.config_check import use_cpu_without_cuda
 from retinanet_ext.engine.find_checkpoint import last_checkpoint
 from retinanet_ext.errors import InputError
+from retinanet_ext.evaluation.thresholds import THRESHOLDS, Thresholds
+from retinanet_ext.files import sha256_of
 from retinanet_ext.losses import Interval
 
 AnyImage = str | PathLike[str] | Image.Image | np.ndarray
@@ -54,18 +57,30 @@ class Predictor:
 
     Attributes:
         class_names: names of classes 0..K-1 from the weights' file, empty if it has none
+        thresholds: lowest score of a detection per class, (K,) on the CPU; None: the model's own
+            ``SCORE_THRESH_TEST`` alone
     """
 
-    def __init__(self, cfg: CfgNode, model: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        cfg: CfgNode,
+        model: nn.Module | None = None,
+        *,
+        thresholds: Thresholds | Literal["run"] | None = "run",
+    ) -> None:
         """
         Args:
             cfg: config of the model and of test images; not changed. Without CUDA the model is
                 built on the CPU
             model: detector of that config. By default it is built and given ``MODEL.WEIGHTS``, or
                 if that is empty the last checkpoint in ``OUTPUT_DIR``
+            thresholds: lowest scores per class. By default those that ``retinanet-ext evaluate
+                --save-thresholds`` has saved in ``OUTPUT_DIR``, where there are some and the
+                weights are loaded here; None for none
 
         Raises:
-            InputError: there are no weights, or they do not fit the model
+            InputError: there are no weights, or they do not fit the model; the thresholds are
+                damaged, or were chosen for other weights or classes
         """
         self.class_names: list[str] = []
         if model is None:
@@ -73,7 +88,12 @@ class Predictor:
             cfg.defrost()
             use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
             model = build_model(cfg)
-            self.class_names = _load_weights(model, cfg)
+            self.class_names, file = _load_weights(model, cfg)
+            if thresholds == "run":
+                thresholds = _saved_thresholds(cfg.OUTPUT_DIR, file)
+        self.thresholds = None
+        if isinstance(thresholds, Thresholds):
+            self.thresholds = torch.tensor(thresholds.by_class(self.class_names))
         self.model = model.eval()
         self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
         self.reader = ImageReader.from_config(cfg)
@@ -160,18 +180,23 @@ class Predictor:
 
     def _detect(self, batch: list[dict[str, Any]]) -> list[Instances]:
         with torch.no_grad():
-            return [output["instances"] for output in self.model(batch)]
+            found = [output["instances"] for output in self.model(batch)]
+        if self.thresholds is None:
+            return found
+        thresholds = self.thresholds.to(self.model.device)
+        return [each[each.scores >= thresholds[each.pred_classes]] for each in found]
 
 
-def _load_weights(model: nn.Module, cfg: CfgNode) -> list[str]:
+def _load_weights(model: nn.Module, cfg: CfgNode) -> tuple[list[str], str]:
     """Load ``MODEL.WEIGHTS``, or where it is empty the run's last checkpoint, and say so.
 
     Returns:
-        the class names in the file, empty where it has none
+        the class names in the file, empty where it has none; and the file
     """
     if cfg.MODEL.WEIGHTS:
         try:
-            return saved_class_names(Checkpointer(model, complete=True).load(cfg.MODEL.WEIGHTS))
+            content = Checkpointer(model, complete=True).load(cfg.MODEL.WEIGHTS)
+            return saved_class_names(content), cfg.MODEL.WEIGHTS
         except InputError as error:  # a run's config names what it began with, such as a backbone
             last = last_checkpoint(cfg.OUTPUT_DIR)
             has = f"; OUTPUT_DIR has {last}" if last else ""
@@ -183,4 +208,20 @@ def _load_weights(model: nn.Module, cfg: CfgNode) -> list[str]:
             "MODEL.WEIGHTS to the weights of the model"
         )
     logger.warning("MODEL.WEIGHTS is empty: the last checkpoint is used, %s", last)
-    return saved_class_names(Checkpointer(model, cfg.OUTPUT_DIR, complete=True).load(last))
+    content = Checkpointer(model, cfg.OUTPUT_DIR, complete=True).load(last)
+    return saved_class_names(content), last
+
+
+def _saved_thresholds(folder: str, weights: str) -> Thresholds | None:
+    """Return the thresholds in a run's folder, None where there are none."""
+    path = Path(folder, THRESHOLDS)
+    if not path.is_file():
+        return None
+    thresholds = Thresholds.read(path)
+    if not Path(weights).is_file() or thresholds.weights_sha256 != sha256_of(weights):
+        raise InputError(
+            f"{path} was chosen for other weights than {weights}; write it anew by "
+            f"`retinanet-ext evaluate {folder} --save-thresholds`, or delete it"
+        )
+    logger.info("Detections below the thresholds in %s are left out", path)
+    return thresholds

@@ -24,7 +24,7 @@ import retinanet_ext
 from retinanet_ext.data.register import find_sources
 from retinanet_ext.data.sources import Source
 from retinanet_ext.errors import InputError
-from retinanet_ext.files import to_json, write_file
+from retinanet_ext.files import sha256_of, to_json, write_file
 
 RUN_INFO = "run_info.json"
 
@@ -87,13 +87,7 @@ def _describe_data(source: Source) -> dict[str, Any]:
 
 def _sha256(path: str) -> str:
     file = Path(PathManager.get_local_path(path))
-    if not file.is_file():
-        return ""
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(file) if file.is_file() else ""
 
 
 def _without_person(value: Any) -> Any:

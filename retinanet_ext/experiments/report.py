@@ -15,11 +15,11 @@ from detectron2.config import get_cfg
 from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.figures import Drawing, draw_figures
-from retinanet_ext.experiments.page import anchor, render_page
 from retinanet_ext.experiments.record import read_json
 from retinanet_ext.experiments.results import Results, flatten, read_results
 from retinanet_ext.experiments.statistics import RULE, TableResult, duration, number, signed
 from retinanet_ext.files import write_file
+from retinanet_ext.page import anchor, render_page
 
 
 def write_reports(output: Path) -> Iterator[Path]:
@@ -61,7 +61,11 @@ def write_report(campaign: Path) -> tuple[Path, Path, Path]:
     for drawing in (drawing for drawings in figures.values() for drawing in drawings):
         write_file(campaign / "figures" / f"{drawing.name}.svg", drawing.svg)
     paths = tuple(campaign / name for name in ("runs.csv", "report.md", "report.html"))
-    contents = (render_csv(results), markdown, render_page(markdown, campaign))
+    contents = (
+        render_csv(results),
+        markdown,
+        render_page(markdown, campaign, title="Focal loss, measured"),
+    )
     for path, content in zip(paths, contents, strict=True):
         write_file(path, content)
     return paths

@@ -1,8 +1,9 @@
-"""Render ``report.md`` as one HTML page that needs no other file and no script."""
+"""Render Markdown as one HTML page that needs no other file and no script."""
 
 from __future__ import annotations
 
 import base64
+import html
 import io
 import re
 from itertools import pairwise
@@ -20,7 +21,7 @@ HEAD = """<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <link rel="icon" href="data:,">
-<title>Focal loss, measured</title>
+<title>{title}</title>
 <style>
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: auto; padding: 1rem; }
 h1, h2, h3 { line-height: 1.25; text-wrap: balance; }
@@ -41,7 +42,7 @@ p > em { color: light-dark(#555, #aaa); }
 """
 
 
-def render_page(markdown: str, folder: Path) -> str:
+def render_page(markdown: str, folder: Path, *, title: str) -> str:
     """Return a report as a page; pictures are read from ``folder`` and embedded."""
     parser = MarkdownIt("commonmark", {"html": False}).enable("table")
     tokens = parser.parse(markdown)
@@ -53,7 +54,8 @@ def render_page(markdown: str, folder: Path) -> str:
                 child.attrSet("src", _data_uri(folder / unquote(str(child.attrs["src"]))))
     body = parser.renderer.render(tokens, parser.options, {})
     body = body.replace("<table>", '<div class="scroll" tabindex="0"><table>')
-    return HEAD + body.replace("</table>", "</table></div>")
+    head = HEAD.replace("{title}", html.escape(title))
+    return head + body.replace("</table>", "</table></div>")
 
 
 def anchor(heading: str) -> str:
