@@ -89,7 +89,9 @@ class Trainer(DefaultTrainer):
         """
         TrainerBase.__init__(self)  # DefaultTrainer's would build all of what follows differently
         cfg = self.auto_scale_workers(cfg, comm.get_world_size())
-        self.check_evaluators(cfg)
+        for name in cfg.DATASETS.TEST:
+            if _evaluator_type(name) not in EVALUATOR_TYPES:
+                self.build_evaluator(cfg, name)  # a subclass may have one
         if cfg.SOLVER.BEST.METRIC:
             check_metric(cfg, self.build_evaluator)
         model = self.build_model(cfg)
@@ -162,8 +164,18 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> DatasetEvaluator:
-        """Return the evaluator that fits the data set's ``evaluator_type``; COCO's without one."""
-        evaluator_type = MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")
+        """Return the evaluator that fits the data set's ``evaluator_type``; COCO's without one.
+
+        Raises:
+            InputError: there is none for this type
+        """
+        evaluator_type = _evaluator_type(dataset_name)
+        if evaluator_type not in EVALUATOR_TYPES:
+            raise InputError(
+                f"DATASETS.TEST {dataset_name} has the evaluator_type {evaluator_type!r}, for "
+                f"which there is no evaluator of boxes; there is one for "
+                f"{', '.join(EVALUATOR_TYPES)}. Override Trainer.build_evaluator for another one"
+            )
         folder = str(inference_dir(cfg, dataset_name))
         if evaluator_type == "lvis":
             return LVISEvaluator(dataset_name, output_dir=folder)
@@ -171,24 +183,6 @@ class Trainer(DefaultTrainer):
             return PascalVOCDetectionEvaluator(dataset_name)
         max_detections = cfg.TEST.DETECTIONS_PER_IMAGE
         return BoxEvaluator(dataset_name, max_detections=max_detections, output_dir=folder)
-
-    @classmethod
-    def check_evaluators(cls, cfg: CfgNode) -> None:
-        """Refuse a test set that ``build_evaluator`` has no evaluator for; a subclass may have.
-
-        Raises:
-            InputError: names the data set
-        """
-        if cls.build_evaluator.__func__ is not Trainer.build_evaluator.__func__:
-            return
-        for name in cfg.DATASETS.TEST:
-            evaluator_type = MetadataCatalog.get(name).get("evaluator_type", "coco")
-            if evaluator_type not in EVALUATOR_TYPES:
-                raise InputError(
-                    f"DATASETS.TEST {name} has the evaluator_type {evaluator_type!r}, for which "
-                    f"there is no evaluator of boxes; there is one for {', '.join(EVALUATOR_TYPES)}"
-                    ". Override Trainer.build_evaluator for another one"
-                )
 
     def build_hooks(self) -> list[HookBase]:
         """Return the hooks in the order in which they are called.
@@ -382,3 +376,7 @@ class Trainer(DefaultTrainer):
         if self.cfg.SOLVER.FUSED_OPTIMIZER:
             # Moves AdamW's step counts to the GPU, where the fused kernel expects them.
             self.optimizer.load_state_dict(self.optimizer.state_dict())
+
+
+def _evaluator_type(dataset_name: str) -> str:
+    return MetadataCatalog.get(dataset_name).get("evaluator_type", "coco")

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.utils.env import seed_all_rng
 from detectron2.utils.events import EventStorage
 from PIL import Image
 from torch.testing import assert_close
 
+import train_net
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine import Trainer, load_config
 from retinanet_ext.engine.config_check import check_config
@@ -123,6 +125,23 @@ def test_summary_without_objects_or_detections_says_which(tmp_path):
     inference_dir(cfg, "custom_test").joinpath(DETECTIONS).write_text('[{"image_id": 1}]')
     said = "custom_test: no objects in the test data: AP cannot be computed"
     assert said in summarize(cfg, nothing).splitlines()
+
+
+class WithAnEvaluatorOfItsOwn(Trainer):
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name):
+        return DatasetEvaluators([])
+
+
+def test_a_test_set_that_no_evaluator_fits_is_refused_before_training(tmp_path):
+    """Also by the Trainer of train_net.py, which overrides the method; unless one does fit."""
+    cfg = make_cfg(tmp_path)
+    del MetadataCatalog.get("custom_test").evaluator_type
+    MetadataCatalog.get("custom_test").evaluator_type = "cityscapes"
+    for trainer in (Trainer, train_net.Trainer):
+        with pytest.raises(InputError, match="custom_test has the evaluator_type 'cityscapes'"):
+            trainer(cfg)
+    WithAnEvaluatorOfItsOwn(cfg)
 
 
 def test_summary_says_that_ap_is_not_cocos(tmp_path):
