@@ -3,7 +3,7 @@
 :class:`fake_cuda.FakeCuda` is that device, which needs no card.
 """
 
-from itertools import product
+from itertools import chain, product
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ AVERAGE = {
     "retinanet_ext.engine.weight_average.after_step": "torch copies its count of steps to the "
     "device, once the optimizer is done and little is left to wait for"
 }
-FLOAT16 = {"torch.amp.grad_scaler._maybe_opt_step": "torch skips a step that overflows"}
+SCALER = {"torch.amp.grad_scaler._maybe_opt_step": "torch skips a step that overflows"}
 OHEM = {
     "retinanet_ext.sampling._survivors": "greedy suppression, and lists of the anchors that remain",
 }
@@ -64,7 +64,14 @@ INFERENCE = {
 RETINANET = "MODEL.RETINANET"
 WITH_OHEM = (f"{RETINANET}.SELECTION.NAME", "ohem")
 RATIO = (f"{RETINANET}.SELECTION.OHEM.NEG_POS_RATIO", 3.0)
+PREDICTIONS = (f"{RETINANET}.SELECTION.OHEM.NMS_BOXES", "predictions")
+LOSS = (f"{RETINANET}.CLS_LOSS.NAME",)
+NORMALIZER = (f"{RETINANET}.LOSS_NORMALIZER",)
+BOX_LOSS = (f"{RETINANET}.BBOX_REG_LOSS_TYPE",)
+GIOU, DIOU = (*BOX_LOSS, "giou"), (*BOX_LOSS, "diou")
 AMP = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION")
+FLOAT16, BFLOAT16 = (*AMP, "float16"), (*AMP, "bfloat16")
+DIVISIBLE = ("INPUT.SIZE_DIVISIBILITY", 64)
 CHANNELS_LAST = ("MODEL.CHANNELS_LAST", True)
 FUSED = ("SOLVER.FUSED_OPTIMIZER", True)
 ADAMW = ("SOLVER.OPTIMIZER", "AdamW")
@@ -74,33 +81,29 @@ IN_PLAIN_TORCH_AND_TRITON = [False, True] if HAS_TRITON else [False]
 STEPS = {
     "as Detectron2": ((), {}),
     "channels last, giou, gradients accumulated": (
-        (*CHANNELS_LAST, f"{RETINANET}.BBOX_REG_LOSS_TYPE", "giou", "SOLVER.GRAD_ACCUM_STEPS", 2),
+        (*CHANNELS_LAST, *GIOU, "SOLVER.GRAD_ACCUM_STEPS", 2),
         {},
     ),
     "bfloat16, diou, AdamW fused, the whole gradient clipped": (
-        (*AMP, "bfloat16", f"{RETINANET}.BBOX_REG_LOSS_TYPE", "diou", *ADAMW, *FUSED)
-        + (*CLIP, "full_model", f"{RETINANET}.LOSS_NORMALIZER", "foreground"),
+        (*BFLOAT16, *DIOU, *ADAMW, *FUSED, *CLIP, "full_model", *NORMALIZER, "foreground"),
         {},
     ),
     "bfloat16, channels last, cross entropy, SGD fused": (
-        (*AMP, "bfloat16", *CHANNELS_LAST, *FUSED, f"{RETINANET}.CLS_LOSS.NAME", "cross_entropy"),
+        (*BFLOAT16, *CHANNELS_LAST, *FUSED, *LOSS, "cross_entropy"),
         {},
     ),
     "float16, hinge, GroupNorm, AdamW": (
-        (*AMP, "float16", f"{RETINANET}.CLS_LOSS.NAME", "hinge", f"{RETINANET}.NORM", "GN", *ADAMW)
-        + ("INPUT.SIZE_DIVISIBILITY", 64),
-        FLOAT16,
+        (*FLOAT16, *LOSS, "hinge", f"{RETINANET}.NORM", "GN", *ADAMW, *DIVISIBLE),
+        SCALER,
     ),
     "float16, channels last, BatchNorm, each gradient clipped": (
-        (*AMP, "float16", *CHANNELS_LAST, "MODEL.RESNETS.NORM", "BN", *CLIP, "norm")
-        + (f"{RETINANET}.CLS_LOSS.NAME", "focal_star"),
-        FLOAT16,
+        (*FLOAT16, *CHANNELS_LAST, "MODEL.RESNETS.NORM", "BN", *CLIP, "norm", *LOSS, "focal_star"),
+        SCALER,
     ),
     "OHEM": ((*WITH_OHEM, *CLIP, "value"), OHEM),
     "float16, OHEM with a ratio among predictions": (
-        (*AMP, "float16", *WITH_OHEM, *RATIO, f"{RETINANET}.LOSS_NORMALIZER", "selected")
-        + (f"{RETINANET}.SELECTION.OHEM.NMS_BOXES", "predictions"),
-        {**FLOAT16, **OHEM_RATIO},
+        (*FLOAT16, *WITH_OHEM, *RATIO, *PREDICTIONS, *NORMALIZER, "selected"),
+        {**SCALER, **OHEM_RATIO},
     ),
 }
 """Training steps: their config, and where they wait besides. Every second one uses the kernels."""
@@ -139,7 +142,7 @@ def test_a_training_step_waits_only_where_it_is_meant_to(name):
     with FakeCuda(waits, has_triton=has_triton) as fake, EventStorage(19):
         model = make_fake_model(cfg).train()
         model.register_forward_hook(lambda *call: seen.append(call[-1]))
-        model.head.register_forward_hook(lambda *call: predictions.extend(sum(call[-1], [])))
+        model.head.register_forward_hook(lambda *call: predictions.extend(chain(*call[-1])))
         average = WeightAverage(model, 0.9)
         batches = [fake_batch() for _ in range(cfg.SOLVER.GRAD_ACCUM_STEPS)]
         trainer = AccumulatingTrainer(model, batches, build_optimizer(cfg, model), cfg)
@@ -181,13 +184,13 @@ def test_a_second_step_waits_no_more_than_the_first():
 
 NUM_CLASSES, SHAPES = 4, [(4, 6), (2, 3)]
 CRITERIA = [
-    *[(f"{RETINANET}.CLS_LOSS.NAME", name, *AMP, "bfloat16") for name in LOSSES],
+    *[(*LOSS, name, *BFLOAT16) for name in LOSSES],
     *[
-        (*selection, f"{RETINANET}.LOSS_NORMALIZER", name)
+        (*selection, *NORMALIZER, name)
         for selection, name in product([(), WITH_OHEM, (*WITH_OHEM, *RATIO)], NORMALIZERS)
     ],
     *[
-        (f"{RETINANET}.BBOX_REG_LOSS_TYPE", name, *AMP, precision)
+        (*BOX_LOSS, name, *AMP, precision)
         for name, precision in product(["smooth_l1", *BOX_IOUS], ["float32", "bfloat16", "float16"])
     ],
     (*WITH_OHEM, f"{RETINANET}.SELECTION.OHEM.SCOPE", "process"),

@@ -3,6 +3,7 @@
 #   VENV        the environment (.venv, which is made here; any other must exist)
 #   PYTHON      the interpreter that makes .venv (python3)
 #   DETECTRON2  a local clone, a wheel or a git URL to install Detectron2 from
+#   PURE        1: install Detectron2's Python files alone, which needs no C++ compiler
 set -euo pipefail
 cd "${BASH_SOURCE[0]%/*}/.."
 
@@ -32,6 +33,8 @@ extension_loads() { can_import 'torch, detectron2._C'; }
 [[ $(<setup.py) =~ git\+(https://[^\"]+)\"[[:space:]]*\"@([0-9a-f]{40}) ]]
 official=${BASH_REMATCH[1]} commit=${BASH_REMATCH[2]}
 anew='--no-build-isolation --no-cache-dir --no-deps --force-reinstall'
+# setup.py build_py bdist_wheel --skip-build: a wheel of the Python files. pip must not keep it.
+pure='--no-build-isolation --no-cache-dir --use-pep517 --config-settings=--global-option=build_py --config-settings=--build-option=--skip-build'
 
 # Where Detectron2 comes from: sets `requirements` (pip's arguments) and `to_build` (of these what
 # builds Detectron2, if any), and fails at once, not after a download of gigabytes, if that source
@@ -76,11 +79,12 @@ check_detectron2_source() {
     GIT_TERMINAL_PROMPT=0 timeout 60 git ls-remote "$url" HEAD >/dev/null 2>&1 ||
       die "Detectron2's repository $url cannot be reached: give a local clone, a wheel or a mirror's URL with DETECTRON2=."
   fi
+  [[ ${PURE:-} == 1 ]] && return
   command -v "${CXX:-c++}" >/dev/null ||
-    die "no C++ compiler (${CXX:-c++}), and Detectron2's build needs one: install it (apt install g++), name it with CXX=, or give a wheel with DETECTRON2=."
+    die "no C++ compiler (${CXX:-c++}), and Detectron2's build needs one: install it (apt install g++), name it with CXX=, give a wheel with DETECTRON2=, or do without with PURE=1."
   include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
   [[ -f $include/Python.h ]] ||
-    die "$include/Python.h is missing, and Detectron2's build needs it: install Python's headers (apt install python3-dev), or give a wheel with DETECTRON2=."
+    die "$include/Python.h is missing, and Detectron2's build needs it: install Python's headers (apt install python3-dev), give a wheel with DETECTRON2=, or do without with PURE=1."
 }
 
 [[ -z ${PYTHON:-} ]] || check_python "$PYTHON" "install Python 3.10 or newer, or name another one with PYTHON="
@@ -149,6 +153,13 @@ else
     pip_add $TORCH || die "pip could not install $TORCH: $no_index, the disk space and the Python version."
   fi
   pip_add 'setuptools>=64' wheel ninja || die "pip could not add setuptools, wheel and ninja: $no_index."
+  if [[ ${PURE:-} == 1 && $to_build ]]; then
+    # shellcheck disable=SC2086
+    pip_add $pure "$to_build" ||
+      die "pip could not install Detectron2's Python files; its reason is above."
+    requirements=(-e '.[dev]')
+    to_build=''
+  fi
   # RetinaNet uses none of Detectron2's own CUDA kernels: built for the CPU, it needs no CUDA
   # toolkit that matches PyTorch's. FORCE_CUDA=1 builds them all the same.
   CUDA_VISIBLE_DEVICES='' pip_add --no-build-isolation "${requirements[@]}" ||
