@@ -33,8 +33,6 @@ extension_loads() { can_import 'torch, detectron2._C'; }
 [[ $(<setup.py) =~ git\+(https://[^\"]+)\"[[:space:]]*\"@([0-9a-f]{40}) ]]
 official=${BASH_REMATCH[1]} commit=${BASH_REMATCH[2]}
 anew='--no-build-isolation --no-cache-dir --no-deps --force-reinstall'
-# setup.py build_py bdist_wheel --skip-build: a wheel of the Python files. pip must not keep it.
-pure='--no-build-isolation --no-cache-dir --use-pep517 --config-settings=--global-option=build_py --config-settings=--build-option=--skip-build'
 
 # Where Detectron2 comes from: sets `requirements` (pip's arguments) and `to_build` (of these what
 # builds Detectron2, if any), and fails at once, not after a download of gigabytes, if that source
@@ -154,8 +152,8 @@ else
   fi
   pip_add 'setuptools>=64' wheel ninja || die "pip could not add setuptools, wheel and ninja: $no_index."
   if [[ ${PURE:-} == 1 && $to_build ]]; then
-    # shellcheck disable=SC2086
-    pip_add $pure "$to_build" ||
+    # pip must not keep this wheel, because without PURE it would hand it out again.
+    DIST_EXTRA_CONFIG=$PWD/tools/pure.cfg pip_add --no-build-isolation --no-cache-dir "$to_build" ||
       die "pip could not install Detectron2's Python files; its reason is above."
     requirements=(-e '.[dev]')
     to_build=''
@@ -175,7 +173,7 @@ fi
 
 can_import 'torch, detectron2.layers, cv2, retinanet_ext' ||
   die "Detectron2 in $VENV does not import: see $env_python -c 'import torch, detectron2.layers, cv2', and remove what is broken."
-extension_loads ||
+[[ ${PURE:-} == 1 ]] || extension_loads ||
   echo "Going on without Detectron2's compiled extension, which the PyTorch in $VENV does not load: RetinaNet needs it for deformable convolutions alone, and COCO evaluation is slower. To build it: $env_python -m pip install $anew git+$official@$commit"
 rm "$VENV/.constraints"
 echo "$PWD ${DETECTRON2:-}" >"$stamp"
