@@ -71,6 +71,11 @@ BOX_LOSS = (f"{RETINANET}.BBOX_REG_LOSS_TYPE",)
 GIOU, DIOU = (*BOX_LOSS, "giou"), (*BOX_LOSS, "diou")
 AMP = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION")
 FLOAT16, BFLOAT16 = (*AMP, "float16"), (*AMP, "bfloat16")
+ACCUMULATED = ("SOLVER.GRAD_ACCUM_STEPS", 2)
+TIMM = (
+    *("MODEL.BACKBONE.NAME", "build_retinanet_timm_fpn_backbone", "MODEL.TIMM.NORM", "EvalBN"),
+    *("MODEL.TIMM.NAME", "resnet10t", "MODEL.BACKBONE.FREEZE_AT", 0),
+)
 DIVISIBLE = ("INPUT.SIZE_DIVISIBILITY", 64)
 CHANNELS_LAST = ("MODEL.CHANNELS_LAST", True)
 FUSED = ("SOLVER.FUSED_OPTIMIZER", True)
@@ -81,7 +86,7 @@ IN_PLAIN_TORCH_AND_TRITON = [False, True] if HAS_TRITON else [False]
 STEPS = {
     "as Detectron2": ((), {}),
     "channels last, giou, gradients accumulated": (
-        (*CHANNELS_LAST, *GIOU, "SOLVER.GRAD_ACCUM_STEPS", 2),
+        (*CHANNELS_LAST, *GIOU, *ACCUMULATED),
         {},
     ),
     "bfloat16, diou, AdamW fused, the whole gradient clipped": (
@@ -99,6 +104,10 @@ STEPS = {
     "float16, channels last, BatchNorm, each gradient clipped": (
         (*FLOAT16, *CHANNELS_LAST, "MODEL.RESNETS.NORM", "BN", *CLIP, "norm", *LOSS, "focal_star"),
         SCALER,
+    ),
+    "bfloat16, a timm backbone": (
+        (*BFLOAT16, *TIMM, *ADAMW, *CLIP, "full_model"),
+        {},
     ),
     "OHEM": ((*WITH_OHEM, *CLIP, "value"), OHEM),
     "float16, OHEM with a ratio among predictions": (
