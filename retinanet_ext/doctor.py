@@ -28,9 +28,6 @@ MIN_FREE, LITTLE_FREE = 1 * GIB, 5 * GIB
 MIN_SHARED_MEMORY = GIB
 """Bytes of ``/dev/shm``, through which workers hand batches over. A Docker container has 64 MiB."""
 
-MODULES = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
-"""Module of each package that is not named as the package."""
-
 
 class Line(NamedTuple):
     """One line of the report: ``ok``, ``warning`` or ``problem``, what is meant, and the remedy."""
@@ -101,9 +98,10 @@ def _python() -> Lines:
 def _torch() -> Lines:
     torch, reason = _try_import("torch")
     if torch is None:
-        state = f"is installed ({_version('torch')}) but" if _version("torch") else "is missing:"
+        version = _version("torch")
+        state = f"{version} cannot be imported" if version else "is not installed"
         remedy = "pip install --force-reinstall torch torchvision"
-        yield Line(PROBLEM, "PyTorch", f"{state} cannot be imported: {reason}; {remedy}")
+        yield Line(PROBLEM, "PyTorch", f"{state}: {reason}; {remedy}")
     elif _numbers(torch.__version__) < MIN_TORCH:
         remedy = "2.6 or newer is needed: pip install -U torch torchvision"
         yield Line(PROBLEM, "PyTorch", f"{torch.__version__}; {remedy}")
@@ -134,7 +132,8 @@ def _requirements(package: str) -> list[str]:
 
 def _is_installed(requirement: str) -> bool:
     package = _package(requirement)
-    return bool(_version(package) or util.find_spec(MODULES.get(package, package)))
+    # Four packages give cv2; any of them will do.
+    return bool(util.find_spec("cv2") if package.startswith("opencv") else _version(package))
 
 
 def _package(requirement: str) -> str:
@@ -178,15 +177,18 @@ def _extras() -> Lines:
 def _detectron2() -> Lines:
     pinned = next((r for r in _requirements("retinanet-ext") if r.startswith("detectron2")), "")
     source = pinned.partition(";")[0].partition("@")[2].strip()
-    anew = "--no-build-isolation --no-cache-dir --no-deps --force-reinstall"
-    install = f"pip install {anew} {source}" if source else "make test installs it"
+    version = _version("detectron2")
+    options = "--no-cache-dir --no-deps --force-reinstall " if version else ""
+    install = f"pip install --no-build-isolation {options}{source}"
+    if not source:
+        install = "make test installs it"
     layers, reason = _try_import("detectron2.layers")
     if layers is None:
-        state = "cannot be imported" if _version("detectron2") else "is not installed"
+        state = f"{version} cannot be imported" if version else "is not installed"
         yield Line(PROBLEM, "Detectron2", f"{state}: {reason}; {install}")
         return
     commit, wanted = _installed_commit("detectron2"), source.rpartition("@")[2]
-    text = f"{_version('detectron2')}, commit {commit[:12] or 'unknown'}"
+    text = f"{version}, commit {commit[:12] or 'unknown'}"
     if commit and wanted and commit != wanted:
         text += f", and {wanted[:12]} is the one that is tested; {install}"
         yield Line(WARNING, "Detectron2", text)
