@@ -1,5 +1,5 @@
 override VENV := $(or $(VENV),.venv)
-export VENV PYTHON DETECTRON2
+export VENV PYTHON DETECTRON2 PURE
 
 RUN := "$(VENV)/bin/python"
 DEMO := output/demo-$(shell date +%Y%m%d-%H%M%S)
@@ -15,6 +15,7 @@ help:
 	@echo "  PYTHON=python3.12      the interpreter that makes .venv"
 	@echo "  VENV=/path/to/env      use this environment; a Detectron2 in it is kept as it is"
 	@echo "  DETECTRON2=SOURCE      install Detectron2 from a local clone, a wheel or a mirror's URL"
+	@echo "  PURE=1                 install Detectron2's Python files alone: no C++ compiler needed"
 	@echo "  ARGS=\"SOLVER.MAX_ITER 60\"  config values for make demo"
 
 demo: env

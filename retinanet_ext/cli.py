@@ -218,6 +218,20 @@ def export_weights(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     return 0
 
 
+def doctor(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Check the environment: packages, card, disk and load, a line each with the remedy."""
+    from retinanet_ext.doctor import PROBLEM, describe, diagnose
+
+    parser.epilog = "exit code 1: there is a problem; warnings do not stop a training"
+    parser.add_argument(
+        "--output", type=Path, default=Path("output"), metavar="FOLDER", help="of the runs"
+    )
+    args = parser.parse_args(argv)
+    lines = diagnose(args.output)
+    print(describe(lines))
+    return int(any(line.status == PROBLEM for line in lines))
+
+
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]] = {
     "check-data": check_data,
     "analyze-loss": analyze_loss,
@@ -225,4 +239,5 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]] = {
     "experiments": experiments,
     "replay": replay,
     "export-weights": export_weights,
+    "doctor": doctor,
 }

@@ -138,9 +138,9 @@ class OHEM:
     def _suppressed(self, boxes: Tensor, kept: Tensor) -> Tensor:
         """Return the mask of the boxes whose IoU with a kept box exceeds the threshold."""
         suppressed = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
-        for part in kept.split(_COMPARED):
-            if len(part):
-                suppressed |= box_iou(boxes, part).amax(1) > self.nms_thresh
+        for start in range(0, len(kept), _COMPARED):
+            part = kept[start : start + _COMPARED]
+            suppressed |= box_iou(boxes, part).amax(1) > self.nms_thresh
         return suppressed
 
     def _is_full(self, positive: Tensor, num_pending: int) -> bool:

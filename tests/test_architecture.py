@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "retinanet_ext"
 ROOMS = (
-    ("errors", "files", "page"),
+    ("errors", "files", "page", "doctor"),
     ("losses", "kernels", "sampling", "analysis"),
     ("config_keys",),
     ("data", "modeling"),
@@ -18,7 +18,7 @@ ROOMS = (
 """From the bottom to the top. A room imports from its own row and from those before it."""
 
 LEVELS = {room: level for level, row in enumerate(ROOMS) for room in row}
-PURE = ("losses", "sampling", "analysis", "errors", "files", "page")
+PURE = ("losses", "sampling", "analysis", "errors", "files", "page", "doctor")
 """Rooms that work without Detectron2."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))

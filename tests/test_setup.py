@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
@@ -79,10 +80,10 @@ def test_detectron2_is_pinned_to_one_commit_everywhere(packaging):
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
     checkout = tmp_path / "checkout"
-    (checkout / "tools").mkdir(parents=True)
+    checkout.mkdir()
     (tmp_path / "bin").mkdir()
     shutil.copy(ROOT / "setup.py", checkout)
-    shutil.copy(ROOT / "tools/setup_env.sh", checkout / "tools")
+    shutil.copytree(ROOT / "tools", checkout / "tools")
     return checkout
 
 
@@ -142,7 +143,7 @@ def test_no_compiler(checkout):
     write_tool(checkout, "git", "exit 0")
     write_tool(checkout, "timeout", 'shift; "$@"')
     line = the_line_it_stops_with(set_up(checkout, PYTHON=sys.executable))
-    assert "C++ compiler" in line and "CXX=" in line
+    assert "C++ compiler" in line and "CXX=" in line and "PURE=1" in line
     line = the_line_it_stops_with(set_up(checkout, PYTHON=sys.executable, CXX="c++-99"))
     assert "c++-99" in line
 
@@ -220,6 +221,57 @@ def test_an_extension_that_does_not_load_is_built_anew_or_done_without(checkout,
         assert "--force-reinstall" in line and "--no-deps" in line and expected in line
     without = "Going on without Detectron2's compiled extension" in result.stdout
     assert without != (helps and bool(anew))
+
+
+@pytest.mark.parametrize("source", ["", "clone"])
+def test_pure_needs_no_compiler(checkout, source):
+    """pip and the interpreter only say so; nothing of Detectron2 is built a second time."""
+    write_tool(checkout, "git", "exit 0")
+    write_tool(checkout, "timeout", 'shift; "$@"')
+    write_tool(checkout, "rm", "exit 0")
+    (checkout / "clone").mkdir()
+    (checkout / "clone/setup.py").write_text("")
+    environment = checkout / ".venv"
+    (environment / "bin").mkdir(parents=True)
+    log, installed = checkout / "log", checkout / "installed"
+    answers = f"""case "$*" in
+        *pip*install*) echo "$* $DIST_EXTRA_CONFIG" >>{log}; : >{installed} ;;
+        *version_info*) echo 3.11 ;;
+        *detectron2._C*) exit 1 ;;
+        *detectron2.layers*) [[ -e {installed} ]] ;;
+    esac"""
+    write_tool(checkout, "python", answers).rename(environment / "bin/python")
+    result = set_up(checkout, DETECTRON2=source, PURE="1", CXX="/nonexistent")
+    assert result.returncode == 0, result.stderr
+    calls = log.read_text().splitlines()
+    (pure,) = (call for call in calls if "tools/pure.cfg" in call)
+    assert "--no-cache-dir" in pure
+    assert (f"{checkout}/clone" if source else "git+https://github.com/") in pure
+    assert not any("force-reinstall" in call or "[detectron2" in call for call in calls)
+    assert set_up(checkout, DETECTRON2=source, PURE="1").returncode == 0
+    assert log.read_text().splitlines() == calls
+
+
+def test_a_pure_wheel_has_the_python_files_and_nothing_compiled(tmp_path):
+    source = tmp_path / "source"
+    (source / "package").mkdir(parents=True)
+    (source / "package/__init__.py").write_text("")
+    (source / "package/data.yaml").write_text("")
+    setup = """from setuptools import Extension, setup
+setup(name="package", version="1", packages=["package"], package_data={"package": ["*.yaml"]},
+      ext_modules=[Extension("package._C", ["no_such_file.c"])])"""
+    (source / "setup.py").write_text(setup)
+    options = "--no-build-isolation --no-deps --no-index --no-cache-dir --wheel-dir"
+    result = subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", *options.split(), str(tmp_path), str(source)],
+        env={**os.environ, "DIST_EXTRA_CONFIG": str(ROOT / "tools/pure.cfg"), "CC": "/nonexistent"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = [name for name in ZipFile(wheel).namelist() if name.startswith("package/")]
+    assert sorted(names) == ["package/__init__.py", "package/data.yaml"]
 
 
 # The test run.

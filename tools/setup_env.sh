@@ -3,6 +3,7 @@
 #   VENV        the environment (.venv, which is made here; any other must exist)
 #   PYTHON      the interpreter that makes .venv (python3)
 #   DETECTRON2  a local clone, a wheel or a git URL to install Detectron2 from
+#   PURE        1: install Detectron2's Python files alone, which needs no C++ compiler
 set -euo pipefail
 cd "${BASH_SOURCE[0]%/*}/.."
 
@@ -76,11 +77,12 @@ check_detectron2_source() {
     GIT_TERMINAL_PROMPT=0 timeout 60 git ls-remote "$url" HEAD >/dev/null 2>&1 ||
       die "Detectron2's repository $url cannot be reached: give a local clone, a wheel or a mirror's URL with DETECTRON2=."
   fi
+  [[ ${PURE:-} == 1 ]] && return
   command -v "${CXX:-c++}" >/dev/null ||
-    die "no C++ compiler (${CXX:-c++}), and Detectron2's build needs one: install it (apt install g++), name it with CXX=, or give a wheel with DETECTRON2=."
+    die "no C++ compiler (${CXX:-c++}), and Detectron2's build needs one: install it (apt install g++), name it with CXX=, give a wheel with DETECTRON2=, or do without with PURE=1."
   include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')
   [[ -f $include/Python.h ]] ||
-    die "$include/Python.h is missing, and Detectron2's build needs it: install Python's headers (apt install python3-dev), or give a wheel with DETECTRON2=."
+    die "$include/Python.h is missing, and Detectron2's build needs it: install Python's headers (apt install python3-dev), give a wheel with DETECTRON2=, or do without with PURE=1."
 }
 
 [[ -z ${PYTHON:-} ]] || check_python "$PYTHON" "install Python 3.10 or newer, or name another one with PYTHON="
@@ -149,6 +151,13 @@ else
     pip_add $TORCH || die "pip could not install $TORCH: $no_index, the disk space and the Python version."
   fi
   pip_add 'setuptools>=64' wheel ninja || die "pip could not add setuptools, wheel and ninja: $no_index."
+  if [[ ${PURE:-} == 1 && $to_build ]]; then
+    # pip must not keep this wheel, because without PURE it would hand it out again.
+    DIST_EXTRA_CONFIG=$PWD/tools/pure.cfg pip_add --no-build-isolation --no-cache-dir "$to_build" ||
+      die "pip could not install Detectron2's Python files; its reason is above."
+    requirements=(-e '.[dev]')
+    to_build=''
+  fi
   # RetinaNet uses none of Detectron2's own CUDA kernels: built for the CPU, it needs no CUDA
   # toolkit that matches PyTorch's. FORCE_CUDA=1 builds them all the same.
   CUDA_VISIBLE_DEVICES='' pip_add --no-build-isolation "${requirements[@]}" ||
@@ -164,7 +173,7 @@ fi
 
 can_import 'torch, detectron2.layers, cv2, retinanet_ext' ||
   die "Detectron2 in $VENV does not import: see $env_python -c 'import torch, detectron2.layers, cv2', and remove what is broken."
-extension_loads ||
+[[ ${PURE:-} == 1 ]] || extension_loads ||
   echo "Going on without Detectron2's compiled extension, which the PyTorch in $VENV does not load: RetinaNet needs it for deformable convolutions alone, and COCO evaluation is slower. To build it: $env_python -m pip install $anew git+$official@$commit"
 rm "$VENV/.constraints"
 echo "$PWD ${DETECTRON2:-}" >"$stamp"

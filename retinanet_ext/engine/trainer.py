@@ -101,7 +101,10 @@ class Trainer(DefaultTrainer):
             data_loader = self.build_train_loader(cfg)
         # Detectron2 would pass device_ids, which DDP refuses for a model on the CPU.
         devices = {} if torch.device(cfg.MODEL.DEVICE).type == "cuda" else {"device_ids": None}
-        ddp_model = create_ddp_model(model, broadcast_buffers=False, **devices)
+        # Gradients are views of what is all-reduced: less memory by their size, and a copy less.
+        ddp_model = create_ddp_model(
+            model, broadcast_buffers=False, gradient_as_bucket_view=True, **devices
+        )
         self.weight_average = None
         if cfg.SOLVER.EMA.DECAY:  # after DDP, which gives all processes the same initial weights
             self.weight_average = WeightAverage(model, cfg.SOLVER.EMA.DECAY)

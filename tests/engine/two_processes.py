@@ -20,7 +20,9 @@ def train(folder: Path) -> None:
     for normalizer, count in [*product(NORMALIZERS, [1]), (NORMALIZERS[0], 2)]:
         opts = (*normalized_by(normalizer), "SOLVER.GRAD_ACCUM_STEPS", count)
         trainer = make_trainer(*opts, batches=batches)
-        trainer.model = create_ddp_model(trainer.model, device_ids=None)
+        trainer.model = create_ddp_model(
+            trainer.model, device_ids=None, gradient_as_bucket_view=True
+        )
         run(trainer)
         torch.save(weights(trainer), folder / f"{normalizer}-{count}-{comm.get_rank()}.pth")
 
