@@ -110,14 +110,15 @@ def _class_names(path: str, config: Mapping[str, Any]) -> dict[int, Any]:
         names = dict(enumerate(names))
     if not isinstance(names, dict) or not names:
         raise InputError(f"{path}: names must be the list of class names, got {names!r}")
-    if strange := [index for index in names if type(index) is not int or index < 0]:
-        raise InputError(f"{path}: names has {strange[0]!r}, which is no class index")
+    for index in names:
+        if not str(index).isdecimal():
+            raise InputError(f"{path}: names has {index!r}, which is no class index")
     if config.get("nc", len(names)) != len(names):
         raise InputError(f"{path}: nc is {config['nc']}, but there are {len(names)} names")
     # A bare number is a name. True is not, because it may have been written as yes or on.
     return {
-        index: str(name) if type(name) in (int, float) else name
-        for index, name in sorted(names.items())
+        int(index): str(name) if type(name) in (int, float) else name
+        for index, name in sorted(names.items(), key=lambda item: int(item[0]))
     }
 
 
