@@ -71,7 +71,7 @@ def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         result.write(args.output)
         print(f"\nWrote {args.output}")
     if args.report:
-        write_data_page(cfg, result, args.report)
+        write_data_page(result, args.report)
         print(f"\nWrote {args.report}")
     return result.exit_code
 

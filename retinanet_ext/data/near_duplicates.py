@@ -58,7 +58,7 @@ def find_near_duplicates(
                 "data_set": name,
                 "other": sets[other][neighbour],
                 "other_data_set": other,
-                "distance": round(float(distance), 4),
+                "distance": round(max(float(distance), 0.0), 4),
                 "equal": filecmp.cmp(image, sets[other][neighbour], shallow=False),
             }
             for image, neighbour, distance in zip(sets[name], nearest, distances, strict=True)
@@ -101,7 +101,8 @@ def describe_near_duplicates(
 
 def hash_images(paths: Sequence[str], reader: ImageReader) -> _Bits:
     """Return the difference hash of each image: (N, 256), 0 or 1; zeros if it cannot be read."""
-    seen = FileCache("gradients", reader, *sorted({os.path.dirname(p) for p in paths}))
+    paths = list(map(os.path.abspath, paths))
+    seen = FileCache("gradients", reader, *sorted(set(map(os.path.dirname, paths))))
 
     def hash_one(path: str) -> bytes:
         try:

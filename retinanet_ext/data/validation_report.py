@@ -51,12 +51,14 @@ class Report:
         text: the same as text.
         exit_code: 1 if training would refuse the data, otherwise 0.
         records: name of each data set -> Detectron2's dataset dicts of the used images.
+        reader: reads the images as training does.
     """
 
     content: dict[str, Any]
     text: str
     exit_code: int
     records: dict[str, list[dict[str, Any]]]
+    reader: ImageReader
 
     def write(self, path: Path) -> None:
         """Write the JSON file.
@@ -116,7 +118,8 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
         contents.append(content)
         texts.append("\n\n".join(text))
 
-    alike, shared = _compare_images(sources, records, ImageReader.from_config(cfg))
+    reader = ImageReader.from_config(cfg)
+    alike, shared = _compare_images(sources, records, reader)
     if fault := compare_classes(classes) or _find_fault_of_keys(cfg, classes):
         faults.append(fault)
     conclusion, refused = _conclude(contents, faults)
@@ -133,6 +136,7 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
         "\n\n\n".join([*texts, *shared, conclusion]),
         int(refused),
         records,
+        reader,
     )
 
 

@@ -65,19 +65,20 @@ def read_yolo(path: str, root: str, split: str, *, box_format: str = BOX_FORMAT)
     names = _class_names(path, config)
     files = _find_images(path, config, root, split)
     labels = [_label_file(file) for file in files]
+    is_labelled = list(map(os.path.isfile, labels))
+    keypoints = math.prod(config.get("kpt_shape") or [0])
     images, annotations = [], []
     for number, (file, label) in enumerate(zip(files, labels, strict=True), start=1):
         images.append({"id": number, "file_name": _short(file, root)})
-        if os.path.isfile(label):
-            keypoints = math.prod(config.get("kpt_shape") or [0])
-            for line, category_id, box in _read_labels(label, keypoints, box_format):
-                place = f"{_short(label, root)}:{line}"
-                annotations.append(
-                    {"id": place, "image_id": number, "category_id": category_id, "bbox": box}
-                )
+        name = _short(label, root)
+        lines = _read_labels(label, keypoints, box_format) if is_labelled[number - 1] else ()
+        annotations += [
+            {"id": f"{name}:{line}", "image_id": number, "category_id": category_id, "bbox": box}
+            for line, category_id, box in lines
+        ]
     content = {"images": images, "annotations": annotations}
     content["categories"] = [{"id": index, "name": name} for index, name in names.items()]
-    if not any(map(os.path.isfile, labels)):
+    if not any(is_labelled):
         if split == "TRAIN":
             raise InputError(
                 f"{path}: none of the {len(files)} training images has a label file, such as "

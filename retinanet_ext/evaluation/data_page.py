@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from detectron2.config import CfgNode
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from retinanet_ext.analysis.plots import COLOURS, LABEL_SIZE, save_figure
 from retinanet_ext.data.coco_json import printable
-from retinanet_ext.data.images import PERCENTILES, ImageReader, parse_pixel_range
 from retinanet_ext.data.validation_report import Report
 from retinanet_ext.evaluation.pictures import draw_ground_truth
 from retinanet_ext.files import write_file
@@ -34,21 +32,16 @@ _SIZE = (5.5, 3.2)  # inches
 _Record = dict[str, Any]
 
 
-def write_data_page(cfg: CfgNode, report: Report, path: Path) -> None:
+def write_data_page(report: Report, path: Path) -> None:
     """Write a report on data as a page that needs no other file.
 
     Args:
-        cfg: the config that was checked.
         report: of :func:`~retinanet_ext.data.validation_report.check_data`.
         path: HTML file to write.
 
     Raises:
         InputError: the file cannot be written.
     """
-    cfg = cfg.clone()
-    if parse_pixel_range(cfg.INPUT.PIXEL_RANGE) == PERCENTILES:
-        cfg.INPUT.PIXEL_RANGE = ["auto"]  # the pictures are to look at
-    reader = ImageReader.from_config(cfg)
     content = report.content
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -58,14 +51,14 @@ def write_data_page(cfg: CfgNode, report: Report, path: Path) -> None:
             "## Counts",
             *_counts(content["data_sets"]),
             "## Images that look alike",
-            *_duplicates(content, report.records, folder, reader),
+            *_duplicates(report, folder),
             "## Sizes and shapes against the anchors",
             *_shapes(content["data_sets"], folder),
             "## Positions",
             "Centres of the boxes, in fractions of the image's width and height.",
             _gallery(_positions(report.records, folder), folder, "centres of the boxes"),
             "## Pictures",
-            *_pictures(content["data_sets"], report.records, folder, reader),
+            *_pictures(report, folder),
             "## Findings",
             "As `retinanet-ext check-data` prints them; `--output` writes all of them.",
             "\n".join(f"    {line}" for line in report.text.splitlines()),
@@ -120,13 +113,9 @@ def _class_cell(facts: Mapping[str, Any], name: str) -> str:
     return f"{row['boxes']} in {row['images']} images, {share:.1f} %"
 
 
-def _duplicates(
-    content: Mapping[str, Any],
-    records: Mapping[str, list[_Record]],
-    folder: Path,
-    reader: ImageReader,
-) -> list[str]:
+def _duplicates(report: Report, folder: Path) -> list[str]:
     """Return the sentences, a table of the pairs, and pictures of the first ones."""
+    content = report.content
     pairs = content["near_duplicates"]
     sentences = [_escape(sentence) for sentence in content["shared_images"]]
     if not pairs:
@@ -142,13 +131,13 @@ def _duplicates(
         ]
         for pair in pairs[:MAX_PAIRS]
     ]
-    by_file = {r["file_name"]: r for group in records.values() for r in group}
+    by_file = {r["file_name"]: r for group in report.records.values() for r in group}
     names = _class_names(content["data_sets"])
     drawn = []
     for index, pair in enumerate(pairs[:MAX_DRAWN_PAIRS]):
         two = [by_file[pair["image"]], by_file[pair["other"]]]
         place = folder / f"pair_{index}"
-        files = draw_ground_truth(two, names, place, num_images=2, reader=reader)
+        files = draw_ground_truth(two, names, place, num_images=2, reader=report.reader)
         drawn.append(_gallery(files, folder, "one of two images that look alike"))
     more = [f"And {len(pairs) - MAX_PAIRS} more."] if len(pairs) > MAX_PAIRS else []
     return [
@@ -239,23 +228,19 @@ def _positions(records: Mapping[str, list[_Record]], folder: Path) -> list[Path]
     return files
 
 
-def _pictures(
-    data_sets: Sequence[Mapping[str, Any]],
-    records: Mapping[str, list[_Record]],
-    folder: Path,
-    reader: ImageReader,
-) -> list[str]:
+def _pictures(report: Report, folder: Path) -> list[str]:
     """Return pictures spread over each data set, with their ground truth."""
+    data_sets = report.content["data_sets"]
     parts = []
     for index, content in enumerate(data_sets):
         name = content["name"]
         number = max(1, NUM_PICTURES // len(data_sets))
         files = draw_ground_truth(
-            records[name],
+            report.records[name],
             list(content["facts"]["classes"]),
             folder / f"pictures_{index}",
             num_images=number,
-            reader=reader,
+            reader=report.reader,
         )
         shown = _gallery(files, folder, f"an image of {name} with its boxes")
         parts += [f"{_escape(name)}, with the number of boxes:", shown]
