@@ -106,15 +106,14 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
         place = {key: getattr(source, key) for key in ("name", "split", "json_file", "image_root")}
         content = {**place, **_describe(checked)}
         text = [_format_data(source, content)]
-        if source.split == "TRAIN":
-            lack = checked.find_lack_of_objects()
-            if lack and not checked.is_refused:
-                faults.append(lack)
-            if not lack:
-                images, names = records[source.name], classes[source.name]
-                found = _measure_anchors(cfg, images, names, search_anchors)
-                content |= found
-                text += [_FORMATS[key](value) for key, value in found.items()]
+        lack = checked.find_lack_of_objects() if source.split == "TRAIN" else None
+        if lack and not checked.is_refused:
+            faults.append(lack)
+        if source.split == "TRAIN" and not lack:
+            images, names = records[source.name], classes[source.name]
+            found = _measure_anchors(cfg, images, names, search_anchors)
+            content |= found
+            text += [_FORMATS[key](value) for key, value in found.items()]
         contents.append(content)
         texts.append("\n\n".join(text))
 
