@@ -87,12 +87,7 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
         InputError: the data cannot be checked: none are named, a file is no COCO json, a folder is
             missing, or a policy is not allowed.
     """
-    sources = list(dict.fromkeys(find_sources(cfg, ["TRAIN", "TEST"])))
-    if not sources:
-        raise InputError(
-            "no data are named; set DATASETS.CUSTOM.TRAIN_JSON and DATASETS.CUSTOM.TRAIN_IMAGES, "
-            "or DATASETS.TRAIN"
-        )
+    sources = _named_sources(cfg)
     cfg = cfg.clone()
     cfg.defrost()
     resolve_pixel_range(cfg, sources)
@@ -137,6 +132,16 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
         records,
         reader,
     )
+
+
+def _named_sources(cfg: CfgNode) -> list[Source]:
+    sources = list(dict.fromkeys(find_sources(cfg, ["TRAIN", "TEST"])))
+    if not sources:
+        raise InputError(
+            "no data are named; set DATASETS.CUSTOM.TRAIN_JSON and DATASETS.CUSTOM.TRAIN_IMAGES, "
+            "or DATASETS.TRAIN"
+        )
+    return sources
 
 
 def _compare_images(
