@@ -205,8 +205,8 @@ def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> V
     reader = ImageReader.from_config(cfg)
     contents = source.read()
     check_chosen(source.classes, contents)
-    has_key = source.name.startswith("custom_") and len(source.json_files) == 1
-    has_key = has_key and is_json(source.json_file)
+    is_custom = source.name.startswith("custom_") and not source.is_converted
+    has_key = is_custom and len(source.json_files) == 1
     parts = [
         check_file(
             json_file,
