@@ -49,10 +49,12 @@ def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Check the data of a config before training: what is wrong, what the anchors cover."""
     from retinanet_ext.data import validation_report as report
     from retinanet_ext.engine import load_config
+    from retinanet_ext.evaluation.data_page import write_data_page
 
     parser.epilog = "exit code 1: training would refuse the data"
     parser.add_argument("--config-file", required=True, help="as for training")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all of it as JSON")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write an HTML page")
     parser.add_argument(
         "--search-anchors", action="store_true", help="look for anchors that cover more boxes"
     )
@@ -60,12 +62,17 @@ def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if args.output:
         report.refuse_existing(args.output)
+    if args.report:
+        report.refuse_existing(args.report, "--report")
     cfg = load_config(args.config_file, args.opts)
     result = report.check_data(cfg, search_anchors=args.search_anchors)
     print(result.text)
     if args.output:
         result.write(args.output)
         print(f"\nWrote {args.output}")
+    if args.report:
+        write_data_page(result, args.report)
+        print(f"\nWrote {args.report}")
     return result.exit_code
 
 

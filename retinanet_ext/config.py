@@ -165,26 +165,29 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # Side of the smallest anchor on each level, in strides of the level; above 0.
     cfg.MODEL.ANCHOR_GENERATOR.BASE_SCALE = 4.0
 
-    # Your own data in COCO's format. Class names and NUM_CLASSES are taken from them;
-    # DATASETS.TRAIN and DATASETS.TEST are set to them.
+    # Your own data: annotations in COCO's format, YOLO labels or Pascal VOC XML. Class names and
+    # NUM_CLASSES are taken from them; DATASETS.TRAIN and DATASETS.TEST are set to them.
     cfg.DATASETS.CUSTOM = CfgNode()
-    # Annotation file of the training data, or a list of files. Several files become one data set,
-    # with their classes united by name.
+    # Annotation file of the training data: a json in COCO's format, a YOLO `data.yaml` (its train
+    # images) or a folder of Pascal VOC XML. See docs/check_data.md#yolo-labels-and-pascal-voc-xml.
+    # A list of files becomes one data set, with their classes united by name.
     # See docs/check_data.md#several-files-and-some-of-the-classes.
     cfg.DATASETS.CUSTOM.TRAIN_JSON = ""
     # Folder of the training images; of several files one folder for all, or a list with a folder
-    # per file.
+    # per file. Empty: a `data.yaml` and a Pascal VOC folder say where their images are.
     cfg.DATASETS.CUSTOM.TRAIN_IMAGES = ""
-    # Annotation file of the test data, or a list of files.
+    # Annotation file of the test data, or a list of files. Of a `data.yaml` its val images, or its
+    # test images if there is no val.
     cfg.DATASETS.CUSTOM.TEST_JSON = ""
     # Folder of the test images, or a list with a folder per file.
     cfg.DATASETS.CUSTOM.TEST_IMAGES = ""
     # Names of the classes to detect, in the order of their numbers. Objects of other classes are
     # background. `[]`: all classes.
     cfg.DATASETS.CUSTOM.CLASSES = []
-    # Meaning of the four numbers of every `bbox`, in training and test data. In pixels: "xywh"
-    # (left, top, width, height; COCO's), "xyxy" (two corners) or "cxcywh" (center and size). As
-    # fractions of the image: "relative_xywh", "relative_xyxy" or "relative_cxcywh".
+    # Meaning of the four numbers of every `bbox`, in training and test data in COCO's format. In
+    # pixels: "xywh" (left, top, width, height; COCO's), "xyxy" (two corners) or "cxcywh" (center
+    # and size). As fractions of the image: "relative_xywh", "relative_xyxy" or "relative_cxcywh".
+    # YOLO labels are "relative_cxcywh" unless another relative format is set.
     # See docs/check_data.md#annotations-as-tools-export-them.
     cfg.DATASETS.CUSTOM.BOX_FORMAT = "xywh"
 

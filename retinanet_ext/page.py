@@ -36,6 +36,9 @@ th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid #8886; text-align: lef
 th { vertical-align: bottom; max-width: 9rem; }
 td { vertical-align: top; max-width: min(28rem, 50vw); overflow-wrap: break-word; }
 img { max-width: 100%; background: #fff; }
+p:has(> img + img) { display: flex; flex-wrap: wrap; align-items: start; gap: 0.75rem; }
+p:has(> img + img) { max-width: none; }
+p:has(> img + img) > img { width: 34rem; }
 pre { overflow-x: auto; font-size: 0.875rem; line-height: 1.3; }
 p > em { color: light-dark(#555, #aaa); }
 </style>

@@ -240,9 +240,78 @@ def bccd_faults(refused: str) -> Change:
     return change
 
 
+def labels(path: str, content: str, data_yaml: str = "names: [RBC]\n") -> Change:
+    """Train on YOLO labels or Pascal VOC XML of the first image, with this file among them."""
+
+    def change(case: Case) -> None:
+        folder = case.folder / "labelled"
+        for name in ("images", "JPEGImages"):
+            (folder / name).mkdir(parents=True)
+            shutil.copy(case.image, folder / name / "a.jpg")
+        case.write("labelled/data.yaml", f"train: images\n{data_yaml}")
+        case.write(f"labelled/{path}", content)
+        given = folder if path.endswith(".xml") else folder / "data.yaml"
+        case.opts += ["DATASETS.CUSTOM.TRAIN_JSON", str(given), "DATASETS.CUSTOM.TRAIN_IMAGES", ""]
+
+    return change
+
+
 DATA = [
     ("a json that is not there", "none.json", opts("DATASETS.CUSTOM.TRAIN_JSON", "none.json")),
-    ("a folder as json", "Is a directory", opts("DATASETS.CUSTOM.TRAIN_JSON", "/")),
+    (
+        "a folder without annotations",
+        "is a folder without Pascal VOC annotations (*.xml)",
+        opts("DATASETS.CUSTOM.TRAIN_JSON", "/"),
+    ),
+    (
+        "a YOLO label of a class that is not listed",
+        "annotation labels/a.txt:1 of image 1 (images/a.jpg): category_id 7 is not a category",
+        labels("labels/a.txt", "7 0.5 0.5 0.2 0.2"),
+    ),
+    (
+        "a damaged line in a YOLO label",
+        "labels/a.txt, line 2: '0 0.5 0.5': a line is 'class cx cy w h'",
+        labels("labels/a.txt", "0 0.5 0.5 0.2 0.2\n0 0.5 0.5\n"),
+    ),
+    (
+        "YOLO labels in pixels",
+        "numbers must be fractions of the image's width and height, not pixels",
+        labels("labels/a.txt", "0 320 240 64 48"),
+    ),
+    (
+        "a YOLO data.yaml without names",
+        "names must be the list of class names, got None",
+        labels("labels/a.txt", "", "nc: 1\n"),
+    ),
+    (
+        "a YOLO data.yaml of another machine",
+        "path is '/content/cells', which is no folder here",
+        labels("labels/a.txt", "", "names: [RBC]\npath: /content/cells\n"),
+    ),
+    (
+        "a YOLO data.yaml without labels",
+        "none of the 1 training images has a label file, such as",
+        labels("a.txt", ""),
+    ),
+    (
+        "half a Pascal VOC XML",
+        "Annotations/a.xml: is not valid XML: no element found",
+        labels("Annotations/a.xml", "<annotation><object><name>RBC</name>"),
+    ),
+    (
+        "a Pascal VOC object without a box",
+        "object 1 has xmin, ymin, xmax and ymax None, None, None, None, which must be numbers",
+        labels("Annotations/a.xml", "<a><object><name>RBC</name></object></a>"),
+    ),
+    (
+        "a Pascal VOC XML without its image",
+        "b.jpg (image id 1) is missing",
+        labels(
+            "Annotations/b.xml",
+            "<a><object><name>RBC</name><bndbox><xmin>1</xmin><ymin>1</ymin>"
+            "<xmax>9</xmax><ymax>9</ymax></bndbox></object></a>",
+        ),
+    ),
     ("half a json", "is not JSON", train_json(b'{"images": [{"id": 1')),
     ("a json that is empty", "is not JSON", train_json(b"")),
     ("a json in another encoding", "is not JSON", train_json(b'{"images": "\xff\xfe"}')),

@@ -41,6 +41,7 @@ MAX_UNREACHED = 0.05
 """Training warns if no anchor reaches more than this share of the boxes."""
 
 _WARNING_BOXES = 2000
+_BINS_PER_OCTAVE = 4  # of the histograms
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,37 @@ def measure_coverage(
             for by, masks in groups.items()
         },
     }
+
+
+def describe_shapes(data: TrainingBoxes, grid: AnchorGrid) -> dict[str, Any]:
+    """Return histograms of the boxes' sides and aspect ratios after the resize.
+
+    A side is the root of width times height in pixels, an aspect ratio is height / width. The bins
+    are a quarter of an octave wide, and the outer ones hold what is beyond them.
+
+    Returns:
+        for "sides" and "aspect_ratios" the ``edges`` of the bins, the ``counts`` in them, and the
+        distinct values of the ``anchors``.
+    """
+    shapes = {
+        "boxes": data.boxes[:, 2:] - data.boxes[:, :2],
+        "anchors": torch.cat([sizes.double() for sizes in grid.sizes]),
+    }
+    limits = {"sides": (2, 10), "aspect_ratios": (-3, 3)}  # octaves
+    described = {}
+    for name, (low, high) in limits.items():
+        values = {
+            key: (s.prod(1).sqrt() if name == "sides" else s[:, 1] / s[:, 0])
+            for key, s in shapes.items()
+        }
+        bins = (values["boxes"].log2() - low).mul(_BINS_PER_OCTAVE).floor().long()
+        num_bins = (high - low) * _BINS_PER_OCTAVE
+        described[name] = {
+            "edges": [2 ** (low + index / _BINS_PER_OCTAVE) for index in range(num_bins + 1)],
+            "counts": torch.bincount(bins.clamp(0, num_bins - 1), minlength=num_bins).tolist(),
+            "anchors": sorted({round(value, 2) for value in values["anchors"].tolist()}),
+        }
+    return described
 
 
 def suggest_anchors(cfg: CfgNode, data: TrainingBoxes, grid: AnchorGrid) -> dict[str, Any]:

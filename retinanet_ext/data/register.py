@@ -19,6 +19,7 @@ from pathlib import Path
 
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.coco import convert_to_coco_dict
 
 from retinanet_ext.config_keys import resolve_class_alpha
 from retinanet_ext.data import coco_json, images
@@ -114,9 +115,10 @@ def _image_files(source: Source, *, mends: bool) -> Iterator[str]:
     if not source.is_ours:
         yield from (record["file_name"] for record in DatasetCatalog.get(source.name))
         return
+    contents = source.read()
     for json_file, image_root in zip(source.json_files, source.image_roots, strict=True):
         others = MisnamedFiles(image_root) if mends and os.path.isdir(image_root) else None
-        for entry in coco_json.read_coco_json(json_file)["images"]:
+        for entry in contents[json_file]["images"]:
             name = entry.get("file_name") if isinstance(entry, dict) else None
             if not isinstance(name, str):
                 continue
@@ -161,6 +163,16 @@ def _register(cfg: CfgNode, source: Source) -> list[str]:
         thing_dataset_id_to_contiguous_id=coco_json.contiguous_category_ids(content),
     )
     return [record["file_name"] for record in records]
+
+
+def write_converted(source: Source, folder: str) -> str:
+    """Write registered data that are no COCO json as one, ``<name>.json``, and return its path.
+
+    The file holds what is used: absolute image paths and boxes in pixels, to three decimals.
+    """
+    path = Path(folder, f"{source.name}.json")
+    write_file(path, json.dumps(convert_to_coco_dict(source.name)))
+    return str(path)
 
 
 def _log_content(source: Source, checked: ValidationResult) -> None:

@@ -6,14 +6,22 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from retinanet_ext.data.annotation_files import (
+    box_format_of,
+    digest_annotations,
+    find_image_root,
+    is_json,
+    read_annotations,
+)
 from retinanet_ext.data.box_format import check_box_format_name
 from retinanet_ext.data.class_choice import CLASSES_KEY, check_chosen, order_classes
-from retinanet_ext.data.coco_json import class_names, id_order, join_some, printable, read_coco_json
+from retinanet_ext.data.coco_json import class_names, id_order, join_some, printable
 from retinanet_ext.data.findings import ValidationResult, read_policy
 from retinanet_ext.data.image_files import find_same_files, merge_images
 from retinanet_ext.data.images import ImageReader
@@ -32,11 +40,12 @@ class Source:
     Attributes:
         name: name in Detectron2's catalogs.
         split: "TRAIN" or "TEST".
-        json_files, image_roots: annotation files and the image folder of each. Empty if other code
-            has registered data of another format.
+        json_files, image_roots: annotation files (or a ``data.yaml`` or a folder of Pascal VOC XML)
+            and the image folder of each. Empty if other code has registered data of another format.
         is_ours: whether the plugin registers it.
         classes: names of the classes to use, in their order; empty: all.
-        box_format: a name in :data:`~retinanet_ext.data.box_format.BOX_FORMATS`.
+        box_format: a name in :data:`~retinanet_ext.data.box_format.BOX_FORMATS`, of COCO jsons.
+        related: the annotation files of both splits.
     """
 
     name: str
@@ -46,6 +55,41 @@ class Source:
     is_ours: bool
     classes: tuple[str, ...] = ()
     box_format: str = "xywh"
+    related: tuple[str, ...] = ()
+
+    @property
+    def is_converted(self) -> bool:
+        """Whether any of the files is no COCO json."""
+        return self.is_ours and not all(map(is_json, self.json_files))
+
+    def read(self) -> dict[str, dict[str, Any]]:
+        """Return annotation file -> its content in COCO's form, unchecked.
+
+        Raises:
+            InputError: a file cannot be read, or is not of its format.
+        """
+        return {
+            path: read_annotations(
+                path,
+                image_root,
+                self.split,
+                box_format=box_format_of(path, self.box_format),
+                related=self.related,
+            )
+            for path, image_root in zip(self.json_files, self.image_roots, strict=True)
+        }
+
+    def digests(self) -> dict[str, str]:
+        """Return annotation file -> SHA-256 of what it holds.
+
+        Raises:
+            InputError: a file cannot be read.
+        """
+        contents = self.read() if self.is_converted else {}
+        try:
+            return {path: digest_annotations(path, contents.get(path)) for path in self.json_files}
+        except OSError as error:
+            raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
 
     @property
     def json_file(self) -> str:
@@ -85,23 +129,29 @@ def find_sources(cfg: CfgNode, splits: Sequence[str]) -> list[Source]:
     """
     sources = []
     for split in splits:
-        custom = _find_custom(cfg, split)
+        custom = find_custom(cfg, split)
         names = [] if custom else cfg.DATASETS[split]
         sources += [custom] if custom else [_find_registered(cfg, split, name) for name in names]
     return sources
 
 
-def _find_custom(cfg: CfgNode, split: str) -> Source | None:
-    """Return the data set of ``DATASETS.CUSTOM``, or None if none is named."""
+def find_custom(cfg: CfgNode, split: str) -> Source | None:
+    """Return the data set of ``DATASETS.CUSTOM``, or None if none is named.
+
+    Raises:
+        InputError: as for :func:`find_sources`.
+    """
     keys = [f"DATASETS.CUSTOM.{split}_{part}" for part in ("JSON", "IMAGES")]
     json_files, image_roots = (read_texts(cfg, key) for key in keys)
     if not json_files and not image_roots:
         return None
-    if not json_files or not image_roots:
+    if not json_files or (not image_roots and any(map(is_json, json_files))):
         given, missing = keys if json_files else reversed(keys)
         paths = join_some(json_files or image_roots)
         raise InputError(f"{given} is {paths!r}, but {missing} is empty; set both")
-    if len(image_roots) == 1:
+    if not image_roots:
+        image_roots = tuple(map(find_image_root, json_files))
+    elif len(image_roots) == 1:
         image_roots *= len(json_files)
     if len(image_roots) != len(json_files):
         raise InputError(
@@ -112,7 +162,9 @@ def _find_custom(cfg: CfgNode, split: str) -> Source | None:
     check_box_format_name(box_format)
     classes = read_texts(cfg, CLASSES_KEY)
     name = f"custom_{split.lower()}"
-    return Source(name, split, json_files, image_roots, True, classes, box_format)
+    all_files = (read_texts(cfg, f"DATASETS.CUSTOM.{each}_JSON") for each in ("TRAIN", "TEST"))
+    related = tuple(chain.from_iterable(all_files))
+    return Source(name, split, json_files, image_roots, True, classes, box_format, related)
 
 
 def _find_registered(cfg: CfgNode, split: str, name: str) -> Source:
@@ -151,12 +203,10 @@ def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> V
     """
     policy = read_policy(cfg.DATASETS.CHECK)
     reader = ImageReader.from_config(cfg)
-    contents = {
-        json_file: read_coco_json(json_file, needs_annotations=source.split == "TRAIN")
-        for json_file in source.json_files
-    }
+    contents = source.read()
     check_chosen(source.classes, contents)
-    is_key = source.name.startswith("custom_") and len(source.json_files) == 1
+    is_custom = source.name.startswith("custom_") and not source.is_converted
+    has_key = is_custom and len(source.json_files) == 1
     parts = [
         check_file(
             json_file,
@@ -164,15 +214,17 @@ def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> V
             image_root,
             policy,
             reader=reader,
-            box_format=source.box_format,
+            box_format=box_format_of(json_file, source.box_format),
             classes=source.classes,
-            folder_key=f"DATASETS.CUSTOM.{source.split}_IMAGES" if is_key else "",
+            folder_key=f"DATASETS.CUSTOM.{source.split}_IMAGES" if has_key else "",
             decode_all=decode_all,
         )
         for json_file, image_root in zip(source.json_files, source.image_roots, strict=True)
     ]
     result = parts[0] if len(parts) == 1 else _merge(parts, source.classes)
     result = check_data_set(result)
+    if source.is_converted:
+        result = replace(result, original=None)  # there is no json that the evaluation could read
     if source.classes:
         result = replace(result, content=order_classes(result.content, source.classes))
     return result

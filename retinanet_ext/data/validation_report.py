@@ -17,6 +17,7 @@ from retinanet_ext.config_keys import resolve_class_alpha
 from retinanet_ext.data.anchor_coverage import (
     SIZES,
     build_grid,
+    describe_shapes,
     measure_coverage,
     suggest_anchors,
     training_boxes,
@@ -29,6 +30,8 @@ from retinanet_ext.data.coco_json import (
     to_dataset_dicts,
 )
 from retinanet_ext.data.findings import DONE, KINDS, ValidationResult, find_remedy
+from retinanet_ext.data.images import ImageReader
+from retinanet_ext.data.near_duplicates import describe_near_duplicates, find_near_duplicates
 from retinanet_ext.data.register import compare_classes, resolve_pixel_range, set_num_classes
 from retinanet_ext.data.shared_files import describe_shared_files
 from retinanet_ext.data.sources import Source, check_source, find_sources
@@ -47,11 +50,15 @@ class Report:
         content: content of the JSON file, described in ``docs/check_data.md``.
         text: the same as text.
         exit_code: 1 if training would refuse the data, otherwise 0.
+        records: name of each data set -> Detectron2's dataset dicts of the used images.
+        reader: reads the images as training does.
     """
 
     content: dict[str, Any]
     text: str
     exit_code: int
+    records: dict[str, list[dict[str, Any]]]
+    reader: ImageReader
 
     def write(self, path: Path) -> None:
         """Write the JSON file.
@@ -63,10 +70,10 @@ class Report:
         write_file(path, to_json(self.content, indent=1) + "\n")
 
 
-def refuse_existing(path: Path) -> None:
+def refuse_existing(path: Path, option: str = "--output") -> None:
     """Refuse to overwrite an earlier report."""
     if path.exists():
-        raise InputError(f"{path} exists; --output takes the name of a new file")
+        raise InputError(f"{path} exists; {option} takes the name of a new file")
 
 
 def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
@@ -80,39 +87,33 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
         InputError: the data cannot be checked: none are named, a file is no COCO json, a folder is
             missing, or a policy is not allowed.
     """
-    sources = list(dict.fromkeys(find_sources(cfg, ["TRAIN", "TEST"])))
-    if not sources:
-        raise InputError(
-            "no data are named; set DATASETS.CUSTOM.TRAIN_JSON and DATASETS.CUSTOM.TRAIN_IMAGES, "
-            "or DATASETS.TRAIN"
-        )
+    sources = _named_sources(cfg)
     cfg = cfg.clone()
     cfg.defrost()
     resolve_pixel_range(cfg, sources)
     contents, texts, faults = [], [], []
     classes: dict[str, list[str]] = {}
-    paths: dict[str, dict[str, list[str]]] = {"TRAIN": {}, "TEST": {}}
+    records: dict[str, list[dict[str, Any]]] = {}
     for source in sources:
         checked = _check(cfg, source)
         classes[source.name] = class_names(checked.content)
-        records = to_dataset_dicts(checked.content, checked.image_root)
-        paths[source.split][source.name] = [record["file_name"] for record in records]
+        records[source.name] = to_dataset_dicts(checked.content, checked.image_root)
         place = {key: getattr(source, key) for key in ("name", "split", "json_file", "image_root")}
         content = {**place, **_describe(checked)}
         text = [_format_data(source, content)]
-        if source.split == "TRAIN":
-            lack = checked.find_lack_of_objects()
-            if lack and not checked.is_refused:
-                faults.append(lack)
-            if not lack:
-                found = _measure_anchors(cfg, records, classes[source.name], search_anchors)
-                content |= found
-                text += [_FORMATS[key](value) for key, value in found.items()]
+        lack = checked.find_lack_of_objects() if source.split == "TRAIN" else None
+        if lack and not checked.is_refused:
+            faults.append(lack)
+        if source.split == "TRAIN" and not lack:
+            images, names = records[source.name], classes[source.name]
+            found = _measure_anchors(cfg, images, names, search_anchors)
+            content |= found
+            text += [_FORMATS[key](value) for key, value in found.items()]
         contents.append(content)
         texts.append("\n\n".join(text))
 
-    train = [path for group in paths["TRAIN"].values() for path in group]
-    shared = describe_shared_files(train, paths["TEST"])
+    reader = ImageReader.from_config(cfg)
+    alike, shared = _compare_images(sources, records, reader)
     if fault := compare_classes(classes) or _find_fault_of_keys(cfg, classes):
         faults.append(fault)
     conclusion, refused = _conclude(contents, faults)
@@ -123,11 +124,39 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
             "refused": refused,
             "conclusion": conclusion,
             "shared_images": shared,
+            "near_duplicates": alike,
             "data_sets": contents,
         },
         "\n\n\n".join([*texts, *shared, conclusion]),
         int(refused),
+        records,
+        reader,
     )
+
+
+def _named_sources(cfg: CfgNode) -> list[Source]:
+    sources = list(dict.fromkeys(find_sources(cfg, ["TRAIN", "TEST"])))
+    if not sources:
+        raise InputError(
+            "no data are named; set DATASETS.CUSTOM.TRAIN_JSON and DATASETS.CUSTOM.TRAIN_IMAGES, "
+            "or DATASETS.TRAIN"
+        )
+    return sources
+
+
+def _compare_images(
+    sources: Sequence[Source], records: Mapping[str, list[dict[str, Any]]], reader: ImageReader
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return images that look alike, and sentences about them and about shared files."""
+    paths: dict[str, dict[str, list[str]]] = {"TRAIN": {}, "TEST": {}}
+    for source in sources:
+        images = [record["file_name"] for record in records[source.name]]
+        paths[source.split][source.name] = images
+    train = [path for group in paths["TRAIN"].values() for path in group]
+    alike = find_near_duplicates(train, paths["TEST"], reader)
+    num_images = {"train": len(train), **{name: len(p) for name, p in paths["TEST"].items()}}
+    shared = describe_shared_files(train, paths["TEST"])
+    return alike, [*shared, *describe_near_duplicates(alike, num_images)]
 
 
 def _measure_anchors(
@@ -136,7 +165,7 @@ def _measure_anchors(
     """Return the anchor coverage of training data and, on request, better anchors."""
     backbone, grid = build_grid(cfg)
     data = training_boxes(cfg, records, backbone)
-    found = {"coverage": measure_coverage(cfg, data, grid, names)}
+    found = {"coverage": measure_coverage(cfg, data, grid, names) | describe_shapes(data, grid)}
     if search_anchors:
         found["suggestion"] = suggest_anchors(cfg, data, grid)
     return found

@@ -21,7 +21,7 @@ from detectron2.utils.collect_env import collect_env_info
 from detectron2.utils.file_io import PathManager
 
 import retinanet_ext
-from retinanet_ext.data.register import find_sources
+from retinanet_ext.data.register import find_sources, write_converted
 from retinanet_ext.data.sources import Source
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import sha256_of, to_json, write_file
@@ -34,6 +34,7 @@ def write_run_info(
 ) -> None:
     """Append a start to ``OUTPUT_DIR/run_info.json``. The main process calls this once per start.
 
+    Data that are no COCO json are written beside it as one, which is what their checksum is of.
     The home folder is written as ``~``, and URLs without user and password.
 
     Args:
@@ -69,7 +70,7 @@ def write_run_info(
         "seed": cfg.SEED,
         # A URL is in the cache by now. "?matching_heuristics=True" may follow a name.
         "weights": weights and {"file": weights, "sha256": _sha256(weights.partition("?")[0])},
-        "data": {source.name: _describe_data(source) for source in sources},
+        "data": {source.name: _describe_data(source, cfg.OUTPUT_DIR) for source in sources},
         "commit": commit(),
         "versions": versions(),
         "processes": comm.get_world_size(),
@@ -80,8 +81,9 @@ def write_run_info(
     write_file(path, content + "\n")
 
 
-def _describe_data(source: Source) -> dict[str, Any]:
-    data = {"json": source.json_file, "sha256": [_sha256(file) for file in source.json_files]}
+def _describe_data(source: Source, folder: str) -> dict[str, Any]:
+    files = [write_converted(source, folder)] if source.is_converted else source.json_files
+    data = {"json": source.json_file, "sha256": [_sha256(file) for file in files]}
     return {**data, "images": len(DatasetCatalog.get(source.name))} if source.is_ours else data
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torchvision.utils import make_grid, save_image
 
+from retinanet_ext.data.coco_json import printable
 from retinanet_ext.data.images import ImageReader
 from retinanet_ext.evaluation.fonts import choose_fonts
 
@@ -88,6 +89,37 @@ def draw_detection_grid(
         ):
             panels.append(_draw_panel(picture, title, boxes, names, families))
     _save_grid(panels, Path(path))
+
+
+def draw_ground_truth(
+    dataset_dicts: Sequence[Mapping[str, Any]],
+    class_names: Sequence[str],
+    folder: Path,
+    *,
+    num_images: int,
+    reader: ImageReader | None = None,
+) -> list[Path]:
+    """Draw images with their ground truth, each into a PNG file of its own.
+
+    Args:
+        dataset_dicts, class_names, num_images, reader: as for :func:`draw_detection_grid`
+        folder: folder of the files, which is created
+
+    Returns:
+        the files
+    """
+    names, families = choose_fonts(class_names)
+    reader = replace(reader or ImageReader(), image_format="RGB")
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for number, image in enumerate(_choose(dataset_dicts, num_images)):
+        objects: list[Box] = [(a["category_id"], _xyxy(a), "") for a in _objects(image)]
+        title = f"image {image['image_id']}: {Path(image['file_name']).name} ({len(objects)})"
+        picture = Image.fromarray(reader(image["file_name"]))
+        panel = _draw_panel(picture, printable(title), objects, names, families)
+        files.append(folder / f"{number}.png")
+        save_image(panel, files[-1])
+    return files
 
 
 def _save_grid(panels: Sequence[Tensor], path: Path) -> None:

@@ -13,7 +13,7 @@ from detectron2.config import CfgNode
 
 import retinanet_ext
 from retinanet_ext.data.sample_set import GENERATOR_VERSION
-from retinanet_ext.data.sources import read_texts
+from retinanet_ext.data.sources import find_custom, read_texts
 from retinanet_ext.engine.launch import check_processes
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments import record
@@ -167,14 +167,12 @@ def _annotation_files(cfg: CfgNode, side: str) -> tuple[str, ...]:
 
 
 def _file_digests(cfg: CfgNode) -> dict[str, str]:
-    """Return the digest of each annotation file's content."""
-    digests = {}
-    for path in (path for side in SIDES for path in _annotation_files(cfg, side)):
-        try:
-            digests[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-        except OSError as error:
-            raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    return digests
+    """Return the digests of each side's annotation files; empty: the side has none."""
+    sources = {side: find_custom(cfg, side) for side in SIDES}
+    return {
+        side: ", ".join(source.digests().values()) if source else ""
+        for side, source in sources.items()
+    }
 
 
 def _describe_data(cfg: CfgNode, digests: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -184,7 +182,7 @@ def _describe_data(cfg: CfgNode, digests: Mapping[str, str]) -> dict[str, dict[s
     return {
         side.lower(): {
             "name": ", ".join(files[side] or cfg.DATASETS[side]),
-            "sha256": ", ".join(digests[path] for path in files[side]),
+            "sha256": digests[side],
         }
         for side in SIDES
     }
@@ -195,7 +193,6 @@ def _digest(cfg: CfgNode, digests: Mapping[str, str]) -> str:
     cfg = cfg.clone()
     cfg.OUTPUT_DIR, cfg.SEED = "", 0
     for side in SIDES:
-        files = _annotation_files(cfg, side)
-        cfg.DATASETS.CUSTOM[f"{side}_JSON"] = ", ".join(digests[path] for path in files)
+        cfg.DATASETS.CUSTOM[f"{side}_JSON"] = digests[side] if _annotation_files(cfg, side) else ""
         cfg.DATASETS.CUSTOM[f"{side}_IMAGES"] = ""
     return hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest()[:12]
