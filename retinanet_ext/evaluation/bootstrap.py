@@ -1,7 +1,4 @@
-"""Confidence intervals of a difference: over resampled images, over seeds, and over both.
-
-Source: B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, chapters 13 and 14.
-"""
+"""Confidence intervals of a difference: over resampled images, over seeds, and over both."""
 
 from __future__ import annotations
 
@@ -10,10 +7,9 @@ from statistics import fmean, stdev
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, ttest_ind
+from scipy.stats import norm, t, ttest_ind
 
 LEVEL = 0.95
-JACKKNIFE_GROUPS = 200
 
 Array = NDArray[np.float64]
 
@@ -26,81 +22,78 @@ def draw_weights(
     return generator.multinomial(num_images, shares, size=num_resamples).T
 
 
-def jackknife_weights(num_images: int) -> NDArray[np.int64]:
-    """Return weights that leave out one image, or one of 200 groups of images, each: (I, J)."""
-    groups = np.arange(num_images) % JACKKNIFE_GROUPS
-    return (groups[:, None] != np.unique(groups)).astype(np.int64)
+def percentile_interval(resampled: Array, sample_size: int) -> tuple[Array, Array]:
+    """Return expanded percentile intervals of 95 % from resampled values.
 
+    Plain percentiles are too narrow for small samples, because resampled values have (n - 1) / n of
+    the variance, and because the variance itself is estimated. The levels make up for both: 2.3 and
+    97.7 % for n = 87 in place of 2.5 and 97.5 %.
 
-def percentile_interval(resampled: Array) -> tuple[Array, Array]:
-    """Return the bounds of the central 95 % of resampled values (section 13.3).
+    Source: T. Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician
+    69 (2015), doi 10.1080/00031305.2015.1089789.
 
     Args:
         resampled: (..., B); NaN where a value is not defined. Those are left out.
+        sample_size: number n of what is resampled, at least 2
 
     Returns:
         lower and upper bounds, each (...); NaN where no value is defined
     """
-    levels = np.empty((2, *resampled.shape[:-1]))
-    levels[0], levels[1] = (1 - LEVEL) / 2, (1 + LEVEL) / 2
-    return _quantiles(resampled, levels)
-
-
-def bca_interval(estimate: Array, resampled: Array, jackknife: Array) -> tuple[Array, Array]:
-    """Return bias-corrected and accelerated intervals (equation 14.10).
-
-    They are percentiles whose levels are shifted by the share of resampled values below the
-    estimate, and by the skewness of the jackknife values.
-
-    Args:
-        estimate: values of the data themselves, (...)
-        resampled: (..., B), as for :func:`percentile_interval`
-        jackknife: values without one image, or one group of images, (..., J)
-
-    Returns:
-        lower and upper bounds, each (...); NaN where no value is defined
-    """
-    centre = estimate[..., None]
-    num_defined = np.maximum((~np.isnan(resampled)).sum(axis=-1), 1)
-    below = (resampled < centre).sum(axis=-1) + (resampled == centre).sum(axis=-1) / 2
-    bias = norm.ppf(np.clip(below / num_defined, 1e-3, 1 - 1e-3))
-    deviation = np.nan_to_num(jackknife.mean(axis=-1, keepdims=True) - jackknife)
-    spread = (deviation**2).sum(axis=-1)
-    acceleration = (deviation**3).sum(axis=-1) / (6 * np.where(spread > 0, spread, 1) ** 1.5)
-    levels = []
-    for tail in norm.ppf([(1 - LEVEL) / 2, (1 + LEVEL) / 2]):
-        shifted = bias + tail
-        levels.append(norm.cdf(bias + shifted / (1 - acceleration * shifted)))
-    return _quantiles(resampled, np.array(levels))
-
-
-def _quantiles(values: Array, levels: Array) -> tuple[Array, Array]:
-    """Return two quantiles per row of (..., B) values, whose levels are (2, ...)."""
-    bounds = np.full(levels.shape, np.nan)
-    for index in np.ndindex(values.shape[:-1]):
-        defined = values[index][~np.isnan(values[index])]
-        if len(defined):
-            bounds[(slice(None), *index)] = np.quantile(defined, levels[(slice(None), *index)])
+    quantile = t.ppf((1 + LEVEL) / 2, sample_size - 1)
+    level = norm.cdf(quantile * np.sqrt(sample_size / (sample_size - 1)))
+    bounds = np.full((2, *resampled.shape[:-1]), np.nan)
+    for index in np.ndindex(resampled.shape[:-1]):
+        values = resampled[index]
+        values = values[~np.isnan(values)]
+        if len(values):
+            bounds[(slice(None), *index)] = np.quantile(values, (1 - level, level))
     return bounds[0], bounds[1]
 
 
-def resample_seeds(values: Array, generator: np.random.Generator) -> Array:
-    """Return means over seeds that are drawn with replacement, another draw per resample.
+def images_and_seeds_interval(
+    a: Array, b: Array, num_images: int, generator: np.random.Generator
+) -> tuple[Array, Array]:
+    """Return 95 % intervals of mean(b) - mean(a) over images and seeds together.
 
-    The mean of S drawn seeds varies by (S - 1) / S of the variance of a mean over S new ones, which
-    is much for two or three seeds. So its distance from the mean of all is divided by the root.
+    The standard error is that of values whose images are resampled jointly, and whose seeds are
+    resampled within a side. Student's quantile has Welch's degrees of freedom, of three parts of
+    the variance: images, seeds of a, seeds of b. With two or three seeds percentiles would be far
+    too narrow.
 
     Args:
-        values: (S, ..., B), at least two seeds
+        a, b: values per seed, (S, ..., 1 + B): of the images themselves, then of resampled images;
+            at least two seeds
+        num_images: number of images
+        generator: draws the seeds
 
     Returns:
-        (..., B)
+        lower and upper bounds, each (...)
+    """
+    estimate = b[..., 0].mean(axis=0) - a[..., 0].mean(axis=0)
+    resampled = _resample_seeds(b[..., 1:], generator) - _resample_seeds(a[..., 1:], generator)
+    centre = np.nanmean(resampled, axis=-1, keepdims=True)
+    total = np.nanmean((resampled - centre) ** 2, axis=-1)
+    of_seeds = [side[..., 0].var(axis=0, ddof=1) / len(side) for side in (a, b)]
+    of_images = np.maximum(total - sum(of_seeds), 0)
+    squares = of_images**2 / (num_images - 1)
+    for side, part in zip((a, b), of_seeds, strict=True):
+        squares = squares + part**2 / (len(side) - 1)
+    freedom = total**2 / np.where(squares > 0, squares, 1)
+    half = np.where(total > 0, t.ppf((1 + LEVEL) / 2, np.maximum(freedom, 1)), 0) * np.sqrt(total)
+    return estimate - half, estimate + half
+
+
+def _resample_seeds(values: Array, generator: np.random.Generator) -> Array:
+    """Return means over S seeds drawn with replacement, from (S, ..., B) to (..., B).
+
+    Such means have (S - 1) / S of the variance of means over new seeds, so their distances from the
+    mean of all are enlarged.
     """
     num_seeds, num_resamples = len(values), values.shape[-1]
-    drawn = generator.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), num_resamples).T
-    drawn = drawn.reshape(num_seeds, *[1] * (values.ndim - 2), num_resamples)
+    times = draw_weights(num_seeds, num_resamples, generator)
+    times = times.reshape(num_seeds, *[1] * (values.ndim - 2), num_resamples)
     mean = values.mean(axis=0)
-    distance = (values * drawn).sum(axis=0) / num_seeds - mean
+    distance = (values * times).sum(axis=0) / num_seeds - mean
     return mean + distance * np.sqrt(num_seeds / (num_seeds - 1))
 
 

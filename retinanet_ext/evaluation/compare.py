@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from retinanet_ext.evaluation.bootstrap import (
     Array,
-    bca_interval,
     draw_weights,
-    jackknife_weights,
+    images_and_seeds_interval,
     percentile_interval,
-    resample_seeds,
     welch_interval,
 )
 from retinanet_ext.evaluation.weighted_ap import AREAS, Matchings, mean_of_defined
@@ -35,8 +33,7 @@ class Difference:
     Attributes:
         a, b: the metric of either
         difference: b - a
-        images: 95 % interval of the difference over images (BCa)
-        images_percentile: the same by plain percentiles
+        images: 95 % interval of the difference over images
         images_and_seeds: 95 % interval over images and seeds; None with one seed on a side
         seeds: Welch's 95 % interval over seeds, for these images; None with one seed on a side
     """
@@ -45,7 +42,6 @@ class Difference:
     b: float
     difference: float
     images: Bounds
-    images_percentile: Bounds
     images_and_seeds: Bounds | None = None
     seeds: Bounds | None = None
 
@@ -78,6 +74,33 @@ class ImageChange:
     change: float
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Two detectors, or two groups of seeds, on the same images.
+
+    Attributes:
+        a, b: what is compared, such as the folders of runs
+        num_images: number of test images
+        num_resamples: number of resamples of the images
+        groups: all objects first, then sizes, then classes
+        images: the images with objects; the first gained most from a to b, the last lost most
+        settings: config key -> its values in a and b, where they differ
+    """
+
+    a: Sequence[str]
+    b: Sequence[str]
+    num_images: int
+    num_resamples: int
+    groups: Sequence[Group]
+    images: Sequence[ImageChange]
+    settings: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+
+    @property
+    def has_seeds(self) -> bool:
+        """Return whether both sides have several runs."""
+        return min(len(self.a), len(self.b)) > 1
+
+
 def compare(
     a: Sequence[Matchings],
     b: Sequence[Matchings],
@@ -98,26 +121,18 @@ def compare(
         seed: of the resampling
     """
     generator = np.random.default_rng(seed)
-    num_images = a[0].num_objects.shape[-1]
+    num_images = len(a[0].image_ids)
     once = np.ones((num_images, 1), np.int64)
-    left_out = jackknife_weights(num_images)
-    drawn = draw_weights(num_images, num_resamples, generator)
-    weights = np.concatenate([once, left_out, drawn], axis=1)
+    weights = np.concatenate([once, draw_weights(num_images, num_resamples, generator)], axis=1)
     values_a, values_b = (
         np.stack([summarize(run.average_precision(weights)) for run in side]) for side in (a, b)
     )
-    difference = values_b.mean(axis=0) - values_a.mean(axis=0)
-    estimate, jackknife, resampled = np.split(difference, [1, 1 + left_out.shape[1]], axis=-1)
-    intervals = {
-        "images": bca_interval(estimate[..., 0], resampled, jackknife),
-        "images_percentile": percentile_interval(resampled),
-    }
+    resampled = (values_b.mean(axis=0) - values_a.mean(axis=0))[..., 1:]
+    intervals = {"images": percentile_interval(resampled, num_images)}
     if min(len(a), len(b)) > 1:
-        of_a, of_b = (
-            resample_seeds(values[..., -num_resamples:], generator)
-            for values in (values_a, values_b)
+        intervals["images_and_seeds"] = images_and_seeds_interval(
+            values_a, values_b, num_images, generator
         )
-        intervals["images_and_seeds"] = percentile_interval(of_b - of_a)
     groups = []
     for row, (kind, name, number) in enumerate(_list_groups(a[0], class_names)):
         metrics = {}

@@ -153,7 +153,7 @@ complete_for_evaluation` returns
         """
         evaluation = match_by_coco(ground_truth, detections, max_detections)
         params = evaluation.params
-        image_ids, num_ious = list(params.imgIds), len(params.iouThrs)
+        image_ids, num_ious = np.asarray(params.imgIds).tolist(), len(params.iouThrs)
         results = iter(evaluation.evalImgs)  # by class, then range of area, then image
         cells = [
             [Matching.from_coco([next(results) for _ in image_ids], num_ious) for _ in AREAS]
