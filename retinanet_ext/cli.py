@@ -7,6 +7,7 @@ docstring is its help.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -93,12 +94,13 @@ def compare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         parser.error("give two runs, or those of --a and those of --b")
     if args.gt and (args.runs or args.opts):
         parser.error("--gt is given with files of detections, --a and --b, alone")
-    setup_logger(name="retinanet_ext")
     how = {"num_resamples": args.resamples, "out": args.out}
-    if args.gt:
-        text, folder = compare_runs.compare_files(args.gt, a, b, **how)
-    else:
-        text, folder = compare_runs.compare_runs(a, b, opts=args.opts, **how)
+    with contextlib.redirect_stdout(sys.stderr):  # what pycocotools prints, and the log
+        setup_logger(name="retinanet_ext")
+        if args.gt:
+            text, folder = compare_runs.compare_files(args.gt, a, b, **how)
+        else:
+            text, folder = compare_runs.compare_runs(a, b, opts=args.opts, **how)
     print(text)
     print(f"\nWrote {folder}/comparison.html, .json and .txt")
     return 0

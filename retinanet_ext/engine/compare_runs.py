@@ -93,10 +93,15 @@ class Run:
         content = complete_for_evaluation(read_coco_json(metadata.json_file))
         return cls(folder, cfg, names[0], content)
 
+    def register(self, registered: Run) -> Run:
+        """Register the test data in place of another run's, whose images may be others."""
+        if self.cfg.DATASETS != registered.cfg.DATASETS:
+            register_test_data(self.cfg)
+        return self
+
     def detect(self) -> Records:
-        """Return the detections of the test data, which are computed at the first call."""
+        """Return the detections of the registered test data; computed at the first call."""
         logger.info("Detections of %s on its test data", self.folder)
-        register_test_data(self.cfg)  # in place of another run's data of that name
         return json.loads(detect_test_data(self.cfg, self.dataset).read_bytes())
 
 
@@ -129,13 +134,15 @@ def compare_runs(
     first, *others = runs.values()
     for other in others:
         refuse_difference(first, other)
-    detections = {folder: run.detect() for folder, run in runs.items()}
+    registered, detections = [*runs.values()][-1], {}
+    for folder, run in runs.items():
+        registered = run.register(registered)
+        detections[folder] = run.detect()
     limit = max(first.cfg.TEST.DETECTIONS_PER_IMAGE, COCO_MAX_DETECTIONS)
     comparison = _compare(a, b, first.ground_truth, detections, num_resamples, limit)
-    last = runs[b[0]]
-    comparison = replace(comparison, settings=_differing_keys(first.cfg, last.cfg))
-    register_test_data(last.cfg)
-    return _write(comparison, out, last, {"a": detections[a[0]], "b": detections[b[0]]})
+    run = runs[b[0]].register(registered)
+    comparison = replace(comparison, settings=_differing_keys(first.cfg, run.cfg))
+    return _write(comparison, out, run, {"a": detections[a[0]], "b": detections[b[0]]})
 
 
 def compare_files(
@@ -251,6 +258,8 @@ def _compare(
     num_resamples: int,
     max_detections: int,
 ) -> Comparison:
+    if len(content["images"]) < 2:
+        raise InputError("the test data have one image; an interval over images needs two")
     matchings = {
         name: Matchings.compute(content, records, max_detections=max_detections)
         for name, records in detections.items()
@@ -269,7 +278,7 @@ def _compare(
 
 
 def _differing_keys(a: CfgNode, b: CfgNode) -> dict[str, tuple[str, str]]:
-    """Return the values of the keys that differ, but for those of the data and of a single run."""
+    """Return the values of keys that differ, but for those of the data and of a single run."""
     keys = [key for key in all_keys(a) if key not in NOT_LISTED and not key.startswith("DATASETS.")]
     values = {key: (str(read_key(a, key)), str(read_key(b, key))) for key in keys}
     return {key: pair for key, pair in values.items() if pair[0] != pair[1]}

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import norm, t, ttest_ind
 
+from retinanet_ext.evaluation.weighted_ap import mean_of_defined
+
 LEVEL = 0.95
 
 Array = NDArray[np.float64]
@@ -67,12 +69,12 @@ def images_and_seeds_interval(
         generator: draws the seeds
 
     Returns:
-        lower and upper bounds, each (...)
+        lower and upper bounds, each (...); NaN where the values are not defined
     """
     estimate = b[..., 0].mean(axis=0) - a[..., 0].mean(axis=0)
     resampled = _resample_seeds(b[..., 1:], generator) - _resample_seeds(a[..., 1:], generator)
-    centre = np.nanmean(resampled, axis=-1, keepdims=True)
-    total = np.nanmean((resampled - centre) ** 2, axis=-1)
+    centre = mean_of_defined(resampled, axis=-1)
+    total = mean_of_defined((resampled - centre[..., None]) ** 2, axis=-1)
     of_seeds = [side[..., 0].var(axis=0, ddof=1) / len(side) for side in (a, b)]
     of_images = np.maximum(total - sum(of_seeds), 0)
     squares = of_images**2 / (num_images - 1)

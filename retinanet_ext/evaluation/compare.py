@@ -150,7 +150,8 @@ def compare(
 def _difference(a: Array, b: Array, **intervals: Bounds) -> Difference:
     """Return the difference of a metric from its values per seed."""
     mean_a, mean_b = float(a.mean()), float(b.mean())
-    seeds = welch_interval(b.tolist(), a.tolist())
+    is_defined = not math.isnan(mean_a)
+    seeds = welch_interval(b.tolist(), a.tolist()) if is_defined else None
     return Difference(mean_a, mean_b, mean_b - mean_a, seeds=seeds, **intervals)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from retinanet_ext.analysis.plots import COLOURS, save_figure
-from retinanet_ext.data.coco_json import printable
+from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.evaluation.compare import METRICS, Bounds, Comparison, ImageChange
 from retinanet_ext.evaluation.fonts import choose_fonts
 from retinanet_ext.page import escape, markdown_table
@@ -26,13 +26,18 @@ CAPTION = (
     "intervals about one in twenty misses the true difference by chance."
 )
 FEW_IMAGES = 20
+IMAGE_COLUMNS = ("image", "file", "AP of a", "AP of b", "change")
+SEED_COLUMNS = (
+    *("objects", "metric", "b - a", "over images"),
+    *("over images and seeds", "over seeds (Welch)"),
+)
 FONT_SIZE = 9  # points
-WIDTH, ROW_HEIGHT, MARGIN = 3.9, 0.24, 0.9  # inches
+WIDTH, ROW_HEIGHT, MARGIN = 3.7, 0.24, 0.9  # inches
 MAX_LABEL = 24  # characters
 
 
 def explain(comparison: Comparison) -> str:
-    """Return the meaning of the intervals in words."""
+    """Return what the intervals mean and what they do not cover, in words."""
     text = (
         f"If {comparison.num_images} other images of the same kind were tested with the same "
         "weights, again and again, about 95 % of the intervals over images would hold the "
@@ -40,16 +45,16 @@ def explain(comparison: Comparison) -> str:
         "do not say what other trainings with other seeds would give."
     )
     if comparison.has_seeds:
+        numbers = f"{len(comparison.a)} and {len(comparison.b)}"
         text += (
-            " The intervals over images and seeds resample the "
-            f"{len(comparison.a)} and {len(comparison.b)} trainings too; Welch's are over the seeds "
-            "alone, on these images."
+            f" The intervals over images and seeds resample the {numbers} trainings too; Welch's "
+            "are over the seeds alone, on these images."
         )
-    few = [g.name for g in comparison.groups if 0 < g.num_images < FEW_IMAGES]
+    few = [group.name for group in comparison.groups if 0 < group.num_images < FEW_IMAGES]
     if few:
         text += (
-            f" With objects in fewer than {FEW_IMAGES} images "
-            f"({', '.join(map(printable, few))}) intervals are too narrow."
+            f" Intervals for objects in fewer than {FEW_IMAGES} images cannot be relied on: "
+            f"{join_some(map(printable, few))}."
         )
     return text
 
@@ -82,41 +87,27 @@ def render_markdown(
         folder: folder that the figures are written to
         pictures: images, each with the name of its picture in the folder
     """
-    blocks = ["# Two detectors on the same images"]
-    blocks.append(
-        "\n".join(f"- **{side}**: {escape(', '.join(names))}" for side, names in _sides(comparison))
-    )
+    sides = [f"- **{side}**: {escape(', '.join(names))}" for side, names in _sides(comparison)]
+    blocks = ["# Two detectors on the same images", "\n".join(sides)]
     blocks += [f"> {escape(explain(comparison))}", "## Differences in AP"]
-    blocks.append(markdown_table(_columns(comparison), _rows(comparison)))
-    names = []
+    blocks.append(_table(_columns(comparison), _rows(comparison)))
     for metric in METRICS:
-        names.append(f"{metric}.svg")
-        save_figure(draw_intervals(comparison, metric), folder / names[-1])
-    blocks.append("\n".join(f"![{metric}]({n})" for metric, n in zip(METRICS, names, strict=True)))
-    blocks.append(f"*{escape(CAPTION)}*")
+        save_figure(draw_intervals(comparison, metric), folder / f"{metric}.svg")
+    blocks.append("\n".join(f"![{metric}]({metric}.svg)" for metric in METRICS))
+    blocks.append(f"*{CAPTION}*")
     if comparison.has_seeds:
-        blocks += ["## Seeds", markdown_table(SEED_COLUMNS, _seed_rows(comparison))]
-    blocks += ["## Images", escape(count_images(comparison))]
-    for title, images in zip(
-        ("Better in b", "Worse in b"), extremes(comparison.images, NUM_SHOWN), strict=True
-    ):
+        blocks += ["## Seeds", _table(SEED_COLUMNS, _seed_rows(comparison))]
+    blocks += ["## Images", count_images(comparison)]
+    gained, lost = extremes(comparison.images, NUM_SHOWN)
+    for title, images in (("Better in b", gained), ("Worse in b", lost)):
         if images:
-            rows = [
-                (str(i.image_id), i.file_name, f"{i.a:.1f}", f"{i.b:.1f}", signed(i.change))
-                for i in images
-            ]
-            blocks += [
-                f"### {title}",
-                markdown_table(("image", "file", "AP of a", "AP of b", "change"), rows),
-            ]
+            blocks += [f"### {title}", _table(IMAGE_COLUMNS, map(_image_row, images))]
     for image, name in pictures:
-        caption = (
-            f"Image {image.image_id}: AP {image.a:.1f} in a (above), {image.b:.1f} in b (below)"
-        )
+        caption = f"Image {image.image_id}: AP {image.a:.1f} in a, above; {image.b:.1f} in b, below"
         blocks += [f"![{escape(caption)}]({name})", f"*{escape(caption)}*"]
     if comparison.settings:
         rows = [(key, *values) for key, values in comparison.settings.items()]
-        blocks += ["## Settings that differ", markdown_table(("key", "a", "b"), rows)]
+        blocks += ["## Settings that differ", _table(("key", "a", "b"), rows)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -150,10 +141,11 @@ def count_images(comparison: Comparison) -> str:
     """Return how many images are better and worse in b, in words."""
     better = sum(image.change > 0 for image in comparison.images)
     worse = sum(image.change < 0 for image in comparison.images)
+    empty = comparison.num_images - len(comparison.images)
     return (
-        f"AP of each image by itself: {better} images are better in b, {worse} are worse and "
-        f"{len(comparison.images) - better - worse} are equal; "
-        f"{comparison.num_images - len(comparison.images)} have no objects."
+        f"AP of each image by itself: {better} better in b, {worse} worse, "
+        f"{len(comparison.images) - better - worse} equal"
+        f"{f', {empty} without objects' if empty else ''}."
     )
 
 
@@ -168,16 +160,6 @@ def with_interval(difference: float, bounds: Bounds | None) -> str:
         return signed(difference)
     low, high = map(signed, bounds)
     return f"{signed(difference)} ({low} to {high})"
-
-
-SEED_COLUMNS = (
-    "objects",
-    "metric",
-    "b - a",
-    "over images",
-    "over images and seeds",
-    "over seeds (Welch)",
-)
 
 
 def _sides(comparison: Comparison) -> tuple[tuple[str, Sequence[str]], ...]:
@@ -204,7 +186,21 @@ def _seed_rows(comparison: Comparison) -> Iterator[list[str]]:
     for group in comparison.groups:
         for metric, found in group.metrics.items():
             intervals = (found.images, found.images_and_seeds, found.seeds)
-            yield [escape(group.name), metric, signed(found.difference), *map(_bounds, intervals)]
+            yield [
+                printable(group.name),
+                metric,
+                signed(found.difference),
+                *map(_bounds, intervals),
+            ]
+
+
+def _image_row(image: ImageChange) -> list[str]:
+    name = [str(image.image_id), printable(image.file_name)]
+    return [*name, _plain(image.a), _plain(image.b), signed(image.change)]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    return markdown_table(head, [[escape(cell) for cell in row] for row in rows])
 
 
 def _plain(value: float) -> str:
