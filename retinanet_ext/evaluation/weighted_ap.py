@@ -99,28 +99,55 @@ class Matching:
         return np.concatenate(blocks, axis=1)
 
     def _average_precision(self, weights: NDArray[np.int64]) -> NDArray[np.float64]:
-        # A precision counts for the recalls that it is the first to reach; it is the highest at
-        # that recall or at any above. Only true detections raise the recall.
         objects = self.num_objects @ weights
-        seen = np.cumsum(weights[self.image], axis=0)
+        of_detections = weights.astype(np.int32)[self.image]
+        seen = np.cumsum(of_detections, axis=0, dtype=np.int32)
         ap = np.full((len(self.is_true), weights.shape[1]), np.nan)
         for iou, (is_true, is_ignored) in enumerate(
             zip(self.is_true, self.is_ignored, strict=True)
         ):
             true, ignored = np.flatnonzero(is_true), np.flatnonzero(is_ignored)
-            found = np.cumsum(weights[self.image[true]], axis=0)
+            found = np.cumsum(of_detections[true], axis=0, dtype=np.int32)
             counted = seen[true]
             if len(ignored):
-                skipped = np.cumsum(weights[self.image[ignored]], axis=0)
+                skipped = np.cumsum(of_detections[ignored], axis=0, dtype=np.int32)
                 skipped = np.concatenate([np.zeros_like(skipped[:1]), skipped])
-                counted = counted - skipped[np.searchsorted(ignored, true)]
-            precision = found / (counted + np.spacing(1))
-            precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
-            reached = np.searchsorted(RECALLS, found / np.maximum(objects, 1), side="right")
-            first = np.diff(reached, axis=0, prepend=0)
-            ap[iou] = (precision * first).sum(axis=0) / len(RECALLS)
+                counted -= skipped[np.searchsorted(ignored, true)]
+            ap[iou] = _integrate(found, counted, objects)
         ap[:, objects == 0] = np.nan
         return ap
+
+    def image_ap(self) -> NDArray[np.float64]:
+        """Return AP per IoU threshold of each image by itself, (T, I); NaN without objects."""
+        ap = np.full((len(self.is_true), len(self.num_objects)), np.nan)
+        order = np.argsort(self.image, kind="stable")  # by image, then by score
+        is_true, is_counted = self.is_true[:, order].T, ~self.is_ignored[:, order].T
+        images = np.flatnonzero(self.num_objects)
+        bounds = np.searchsorted(self.image[order], [images, images + 1]).T
+        for image, (start, stop) in zip(images, bounds, strict=True):
+            found = np.cumsum(is_true[start:stop], axis=0)
+            counted = np.cumsum(is_counted[start:stop], axis=0)
+            ap[:, image] = _integrate(found, counted, self.num_objects[image])
+        return ap
+
+
+def _integrate(
+    found: NDArray[np.int64], counted: NDArray[np.int64], objects: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Return the mean of COCO's precisions at 101 recalls.
+
+    Args:
+        found: number of true detections down to each rank, (P, B). Ranks of other detections may
+            be left out, because only true ones raise the recall.
+        counted: the same of all detections that count, (P, B)
+        objects: number of objects, (B,)
+    """
+    precision = found / (counted + np.spacing(1))
+    precision = np.maximum.accumulate(precision[::-1], axis=0)[::-1]
+    # Each rank's precision is taken for the recalls that the rank is the first to reach.
+    reached = np.searchsorted(RECALLS, found / np.maximum(objects, 1), side="right")
+    first = np.diff(reached, axis=0, prepend=0)
+    return (precision * first).sum(axis=0) / len(RECALLS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,8 +173,8 @@ class Matchings:
         """Match detections to objects by pycocotools.
 
         Args:
-            ground_truth: a COCO json, as :func:`~retinanet_ext.data.coco_json.\
-complete_for_evaluation` returns
+            ground_truth: a COCO json, completed by
+                :func:`~retinanet_ext.data.coco_json.complete_for_evaluation`
             detections: records of ``image_id``, ``category_id``, ``bbox`` (XYWH) and ``score``
             max_detections: maximum number of detections per image and class, by score
         """
@@ -186,22 +213,7 @@ complete_for_evaluation` returns
         As COCO's AP it is the mean over the classes that the image has objects of, so that false
         positives of other classes do not lower it.
         """
-        once = np.ones((1, 1), np.int64)
-        num_ious, num_images = len(self.cells[0][0].is_true), len(self.cells[0][0].num_objects)
-        ap = np.full((num_ious, len(self.cells), num_images), np.nan)
-        for label, (matching, *_) in enumerate(self.cells):
-            order = np.argsort(matching.image, kind="stable")
-            images = np.flatnonzero(matching.num_objects)
-            bounds = np.searchsorted(matching.image[order], [images, images + 1]).T
-            for image, (start, stop) in zip(images, bounds, strict=True):
-                own = order[start:stop]
-                alone = Matching(
-                    np.zeros(len(own), np.int64),
-                    matching.is_true[:, own],
-                    matching.is_ignored[:, own],
-                    matching.num_objects[[image]],
-                )
-                ap[:, label, image] = alone.average_precision(once)[:, 0]
+        ap = np.stack([matching.image_ap() for matching, *_ in self.cells])
         return mean_of_defined(ap, axis=(0, 1))
 
 
