@@ -52,7 +52,7 @@ NUM_PICTURES = 2
 MIN_RESAMPLES = 100
 
 TEST_KEYS = ("TEST.DETECTIONS_PER_IMAGE", "TEST.PRECISION")
-"""Keys of the evaluation, which must be equal. Others, as the size of images, may."""
+"""Keys of the evaluation, which must be equal. Others may differ, such as the images' size."""
 
 NOT_LISTED = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE", "SEED")
 """Keys that differ between any two runs."""
@@ -93,12 +93,6 @@ class Run:
         content = complete_for_evaluation(read_coco_json(metadata.json_file))
         return cls(folder, cfg, names[0], content)
 
-    def register(self, registered: Run) -> Run:
-        """Register the test data in place of another run's, whose images may be others."""
-        if self.cfg.DATASETS != registered.cfg.DATASETS:
-            register_test_data(self.cfg)
-        return self
-
     def detect(self) -> Records:
         """Return the detections of the registered test data; computed at the first call."""
         logger.info("Detections of %s on its test data", self.folder)
@@ -134,15 +128,17 @@ def compare_runs(
     first, *others = runs.values()
     for other in others:
         refuse_difference(first, other)
-    registered, detections = [*runs.values()][-1], {}
-    for folder, run in runs.items():
-        registered = run.register(registered)
-        detections[folder] = run.detect()
+    registered, detections = [*runs.values()][-1].cfg, {}
+    for folder in sorted(runs, key=b[0].__eq__):  # the last, because its images are drawn
+        run = runs[folder]
+        if run.cfg.DATASETS != registered.DATASETS:  # other images may have the same boxes
+            register_test_data(run.cfg)
+        registered, detections[folder] = run.cfg, run.detect()
     limit = max(first.cfg.TEST.DETECTIONS_PER_IMAGE, COCO_MAX_DETECTIONS)
     comparison = _compare(a, b, first.ground_truth, detections, num_resamples, limit)
-    run = runs[b[0]].register(registered)
-    comparison = replace(comparison, settings=_differing_keys(first.cfg, run.cfg))
-    return _write(comparison, out, run, {"a": detections[a[0]], "b": detections[b[0]]})
+    comparison = replace(comparison, settings=_differing_keys(first.cfg, runs[b[0]].cfg))
+    drawn = {"a": detections[a[0]], "b": detections[b[0]]}
+    return _write(comparison, out, runs[b[0]], drawn)
 
 
 def compare_files(
@@ -168,6 +164,9 @@ def compare_files(
     out = out or _new_folder(Path(b[0]).with_name(name))
     _check_arguments(num_resamples, out)
     content = read_coco_json(gt)
+    for key, field in (("images", "id"), ("categories", "id"), ("categories", "name")):
+        if not all(isinstance(entry, dict) and field in entry for entry in content[key]):
+            raise InputError(f"{gt}: an entry of {key} has no {field}")
     _check_records(gt, "annotation", content["annotations"], content)
     content = complete_for_evaluation(content)
     detections = {file: read_detections(file, content) for file in dict.fromkeys([*a, *b])}

@@ -4,6 +4,9 @@ import json
 import re
 
 import pytest
+from PIL import Image, ImageOps
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 
 from drawn_detections import draw
 from retinanet_ext import cli
@@ -41,6 +44,15 @@ def test_two_runs(runs, capsys):
     assert "AP of a" in printed and "pycocotools" not in printed
     assert [group["name"] for group in written["groups"][4:]] == ["RBC", "WBC", "Platelets"]
     assert "of the images, not of the seeds" in written["meaning"]
+    truth = COCO(FIXTURE / "instances_val.json")
+    (detections,) = (b / "evaluation").glob("detections_*.json")
+    evaluation = COCOeval(truth, truth.loadRes(str(detections)), "bbox")
+    evaluation.evaluate()
+    evaluation.accumulate()
+    evaluation.summarize()
+    ours = [written["groups"][0]["metrics"][metric]["b"] for metric in ("AP", "AP50", "AP75")]
+    assert ours == pytest.approx(100 * evaluation.stats[:3], abs=1e-9) and ours[1] > 0
+
     page = (folder / "comparison.html").read_text()
     assert page.count("<img ") >= 3 and "data:image/svg+xml" in page
 
@@ -65,6 +77,22 @@ def test_seeds(runs, tmp_path):
     written = json.loads((tmp_path / "seeds/comparison.json").read_text())
     metric = written["groups"][0]["metrics"]["AP"]
     assert None not in (*metric["images_and_seeds"], *metric["seeds"])
+
+
+def test_each_run_is_tested_on_its_own_images(runs, tmp_path):
+    """Test sets of one name and the same boxes, whose images are in other folders."""
+    a, *_ = runs
+    (tmp_path / "images").mkdir()
+    for path in (FIXTURE / "images").glob("*.jpg"):
+        ImageOps.invert(Image.open(path)).save(tmp_path / "images" / path.name)
+    b = make_run(tmp_path / "b", "DATASETS.CUSTOM.TEST_IMAGES", str(tmp_path / "images"))
+    assert compare(b, a, "--out", tmp_path / "one") == 0
+    assert compare(b, a, "--out", tmp_path / "again") == 0
+    (of_b,) = (b / "evaluation").glob("detections_*.json")
+    plain = [path.read_bytes() for path in (a / "evaluation").glob("detections_*.json")]
+    assert of_b.read_bytes() not in plain
+    one, again = ((tmp_path / name / "comparison.json").read_text() for name in ("one", "again"))
+    assert one == again
 
 
 @pytest.mark.parametrize(
