@@ -182,8 +182,7 @@ def compare_images(
 def _list_groups(run: Matchings, class_names: Sequence[str]) -> list[tuple[str, str, int]]:
     """Return kind, name and number of images with objects of the groups of `summarize`."""
     has_objects = run.num_objects > 0
-    by_area = has_objects.any(axis=0).sum(axis=-1)
-    kinds = ["all" if area == "all" else "size" for area in AREAS]
-    areas = [(kind, *of) for kind, *of in zip(kinds, AREAS, map(int, by_area), strict=True)]
-    by_class = has_objects[:, 0].sum(axis=-1)
-    return areas + [("class", *of) for of in zip(class_names, map(int, by_class), strict=True)]
+    names = [("all" if area == "all" else "size", area) for area in AREAS]
+    names += [("class", name) for name in class_names]
+    numbers = [*has_objects.any(axis=0).sum(axis=-1), *has_objects[:, 0].sum(axis=-1)]
+    return [(*name, int(number)) for name, number in zip(names, numbers, strict=True)]
