@@ -1,20 +1,21 @@
 """Intervals of ``retinanet-ext compare``: how often they hold the true difference, and their time.
 
 python benchmarks/bench_compare.py coverage --images 30 87 --save
+python benchmarks/bench_compare.py seeds --images 87 --repeat 400 --save
 python benchmarks/bench_compare.py time --images 5000 --classes 80 --save
 
 ``coverage`` draws many images and the detections of two detectors, whose difference over all of
 them is the truth. It samples images again and again and counts how often an interval of the sample
 holds the truth. Beside the interval that ``compare`` gives are the plain percentile interval and
-BCa (B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, equation 14.10). With
-``--seeds`` each side has several detectors, drawn anew for each sample, and the truth is the
-difference between the means over all detectors.
+BCa (B. Efron and R. Tibshirani, An Introduction to the Bootstrap, 1993, equation 14.10).
+
+``seeds`` does so for several trainings per side and a mean over images in place of AP: a part that
+is of the image (standard deviation 1), one of the training, and one of both together.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,10 @@ from retinanet_ext.evaluation.weighted_ap import Matchings
 OBJECTS = (12.0, 1.0, 1.0)
 """Mean number of objects per image of each class, about BCCD's."""
 
-QUALITY_A, QUALITY_B, SEED_SPREAD = 1.6, 1.8, 0.1
-DETECTORS = 8
-"""Number of detectors (seeds) per side with ``--seeds``; the truth is the mean over them."""
+QUALITY_A, QUALITY_B = 1.6, 1.8
+
+SPREADS = ((0.1, 0.5), (0.2, 0.5), (0.1, 2.0))
+"""Standard deviations of a training, and of a training and an image together."""
 
 
 def draw_images(num_images: int, rates: tuple[float, ...], rng: np.random.Generator) -> Any:
@@ -112,55 +114,42 @@ def measures(run: Matchings, weights: Array) -> Array:
 
 
 def sample_intervals(
-    a: list[Matchings], b: list[Matchings], resamples: int, rng: np.random.Generator
-) -> Iterator[tuple[str, tuple[Array, Array]]]:
-    """Yield each kind of interval of b - a on a sample of images."""
-    n = len(a[0].image_ids)
-    once, drawn = np.ones((n, 1), np.int64), draw_weights(n, resamples, rng)
-    if len(a) > 1:
-        weights = np.concatenate([once, drawn], axis=1)
-        of_a, of_b = (np.array([measures(run, weights) for run in side]) for side in (a, b))
-        yield "images and seeds", images_and_seeds_interval(of_a, of_b, n, rng)
-        welch = [welch_interval(y, x) for x, y in zip(of_a[..., 0].T, of_b[..., 0].T, strict=True)]
-        yield "Welch's over seeds", tuple(np.array(welch).T)
-        resampled = (of_b.mean(0) - of_a.mean(0))[:, 1:]
-        yield "images", percentile_interval(resampled, n)
-        return
-    weights = np.concatenate([once, 1 - np.eye(n, dtype=np.int64), drawn], axis=1)
-    difference = measures(b[0], weights) - measures(a[0], weights)
-    resampled = difference[:, n + 1 :]
-    yield "compare's", percentile_interval(resampled, n)
-    yield "percentile", tuple(np.quantile(resampled, (0.025, 0.975), axis=1))
-    yield "BCa", bca_interval(difference[:, 0], resampled, difference[:, 1 : n + 1])
+    a: Matchings, b: Matchings, resamples: int, rng: np.random.Generator
+) -> dict[str, tuple[Array, Array]]:
+    """Return each kind of interval of b - a on a sample of images."""
+    n = len(a.image_ids)
+    parts = (np.ones((n, 1), np.int64), 1 - np.eye(n, dtype=np.int64))
+    weights = np.concatenate([*parts, draw_weights(n, resamples, rng)], axis=1)
+    difference = measures(b, weights) - measures(a, weights)
+    estimate, jackknife, resampled = np.split(difference, [1, n + 1], axis=1)
+    return {
+        "compare's": percentile_interval(resampled, n),
+        "percentile": tuple(np.quantile(resampled, (0.025, 0.975), axis=1)),
+        "BCa": bca_interval(estimate[:, 0], resampled, jackknife),
+    }
 
 
 def coverage(args: Any) -> list[dict[str, Any]]:
     """Return the share of samples whose interval holds the true difference."""
     rng = np.random.default_rng(args.seed)
     drawn = draw_images(args.population, OBJECTS, rng)
-    number, spread = (DETECTORS, SEED_SPREAD) if args.seeds > 1 else (1, 0.0)
-    sides = []
+    detectors = []
     for quality in (QUALITY_A, QUALITY_B):
-        qualities = quality + spread * rng.normal(size=number)
-        found = [detect(drawn, each, OBJECTS, rng) for each in qualities]
-        runs = [Matchings.compute(drawn[0], each) for each in found]
+        run = Matchings.compute(drawn[0], detect(drawn, quality, OBJECTS, rng))
         # The sizes would take the time and are not looked at.
-        sides.append([Matchings(r.image_ids, [row[:1] for row in r.cells]) for r in runs])
+        detectors.append(Matchings(run.image_ids, [row[:1] for row in run.cells]))
     once = np.ones((args.population, 1), np.int64)
-    means = [np.mean([measures(run, once)[:, 0] for run in side], axis=0) for side in sides]
-    print("AP, AP50, AP75, AP of a rare class over all images:", *(x.round(2) for x in means))
-    truth = means[1] - means[0]
+    values = [measures(run, once)[:, 0] for run in detectors]
+    print("AP, AP50, AP75, AP of a rare class over all images:", *(x.round(2) for x in values))
+    truth = values[1] - values[0]
     rows = []
     for num_images in args.images:
         hits: dict[str, list[Array]] = {}
         widths: dict[str, list[float]] = {}
         for _ in range(args.repeat):
             images = np.sort(rng.choice(args.population, num_images, replace=False))
-            a, b = (
-                [side[i].select(images) for i in rng.integers(number, size=args.seeds)]
-                for side in sides
-            )
-            for name, (low, high) in sample_intervals(a, b, args.resamples, rng):
+            sample = [run.select(images) for run in detectors]
+            for name, (low, high) in sample_intervals(*sample, args.resamples, rng).items():
                 hits.setdefault(name, []).append((low <= truth) & (truth <= high))
                 widths.setdefault(name, []).append(high[0] - low[0])
         for name, found in hits.items():
@@ -169,6 +158,36 @@ def coverage(args: Any) -> list[dict[str, Any]]:
             for metric, share in zip((*METRICS, "AP of a rare class"), shares, strict=True):
                 row[f"{metric}: %"] = f"{share:.1f}"
             rows.append({**row, "mean width, AP": float(np.mean(widths[name]))})
+    return rows
+
+
+def seeds(args: Any) -> list[dict[str, Any]]:
+    """Return how often intervals of trainings with several seeds hold the true difference, 0."""
+    rng = np.random.default_rng(args.seed)
+    (n,) = args.images
+    rows = []
+    for num_seeds in (2, 3, 5):
+        for of_training, of_both in SPREADS:
+            hits: dict[str, list[bool]] = {}
+            for _ in range(args.repeat):
+                of_image = np.array([[0.0], [1.0]]) * rng.normal(size=n)
+                a, b = (
+                    side
+                    + of_training * rng.normal(size=(num_seeds, 1))
+                    + of_both * rng.normal(size=(num_seeds, n))
+                    for side in of_image
+                )
+                drawn = draw_weights(n, args.resamples, rng)
+                weights = np.concatenate([np.ones((n, 1)), drawn], axis=1) / n
+                a, b = a @ weights, b @ weights
+                for name, (low, high) in {
+                    "images and seeds": images_and_seeds_interval(a, b, n, rng),
+                    "images": percentile_interval((b.mean(0) - a.mean(0))[1:], n),
+                    "seeds (Welch)": welch_interval(b[:, 0].tolist(), a[:, 0].tolist()),
+                }.items():
+                    hits.setdefault(name, []).append(bool(low <= 0 <= high))
+            row = {"seeds": num_seeds, "of a training": of_training, "of both": of_both}
+            rows.append(row | {f"{k}: %": f"{100 * np.mean(v):.1f}" for k, v in hits.items()})
     return rows
 
 
@@ -198,19 +217,17 @@ def times(args: Any) -> list[dict[str, Any]]:
 def main() -> None:
     """Print the table, and save it if asked to."""
     parser = argument_parser(__doc__.splitlines()[0], repeat=1000)
-    parser.add_argument("what", choices=("coverage", "time"))
+    parser.add_argument("what", choices=("coverage", "seeds", "time"))
     parser.add_argument("--images", type=int, nargs="+", default=[87])
     parser.add_argument("--classes", type=int, default=80, help="of time")
     parser.add_argument("--resamples", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=1, help="of coverage: detectors per side")
     parser.add_argument("--population", type=int, default=4000, help="of coverage: images in all")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
-    rows = coverage(args) if args.what == "coverage" else times(args)
+    rows = {"coverage": coverage, "seeds": seeds, "time": times}[args.what](args)
     print(tabulate(rows, headers="keys"))
     if args.save:
-        name = f"compare_{args.what}" + ("_seeds" if args.seeds > 1 else "")
-        print(f"Wrote {save(name, rows, args)}")
+        print(f"Wrote {save(f'compare_{args.what}', rows, args)}")
 
 
 if __name__ == "__main__":

@@ -48,6 +48,28 @@ def test_without_variance_of_seeds_the_joint_interval_is_that_over_images():
     assert np.array([low, high]) == pytest.approx(np.array(expected), rel=0.03, abs=0.01)
 
 
+def test_the_joint_interval_holds_the_true_difference_of_three_seeds_per_side():
+    """A reduced form of benchmarks/bench_compare.py seeds."""
+    rng, num_images, repeats = RNG(0), 60, 400
+    hits = {"joint": 0, "images": 0}
+    for _ in range(repeats):
+        a, b = (
+            spread * rng.normal(size=num_images)
+            + 0.2 * rng.normal(size=(3, 1))
+            + 0.3 * rng.normal(size=(3, num_images))
+            for spread in (0, 1)
+        )
+        weights = np.ones((num_images, 101)) / num_images
+        weights[:, 1:] = draw_weights(num_images, 100, rng) / num_images
+        a, b = a @ weights, b @ weights
+        low, high = images_and_seeds_interval(a, b, num_images, rng)
+        hits["joint"] += bool(low <= 0 <= high)
+        low, high = percentile_interval((b - a).mean(axis=0)[1:], num_images)
+        hits["images"] += bool(low <= 0 <= high)
+    assert binom.ppf(0.001, repeats, 0.93) <= hits["joint"] <= binom.ppf(0.999, repeats, 0.97)
+    assert hits["images"] < 0.85 * repeats  # it is not of the seeds
+
+
 def test_the_interval_holds_the_true_difference_of_two_detectors():
     """A reduced form of benchmarks/bench_compare.py, with one class and one IoU threshold."""
     rng, population, size, repeats = RNG(0), 4000, 60, 400
