@@ -72,7 +72,7 @@ def test_the_joint_interval_holds_the_true_difference_of_three_seeds_per_side():
 
 def test_the_interval_holds_the_true_difference_of_two_detectors():
     """A reduced form of benchmarks/bench_compare.py, with one class and one IoU threshold."""
-    rng, population, size, repeats = RNG(0), 4000, 60, 400
+    rng, population, size, repeats = RNG(0), 4000, 60, 300
     num_objects = rng.poisson(3, population)
     hard = rng.normal(size=population)
     image = np.repeat(np.arange(population), 2 * num_objects)  # as many false as true ones
