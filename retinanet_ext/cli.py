@@ -7,6 +7,7 @@ docstring is its help.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -74,6 +75,42 @@ def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         write_data_page(result, args.report)
         print(f"\nWrote {args.report}")
     return result.exit_code
+
+
+def compare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Compare two runs on the same test images: differences in AP and their intervals."""
+    from detectron2.utils.logger import setup_logger
+
+    from retinanet_ext.engine import compare_runs
+
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="OUTPUT_DIR of two trainings: a, b")
+    for side in ("a", "b"):
+        what = "runs that differ in the seed, or detections of --gt in COCO's format"
+        parser.add_argument(f"--{side}", nargs="+", metavar="RUN | JSON", default=[], help=what)
+    parser.add_argument("--gt", metavar="JSON", help="annotations in COCO's format")
+    parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="default: 1000")
+    parser.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="default: evaluation/compare_... of run b"
+    )
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="for all runs"
+    )
+    args = parser.parse_args(argv)
+    a, b = (args.a, args.b) if args.a or args.b else (args.runs[:1], args.runs[1:])
+    if not a or not b or (args.runs and args.runs != [*a, *b]) or len(args.runs) > 2:
+        parser.error("give two runs, or those of --a and those of --b")
+    if args.gt and (args.runs or args.opts):
+        parser.error("--gt is given with files of detections, --a and --b, alone")
+    how = {"num_resamples": args.resamples, "out": args.out}
+    with contextlib.redirect_stdout(sys.stderr):  # what pycocotools prints, and the log
+        setup_logger(name="retinanet_ext")
+        if args.gt:
+            text, folder = compare_runs.compare_files(args.gt, a, b, **how)
+        else:
+            text, folder = compare_runs.compare_runs(a, b, opts=args.opts, **how)
+    print(text)
+    print(f"\nWrote {folder}/comparison.html, .json and .txt")
+    return 0
 
 
 def analyze_loss(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
@@ -241,6 +278,7 @@ def doctor(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]] = {
     "check-data": check_data,
+    "compare": compare,
     "analyze-loss": analyze_loss,
     "plot-losses": plot_losses,
     "experiments": experiments,

@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import re
+from collections.abc import Container, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import unquote
@@ -64,6 +65,21 @@ def render_page(markdown: str, folder: Path, *, title: str) -> str:
 def anchor(heading: str) -> str:
     """Return the id that GitHub gives a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+def escape(text: str) -> str:
+    """Return text in one line, with the markup of Markdown and HTML escaped."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text)
+
+
+def markdown_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Container[int] = ()
+) -> str:
+    """Return a table whose columns in ``numbers`` are right-aligned; cells may hold markup."""
+    rule = ["---:" if column in numbers else "---" for column in range(len(head))]
+    lines = (map(escape, head), rule, *rows)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _data_uri(path: Path) -> str:

@@ -15,9 +15,11 @@ from detectron2.utils.logger import setup_logger
 
 from detectors import make_model
 from retinanet_ext import cli
+from runs import make_run
 from training import no_cuda, run_train_net
 
 ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests/fixtures/bccd_mini"
 README = (ROOT / "README.md").read_text()
 COMMANDS = [
     " ".join(line.split())
@@ -75,11 +77,10 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     for name in ("configs", "train_net.py"):
         (folder / name).symlink_to(ROOT / name)
-    data = ROOT / "tests/fixtures/bccd_mini"
     (folder / "mine").mkdir()
-    (folder / "mine/images").symlink_to(data / "images")
-    (folder / "mine/train.json").symlink_to(data / "instances_train_raw.json")
-    (folder / "mine/val.json").symlink_to(data / "instances_val.json")
+    (folder / "mine/images").symlink_to(DATA / "images")
+    (folder / "mine/train.json").symlink_to(DATA / "instances_train_raw.json")
+    (folder / "mine/val.json").symlink_to(DATA / "instances_val.json")
     return folder
 
 
@@ -87,7 +88,7 @@ def test_every_command_is_known_here():
     known = [*BY_CI, "source .venv/bin/activate", "python train_net.py", "retinanet-ext "]
     for text in COMMANDS:
         assert any(text.startswith(start) for start in known), text
-    assert len(COMMANDS) == 16
+    assert len(COMMANDS) == 17
     ci = (ROOT / ".ci/run").read_text()
     assert all(re.search(rf"^{text}\b", ci, re.M) for text in BY_CI)
 
@@ -116,6 +117,17 @@ def test_fine_tuning_from_published_weights(stock, folder, run_here):
     run_here(tuning, *SMALL, "MODEL.WEIGHTS", stock)
     classes = torch.load(folder / "output/finetuned/model_final.pth")["class_names"]
     assert classes == ["RBC", "WBC", "Platelets"]
+
+
+def test_runs_are_compared(tmp_path, monkeypatch, capsys, restore_logging):
+    """Runs of random weights take the place of the two trainings."""
+    _, name, *folders = command("retinanet-ext compare")
+    for seed, run in enumerate(folders):
+        make_run(tmp_path / run, "DATASETS.CUSTOM.TEST_JSON", str(DATA / "instances_val.json"),
+                 "DATASETS.CUSTOM.TEST_IMAGES", str(DATA / "images"), seed=seed)  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([name, *folders]) == 0
+    assert "Wrote output/mine/evaluation/compare_finetuned/" in capsys.readouterr().out
 
 
 def test_own_data_are_checked(run_here):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from urllib.parse import quote
@@ -19,7 +18,7 @@ from retinanet_ext.experiments.record import read_json
 from retinanet_ext.experiments.results import Results, flatten, read_results
 from retinanet_ext.experiments.statistics import RULE, TableResult, duration, number, signed
 from retinanet_ext.files import write_file
-from retinanet_ext.page import anchor, render_page
+from retinanet_ext.page import anchor, escape, markdown_table, render_page
 
 
 def write_reports(output: Path) -> Iterator[Path]:
@@ -100,13 +99,13 @@ def render_csv(results: Results) -> str:
 def render_markdown(results: Results, figures: Mapping[str, Sequence[Drawing]]) -> str:
     """Return the report in GitHub's Markdown, with links to the figures."""
     blocks = ["# The experiments of *Focal Loss for Dense Object Detection*, measured"]
-    blocks.append("\n".join(f"- **{k}**: {_escape(v)}" for k, v in results.facts.items()))
-    blocks += [f"> **Note.** {_escape(warning)}" for warning in results.warnings]
+    blocks.append("\n".join(f"- **{k}**: {escape(v)}" for k, v in results.facts.items()))
+    blocks += [f"> **Note.** {escape(warning)}" for warning in results.warnings]
     blocks += _findings(results)
     for table in results.tables:
         blocks += _table(table)
         for drawing in figures[table.table.name]:
-            caption = _escape(drawing.caption)
+            caption = escape(drawing.caption)
             blocks += [f"![{caption}](figures/{drawing.name}.svg)", f"*{caption}*"]
     blocks += _loss_cdfs(results)
     blocks += _pictures(results)
@@ -122,7 +121,7 @@ def _findings(results: Results) -> Iterator[str]:
     rows = [
         (
             table.table.name,
-            _escape(verdict.text),
+            escape(verdict.text),
             verdict.word,
             verdict.measured,
             signed(verdict.paper_difference),
@@ -133,14 +132,14 @@ def _findings(results: Results) -> Iterator[str]:
     if rows:
         numbers = ("difference in AP (95 % interval)", "in the paper")
         head = ("table", "the paper's claim", "here", *numbers)
-        yield _markdown_table(head, rows, numbers=(3, 4))
+        yield markdown_table(head, rows, numbers=(3, 4))
         yield RULE
 
 
 def _table(result: TableResult) -> Iterator[str]:
     table, metrics = result.table, result.metrics
-    yield f"## {_escape(result.heading)}"
-    yield _escape(f"{table.source[0].upper()}{table.source[1:]}. {table.note}".strip())
+    yield f"## {escape(result.heading)}"
+    yield escape(f"{table.source[0].upper()}{table.source[1:]}. {table.note}".strip())
     settings = list(dict.fromkeys(name for row in table.rows for name in row.settings))
     paper = [f"paper {metric}" for metric in metrics]
     if not any(row.paper for row in table.rows):
@@ -149,13 +148,13 @@ def _table(result: TableResult) -> Iterator[str]:
     for row in result.rows:
         printed = [number(row.row.paper.get(metric)) for metric in metrics]
         if not row.row.paper:
-            printed = [_escape(row.row.outcome), *[""] * len(paper)]
+            printed = [escape(row.row.outcome), *[""] * len(paper)]
         seeds = ", ".join(map(number, row.values("AP")))
-        names = [_escape(row.row.settings.get(name, "")) for name in settings]
-        cells = [*names, *printed[: len(paper)], *row.cells(metrics), seeds, _escape(row.status)]
+        names = [escape(row.row.settings.get(name, "")) for name in settings]
+        cells = [*names, *printed[: len(paper)], *row.cells(metrics), seeds, escape(row.status)]
         rows.append(cells)
     head = [*settings, *paper, *metrics, "AP of each seed", "runs"]
-    yield _markdown_table(head, rows, numbers=range(len(settings), len(head) - 1))
+    yield markdown_table(head, rows, numbers=range(len(settings), len(head) - 1))
 
 
 def _loss_cdfs(results: Results) -> Iterator[str]:
@@ -170,7 +169,7 @@ def _loss_cdfs(results: Results) -> Iterator[str]:
             name = f"{path.parent.parent.name}, {path.parent.name}"
             yield _picture(f"Cumulative loss of {name}", path.with_suffix(".svg"), results.folder)
         yield "\n".join(f"    {line}" for line in str(content.get("text", "")).splitlines())
-        yield _escape(str(content.get("conclusion", "")))
+        yield escape(str(content.get("conclusion", "")))
 
 
 def _pictures(results: Results) -> Iterator[str]:
@@ -184,12 +183,12 @@ def _pictures(results: Results) -> Iterator[str]:
         yield "## Sample detections"
         yield "The best row of each table: ground truth on the left, detections on the right."
     for path, caption in pictures.items():
-        yield f"{_escape(caption)}:"
+        yield f"{escape(caption)}:"
         yield _picture(caption, path, results.folder)
 
 
 def _picture(caption: str, path: Path, folder: Path) -> str:
-    return f"![{_escape(caption)}]({quote(path.relative_to(folder).as_posix())})"
+    return f"![{escape(caption)}]({quote(path.relative_to(folder).as_posix())})"
 
 
 def _runs(results: Results) -> Iterator[str]:
@@ -198,33 +197,19 @@ def _runs(results: Results) -> Iterator[str]:
     if results.sparse:
         text += f" Tables with only one row that was run are left out: {', '.join(results.sparse)}."
     yield text
-    yield _markdown_table(
+    yield markdown_table(
         ("folder", "rows", "seed", "status", "iterations", "starts", "wall time", "commit"),
         [
             (
-                f"runs/{_escape(run.folder.name)}",
-                _escape(", ".join(run.rows)),
+                f"runs/{escape(run.folder.name)}",
+                escape(", ".join(run.rows)),
                 str(run.seed),
-                _escape(f"{run.status}: {run.message}" if run.message else run.status),
+                escape(f"{run.status}: {run.message}" if run.message else run.status),
                 str(run.iterations),
                 str(run.num_starts),
                 duration(run.wall_seconds),
-                _escape(run.commit),
+                escape(run.commit),
             )
             for run in results.runs
         ],
     )
-
-
-def _markdown_table(
-    head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: Container[int] = ()
-) -> str:
-    """Return a table whose columns in ``numbers`` are right-aligned."""
-    rule = ["---:" if column in numbers else "---" for column in range(len(head))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (map(_escape, head), rule, *rows))
-
-
-def _escape(text: str) -> str:
-    """Return text in one line, with the markup of Markdown and HTML escaped."""
-    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text)

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean, stdev
 
-from scipy.stats import ttest_ind
-
+from retinanet_ext.evaluation.bootstrap import welch_interval
 from retinanet_ext.experiments.record import DIVERGED, FAILED, FINISHED, Record
 from retinanet_ext.experiments.tables import Claim, Row, Table
 
@@ -134,17 +133,6 @@ class Verdict:
             return signed(self.difference)
         low, high = map(signed, self.interval)
         return f"{signed(self.difference)} ({low} to {high})"
-
-
-def welch_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
-    """Return Welch's 95 % t interval of mean(a) - mean(b), or None if a or b has one value only."""
-    if min(len(a), len(b)) < 2:
-        return None
-    difference = fmean(a) - fmean(b)
-    if stdev(a) == stdev(b) == 0:
-        return difference, difference
-    interval = ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    return float(interval.low), float(interval.high)
 
 
 def highest(rows: Sequence[RowResult]) -> RowResult | None:
