@@ -258,6 +258,8 @@ def predict(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         opts=[*opts, *(["MODEL.WEIGHTS", args.weights] if args.weights else [])],
     )
     print(summary)
+    if summary.unreadable:
+        print(f"{parser.prog}: {summary.complaint}", file=sys.stderr)
     return int(bool(summary.unreadable))
 
 

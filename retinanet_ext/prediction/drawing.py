@@ -41,6 +41,8 @@ class Painter:
         )
         for text in visualizer.output.ax.texts:
             text.set(fontfamily=self.families, parse_math=False)
+            if text.get_position()[0] > 0.85 * image.shape[1]:  # it would leave the image
+                text.set(x=image.shape[1], horizontalalignment="right")
         return visualizer.output.get_image()
 
 
@@ -105,6 +107,8 @@ def save_crops(
                 left, top = np.floor(found["box"][:2]).astype(int)
                 right, bottom = np.ceil(found["box"][2:]).astype(int)
                 path = folder / folders[found["class"]] / f"{name}_{number}.jpg"
+                if left == right or top == bottom:  # thinner than the log's digits
+                    continue
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels[top:bottom, left:right]).save(path, quality=QUALITY)
     return folder

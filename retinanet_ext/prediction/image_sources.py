@@ -80,11 +80,11 @@ def find_files(sources: Sequence[str | Path], results: Path | None = None) -> li
     for source in sources:
         files = _expand(Path(source))
         if results:
-            files = [(path, name) for path, name in files if results not in path.parents]
+            inside = Path(results).absolute()
+            files = [(path, name) for path, name in files if inside not in path.absolute().parents]
         if not files:
-            raise InputError(
-                f"{source} has no image and no video ({' '.join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)})"
-            )
+            known = " ".join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
+            raise InputError(f"{source} has no image and no video; known are {known}")
         for path, name in files:
             found.setdefault(str(path), name.with_suffix("").as_posix())
     names = _make_unique(found.values())

@@ -101,6 +101,14 @@ class Summary:
         lines = [f"{self.images:,} images, {self.detections:,} detections"]
         return "\n".join([*lines, *(f"Wrote {path}" for path in self.written)])
 
+    @property
+    def complaint(self) -> str:
+        """One line that names the unreadable images."""
+        return (
+            f"{len(self.unreadable):,} of {self.images:,} images cannot be read: "
+            f"{join_some(self.unreadable, separator='; ')}"
+        )
+
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the sources, and the keys and values of the config that follow them."""
@@ -156,7 +164,7 @@ def predict(
     log = DetectionLog(folder, job)
     if not log.complete:
         iou_thresh = cfg.MODEL.RETINANET.NMS_THRESH_TEST
-        _detect(predictor, files, options, log, kept=kept, iou_thresh=iou_thresh)
+        detect_files(predictor, files, options, log, kept=kept, iou_thresh=iou_thresh)
 
     written = [WRITERS[format](log, files, names, folder)]
     if draw:
@@ -180,9 +188,9 @@ def _choose_classes(chosen: Sequence[str], names: Sequence[str]) -> set[int]:
     for name in chosen:
         if name not in names:
             close = get_close_matches(name, names, 1)
-            hint = f"; did you mean {printable(close[0])!r}?" if close else ""
+            hint = f" (did you mean {printable(close[0])!r}?)" if close else ""
             raise InputError(
-                f"--classes: the model has no class {printable(name)!r}{hint} It has "
+                f"--classes: the model has no class {printable(name)!r}{hint}; it has "
                 f"{join_some(map(printable, names))}"
             )
     return {names.index(name) for name in chosen or names}
@@ -238,7 +246,7 @@ class _Pending:
     found: dict[View, Instances] = field(default_factory=dict)
 
 
-def _detect(
+def detect_files(
     predictor: Predictor,
     files: Sequence[SourceFile],
     options: DetectionOptions,
@@ -247,7 +255,16 @@ def _detect(
     kept: set[int],
     iou_thresh: float,
 ) -> None:
-    """Append the records of the pictures that the log does not have yet."""
+    """Append the records of the images and frames that the log does not have yet.
+
+    Args:
+        predictor: the detector
+        files: the images and videos
+        options: how they are detected
+        log: a job's, which may have a part of the records
+        kept: indices of the classes to keep
+        iou_thresh: of the merge of views, see :func:`~retinanet_ext.prediction.views.merge_views`
+    """
     window = WINDOW * options.batch
     start = log.start(window)
     bar = tqdm(total=count_pictures(files), initial=start, unit=" images", disable=None)
