@@ -19,7 +19,12 @@ from retinanet_ext.data.images import ImageReader
 from retinanet_ext.evaluation.fonts import choose_fonts
 from retinanet_ext.evaluation.pictures import COLORS
 from retinanet_ext.prediction.detection_log import DetectionLog, Record
-from retinanet_ext.prediction.image_sources import SourceFile, frame_name, iterate_pictures
+from retinanet_ext.prediction.image_sources import (
+    SourceFile,
+    frame_count_and_rate,
+    frame_name,
+    iterate_pictures,
+)
 
 QUALITY = 92  # of JPEG
 
@@ -137,7 +142,7 @@ def _pixels(
 
 def _write_video(path: Path, file: SourceFile, records: Iterable[Record], paint: Painter) -> None:
     """Write a video of the frames with their detections, at the rate of the original."""
-    rate = cv2.VideoCapture(file.path).get(cv2.CAP_PROP_FPS) or 25.0
+    _, rate = frame_count_and_rate(file.path)
     writer = None
     for pixels, record in _pixels(file, records, ImageReader()):
         painted = paint(pixels, record)

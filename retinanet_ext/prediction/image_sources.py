@@ -45,16 +45,13 @@ class Picture:
         file: where it is from
         frame: number of the frame from 0, None for an image file
         pixels: the frame, uint8 (H, W, 3) in the order BGR; None for an image file
+        error: why there are no pixels
     """
 
     file: SourceFile
     frame: int | None = None
     pixels: np.ndarray | None = None
-
-    @property
-    def name(self) -> str:
-        """As ``SourceFile.name``, of this frame."""
-        return self.file.name if self.frame is None else frame_name(self.file.name, self.frame)
+    error: str = ""
 
 
 def frame_name(video: str, frame: int) -> str:
@@ -156,18 +153,32 @@ def read_frames(path: str) -> Iterator[np.ndarray]:
         capture.release()
 
 
-def count_pictures(files: Sequence[SourceFile]) -> int:
-    """Return the number of images and frames; that of frames is what the videos' headers say."""
-    videos = [cv2.VideoCapture(file.path) for file in files if file.is_video]
-    frames = sum(max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0) for video in videos)
-    return len(files) - len(videos) + frames
+def frame_count_and_rate(path: str) -> tuple[int, float]:
+    """Return the number of frames and the frames per second that a video's header has."""
+    video = cv2.VideoCapture(path)
+    return max(int(video.get(cv2.CAP_PROP_FRAME_COUNT)), 0), video.get(cv2.CAP_PROP_FPS) or 25.0
+
+
+def count_pictures(files: Iterable[SourceFile]) -> int:
+    """Return the number of images and frames; that of frames is what the videos' headers have."""
+    return sum(frame_count_and_rate(file.path)[0] if file.is_video else 1 for file in files)
 
 
 def iterate_pictures(files: Iterable[SourceFile]) -> Iterator[Picture]:
-    """Yield the images and the frames of files."""
+    """Yield the images and the frames of files.
+
+    A picture with an error follows a video that ends more than a second before its header says; the
+    frames that a header has may be an estimate.
+    """
     for file in files:
         if not file.is_video:
             yield Picture(file)
             continue
-        for number, pixels in enumerate(read_frames(file.path)):
+        number = 0
+        for pixels in read_frames(file.path):
             yield Picture(file, number, pixels)
+            number += 1
+        expected, rate = frame_count_and_rate(file.path)
+        if expected - number > rate:
+            error = f"the video ends after {number:,} frames, and its header has {expected:,}"
+            yield Picture(file, number, error=error)

@@ -286,6 +286,8 @@ def _prepare_views(
     for index, picture in pictures:
         pending = _Pending(picture, index)
         try:
+            if picture.error:
+                raise InputError(picture.error)
             pixels = predictor.read(picture.file.path if picture.pixels is None else picture.pixels)
             pending.size = pixels.shape[:2]
             pending.views = make_views(

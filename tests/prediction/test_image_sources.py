@@ -9,9 +9,9 @@ from retinanet_ext.errors import InputError
 from retinanet_ext.prediction.image_sources import count_pictures, find_files, iterate_pictures
 
 
-def write_video(path, num_frames=5, size=(64, 48)):
+def write_video(path, num_frames=5, size=(64, 48), codec="mp4v"):
     """Frames of one grey level each, 10 times their number."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"mp4v"), 10, size)
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 10, size)
     for number in range(num_frames):
         writer.write(np.full((*size[::-1], 3), 10 * number, np.uint8))
     writer.release()
@@ -54,9 +54,18 @@ def test_frames_of_a_video(folder):
     files = find_files(["b.png", "clip.mp4"])
     assert count_pictures(files) == 6
     image, *frames = iterate_pictures(files)
-    assert image.frame is None and image.name == "b"
-    assert [frame.name for frame in frames] == [f"clip/00000{number}" for number in range(5)]
+    assert image.frame is None
+    assert [(f.file.name, f.frame) for f in frames] == [("clip", number) for number in range(5)]
     assert [round(frame.pixels.mean() / 10) for frame in frames] == [0, 1, 2, 3, 4]
+
+
+def test_a_video_that_ends_early_is_told(folder):
+    write_video("clip.avi", num_frames=60, codec="MJPG")
+    whole = (folder / "clip.avi").read_bytes()
+    (folder / "clip.avi").write_bytes(whole[: len(whole) // 2])
+    *frames, end = iterate_pictures(find_files(["clip.avi"]))
+    assert 0 < len(frames) < 50 and all(frame.pixels is not None for frame in frames)
+    assert end.error == f"the video ends after {len(frames)} frames, and its header has 60"
 
 
 @pytest.mark.parametrize(

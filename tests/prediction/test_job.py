@@ -209,7 +209,7 @@ def test_keys_and_values_may_follow_the_sources():
         (["untrained", "IMAGE"], "holds no checkpoint yet"),
         (["RUN", "empty"], "empty has no image and no video"),
         (["RUN", "bad.avi"], "bad.avi cannot be decoded as a video"),
-        (["RUN", "IMAGE", "--classes", "RBC", "WBCs"], "no class 'WBCs' (did you mean 'WBC'?); it has RBC, WBC"),
+        (["RUN", "IMAGE", "--classes", "RBC", "WBCs"], "no class 'WBCs' (did you mean 'WBC'?)"),
         (["RUN", "IMAGE", "--thresholds", "others.json"], "are of other classes than the model's"),
         (["RUN", "IMAGE", "--thresholds", "none.json"], "none.json cannot be read"),
         (["RUN", "IMAGE", "--thresholds", "others.json", "--score", "1"], "are two cuts"),
