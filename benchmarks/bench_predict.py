@@ -21,9 +21,9 @@ from tabulate import tabulate
 
 from retinanet_ext.engine import Predictor
 from retinanet_ext.engine.run_folder import load_run
+from retinanet_ext.prediction.detection import DetectionOptions, detect_files
 from retinanet_ext.prediction.detection_log import DetectionLog
 from retinanet_ext.prediction.image_sources import SourceFile, find_files
-from retinanet_ext.prediction.job import DetectionOptions, detect_files
 
 BASELINE = "DefaultPredictor, one by one"
 SETTINGS = {

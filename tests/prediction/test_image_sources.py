@@ -13,7 +13,7 @@ def write_video(path, num_frames=5, size=(64, 48), codec="mp4v"):
     """Frames of one grey level each, 10 times their number."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 10, size)
     for number in range(num_frames):
-        writer.write(np.full((*size[::-1], 3), 10 * number, np.uint8))
+        writer.write(np.full((*size[::-1], 3), 10 * number % 256, np.uint8))
     writer.release()
 
 

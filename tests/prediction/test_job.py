@@ -20,7 +20,7 @@ from retinanet_ext.engine import Predictor
 from retinanet_ext.engine.run_folder import load_run
 from retinanet_ext.evaluation.thresholds import THRESHOLDS, Thresholds
 from retinanet_ext.files import sha256_of
-from retinanet_ext.prediction import job
+from retinanet_ext.prediction import detection, job
 from runs import CLASS_NAMES, make_run
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -246,7 +246,7 @@ def test_reading_ahead_is_bounded_and_passes_errors_on():
             yield number
         raise OSError("the end")
 
-    ahead = job.read_ahead(items(), 3)
+    ahead = detection.read_ahead(items(), 3)
     assert next(ahead) == 0
     time.sleep(0.2)
     assert len(taken) <= 6
