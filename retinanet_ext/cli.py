@@ -43,6 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, line = explain(error)
         print(f"{parser.prog}: error: {line}", file=sys.stderr)
         return code
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: cut off", file=sys.stderr)
+        return 130
 
 
 def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
