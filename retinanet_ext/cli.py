@@ -227,12 +227,11 @@ def predict(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
     from retinanet_ext.prediction import job
 
-    parser.epilog = "exit code 1: an image cannot be read; the others are done all the same"
+    parser.epilog = "KEY VALUE: of the config. Exit code 1: an image cannot be read"
     parser.usage = "%(prog)s [-h] RUN SOURCE [SOURCE ...] [options] [KEY VALUE ...]"
     add = parser.add_argument
     add("run", metavar="RUN", help="OUTPUT_DIR of a training")
-    what = "image, video, folder, glob, or .txt list of these; then config keys and values"
-    add("sources", nargs="+", metavar="SOURCE", help=what)
+    add("sources", nargs="+", metavar="SOURCE", help="image, video, folder, glob or .txt list")
     add("--out", type=Path, metavar="FOLDER", help="default: one of its own in RUN/predictions")
     add("--format", choices=job.WRITERS, default="json", help="default: json")
     add("--draw", action="store_true", help="write images and videos with boxes, too")
@@ -244,15 +243,15 @@ def predict(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         add("--classes", nargs="+", default=(), metavar="NAME", help="default: all"),
         add("--batch", type=int, default=8, metavar="N", help="images at a time; default: 8"),
         add("--tile", type=int, default=0, metavar="PIXELS", help="detect in tiles, too"),
-        add("--overlap", type=float, default=0.2, help="of tiles, as a fraction; default: 0.2"),
+        add("--overlap", type=float, default=0.2, help="of tiles, a fraction; default: 0.2"),
         add("--tta", action="store_true", help="detect in flipped and larger images, too"),
     ]
+    argv, opts = job.split_arguments(argv)
     args = parser.parse_intermixed_args(argv)
     setup_logger(name="retinanet_ext")
-    sources, opts = job.split_arguments(args.sources)
     summary = job.predict(
         args.run,
-        sources,
+        args.sources,
         job.DetectionOptions(**{o.dest: getattr(args, o.dest) for o in options}),
         out=args.out,
         format=args.format,

@@ -6,7 +6,7 @@ import queue
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any, TypeVar
 
@@ -95,15 +95,14 @@ def detect_files(
     """
     window = WINDOW * options.batch
     start = log.start(window)
-    bar = tqdm(total=count_pictures(files), initial=start, unit=" images", disable=None)
-    inputs = _prepare_views(
-        predictor, islice(enumerate(iterate_pictures(files)), start, None), options
-    )
-    with bar:
-        for _, views in groupby(read_ahead(inputs, options.batch), lambda v: v[0].index // window):
-            pictures = _detect_window(predictor, views, options.batch)
-            log.append(_to_record(pending, kept, iou_thresh) for pending in pictures)
-            bar.update(len(pictures))
+    pictures = islice(enumerate(iterate_pictures(files)), start, None)
+    views = read_ahead(_prepare_views(predictor, pictures, options), options.batch)
+    total = count_pictures(files)
+    with tqdm(total=total, initial=start, unit=" images", disable=None) as bar:
+        for _, group in groupby(views, key=lambda view: view[0].index // window):
+            done = _detect_window(predictor, group, options.batch)
+            log.append(_to_record(pending, kept, iou_thresh) for pending in done)
+            bar.update(len(done))
     log.finish()
 
 
@@ -112,7 +111,7 @@ def _prepare_views(
 ) -> Iterator[tuple[_Pending, View | None, dict[str, Any]]]:
     """Yield each view of each picture with the model's inputs; None of a picture without one."""
     for index, picture in pictures:
-        pending = _Pending(picture, index)
+        pending = _Pending(replace(picture, pixels=None), index)  # a window's frames are large
         try:
             if picture.error:
                 raise InputError(picture.error)

@@ -63,7 +63,10 @@ class Summary:
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the sources, and the keys and values of the config that follow them."""
+    """Return the arguments, and the keys and values of the config that follow them.
+
+    The first key is the first argument that begins with a section of the config, such as MODEL.
+    """
     sections = {key for key, value in get_cfg().items() if isinstance(value, CfgNode)}
     for index, argument in enumerate(arguments):
         section, dot, _ = argument.partition(".")

@@ -194,11 +194,11 @@ def test_a_video_is_detected_drawn_and_cut_out(run, tmp_path):
     assert {path.relative_to(out / "crops").parts[0] for path in crops} <= set(CLASS_NAMES)
 
 
-def test_keys_and_values_may_follow_the_sources():
-    sources, opts = job.split_arguments(["a.jpg", "MODEL.JPG.d/b.png", "TEST.PRECISION", "float32"])
-    assert (sources, opts) == (["a.jpg"], ["MODEL.JPG.d/b.png", "TEST.PRECISION", "float32"])
-    sources = ["IMAGE.JPG", "INPUT", "models/MODEL.png"]
-    assert job.split_arguments(sources) == (sources, [])
+def test_keys_and_values_may_follow():
+    arguments = ["IMAGE.JPG", "INPUT", "models/MODEL.png", "--classes", "RBC"]
+    opts = ["TEST.PRECISION", "float32"]
+    assert job.split_arguments([*arguments, *opts]) == (arguments, opts)
+    assert job.split_arguments(arguments) == (arguments, [])
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_keys_and_values_may_follow_the_sources():
         (["RUN", "IMAGE", "--overlap", "1"], "--overlap must be a number in [0, 1)"),
         (["RUN", "IMAGE", "--batch", "0"], "--batch must be a number in [1, inf)"),
         (["RUN", "IMAGE", "--weights", "none.pth"], "MODEL.WEIGHTS is none.pth, which is not"),
-        (["RUN", "IMAGE", "MODEL.DEVICES", "cpu"], "did you mean MODEL.DEVICE"),
+        (["RUN", "IMAGE", "--classes", "RBC", "MODEL.DEVICES", "cpu"], "did you mean MODEL.DEVICE"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_written(
