@@ -225,7 +225,7 @@ def predict(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Detect objects in images and videos with a trained run, and write them."""
     from detectron2.utils.logger import setup_logger
 
-    from retinanet_ext.prediction import job
+    from retinanet_ext.prediction import detection, job
 
     parser.epilog = "KEY VALUE: of the config. Exit code 1: an image cannot be read"
     parser.usage = "%(prog)s [-h] RUN SOURCE [SOURCE ...] [options] [KEY VALUE ...]"
@@ -249,6 +249,7 @@ def predict(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     argv, opts = job.split_arguments(argv)
     args = parser.parse_intermixed_args(argv)
     setup_logger(name="retinanet_ext")
+    detection.keep_freed_memory()
     summary = job.predict(
         args.run,
         args.sources,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import queue
 import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
 from typing import Any, TypeVar
@@ -191,3 +193,16 @@ def read_ahead(items: Iterable[T], count: int) -> Iterator[T]:
         if isinstance(item, BaseException):
             raise item
         yield item
+
+
+def keep_freed_memory() -> None:
+    """Make glibc keep the memory that a batch frees, for the next batch in this process.
+
+    glibc returns blocks above 32 MB to the system, which are many of a batch's activations. The
+    system then clears each page anew: at batch 8 on a CPU that was 70 of 180 ms per image.
+    """
+    mmap_max, trim_threshold = -4, -1  # names of malloc.h
+    with suppress(AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, -1)  # never
