@@ -21,7 +21,7 @@ from tabulate import tabulate
 
 from retinanet_ext.engine import Predictor
 from retinanet_ext.engine.run_folder import load_run
-from retinanet_ext.prediction.detection import DetectionOptions, detect_files
+from retinanet_ext.prediction.detection import DetectionOptions, detect_files, keep_freed_memory
 from retinanet_ext.prediction.detection_log import DetectionLog
 from retinanet_ext.prediction.image_sources import SourceFile, find_files
 
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--ways", nargs="+", choices=SETTINGS, default=[*SETTINGS])
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     files = find_files(args.images)
     one_by_one = DefaultPredictor(load_run(args.run, ["MODEL.DEVICE", args.device]))
 

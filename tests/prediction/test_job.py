@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -253,3 +254,16 @@ def test_reading_ahead_is_bounded_and_passes_errors_on():
     with pytest.raises(OSError, match="the end"):
         list(ahead)
     assert taken == [*range(100)]
+
+
+def test_freed_memory_is_kept_for_the_next_batch():
+    """The pages of 128 MB are new the first time alone."""
+    detection.keep_freed_memory()
+
+    def count_new_pages():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        np.ones(2**24)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    count_new_pages()
+    assert count_new_pages() < 1000
