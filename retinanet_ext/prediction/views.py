@@ -29,11 +29,13 @@ class View:
         box: the part, XYXY in pixels
         flipped: mirrored left to right
         scale: factor of the size that the model's resize gives it
+        smallest: boxes whose sides are no longer, in pixels, are left to other views
     """
 
     box: tuple[int, int, int, int]
     flipped: bool = False
     scale: float = 1.0
+    smallest: int = 0
 
     def crop(self, image: np.ndarray) -> np.ndarray:
         """Return the view's pixels of an image, (H, W, C)."""
@@ -87,14 +89,15 @@ def make_views(
         [(0, 0, 1000, 480), (0, 0, 640, 480), (360, 0, 1000, 480)]
     """
     height, width = size
-    boxes = [(0, 0, width, height)]
+    views = [View((0, 0, width, height))]
     if tile and max(size) > tile:
-        boxes += [
-            (left, top, min(left + tile, width), min(top + tile, height))
+        # What is no longer than the overlap is whole in a tile, which shows it larger.
+        views = [replace(views[0], smallest=int(tile * overlap))]
+        views += [
+            View((left, top, min(left + tile, width), min(top + tile, height)))
             for top in _starts(height, tile, overlap)
             for left in _starts(width, tile, overlap)
         ]
-    views = [View(box) for box in boxes]
     if not tta:
         return views
     return [
@@ -117,7 +120,8 @@ def merge_views(
 ) -> Instances:
     """Return the detections of an image from those of its views; those of one view unchanged.
 
-    Two rules per class, to which the best score comes first:
+    Boxes of the whole image that are no longer than the tiles' overlap are left out. Two rules per
+    class follow, to which the best score comes first:
 
     1. Of boxes that no tile cuts, non-maximum suppression keeps one.
     2. A box that an inner border of its tile cuts is kept if less than :data:`CUT_OVERLAP` of its
@@ -135,6 +139,10 @@ def merge_views(
     """
     if len(views) == 1:
         return found[0]
+    found = [
+        f[(f.pred_boxes.tensor[:, 2:] - f.pred_boxes.tensor[:, :2]).amax(1) > v.smallest]
+        for v, f in zip(views, found, strict=True)
+    ]
     boxes = [v.to_image(f.pred_boxes.tensor) for v, f in zip(views, found, strict=True)]
     cut = torch.cat([v.cuts(b, size) for v, b in zip(views, boxes, strict=True)])
     merged = Instances(size)
