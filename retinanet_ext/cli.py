@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, line = explain(error)
         print(f"{parser.prog}: error: {line}", file=sys.stderr)
         return code
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: cut off", file=sys.stderr)
+        return 130
 
 
 def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
@@ -262,6 +265,51 @@ def export_weights(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     return 0
 
 
+def predict(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Detect objects in images and videos with a trained run, and write them."""
+    from detectron2.utils.logger import setup_logger
+
+    from retinanet_ext.prediction import detection, job
+
+    parser.epilog = "KEY VALUE: of the config. Exit code 1: an image cannot be read"
+    parser.usage = "%(prog)s [-h] RUN SOURCE [SOURCE ...] [options] [KEY VALUE ...]"
+    add = parser.add_argument
+    add("run", metavar="RUN", help="OUTPUT_DIR of a training")
+    add("sources", nargs="+", metavar="SOURCE", help="image, video, folder, glob or .txt list")
+    add("--out", type=Path, metavar="FOLDER", help="default: one of its own in RUN/predictions")
+    add("--format", choices=job.WRITERS, default="json", help="default: json")
+    add("--draw", action="store_true", help="write images and videos with boxes, too")
+    add("--crops", action="store_true", help="write each detection as an image, too")
+    add("--weights", metavar="FILE", help="default: the best or last of the run")
+    options = [
+        add("--score", type=float, help="lowest score; default: the run's thresholds, or its own"),
+        add("--thresholds", metavar="FILE", help="lowest score per class"),
+        add("--classes", nargs="+", default=(), metavar="NAME", help="default: all"),
+        add("--batch", type=int, default=8, metavar="N", help="images at a time; default: 8"),
+        add("--tile", type=int, default=0, metavar="PIXELS", help="detect in tiles, too"),
+        add("--overlap", type=float, default=0.2, help="of tiles, a fraction; default: 0.2"),
+        add("--tta", action="store_true", help="detect in flipped and larger images, too"),
+    ]
+    argv, opts = job.split_arguments(argv)
+    args = parser.parse_intermixed_args(argv)
+    setup_logger(name="retinanet_ext")
+    detection.keep_freed_memory()
+    summary = job.predict(
+        args.run,
+        args.sources,
+        job.DetectionOptions(**{o.dest: getattr(args, o.dest) for o in options}),
+        out=args.out,
+        format=args.format,
+        draw=args.draw,
+        crops=args.crops,
+        opts=[*opts, *(["MODEL.WEIGHTS", args.weights] if args.weights else [])],
+    )
+    print(summary)
+    if summary.unreadable:
+        print(f"{parser.prog}: {summary.complaint}", file=sys.stderr)
+    return int(bool(summary.unreadable))
+
+
 def doctor(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Check the environment: packages, card, disk and load, a line each with the remedy."""
     from retinanet_ext.doctor import PROBLEM, describe, diagnose
@@ -277,6 +325,7 @@ def doctor(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]] = {
+    "predict": predict,
     "check-data": check_data,
     "compare": compare,
     "analyze-loss": analyze_loss,

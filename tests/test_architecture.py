@@ -12,7 +12,7 @@ ROOMS = (
     ("config",),
     ("evaluation",),
     ("engine",),
-    ("experiments",),
+    ("experiments", "prediction"),
     ("cli", "__main__"),
 )
 """From the bottom to the top. A room imports from its own row and from those before it."""

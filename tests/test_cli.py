@@ -51,3 +51,12 @@ def test_argument_errors_and_input_errors_look_the_same(tmp_path, capsys):
     assert tables.startswith("retinanet-ext experiments: error: there is no table '9'; there are ")
     assert export.startswith("retinanet-ext export-weights: error: ") and "none.pth" in export
     assert replay == "retinanet-ext replay: error: the following arguments are required: file"
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys):
+    def cut_off(parser, argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "predict", cut_off)
+    assert main(["predict"]) == 130
+    assert capsys.readouterr().err == "retinanet-ext predict: cut off\n"

@@ -102,6 +102,8 @@ def test_own_data_then_evaluation_then_export_and_analysis(folder, run_here):
     for name in ("model_final.pth", "metrics.json", "log.txt", "detections.png"):
         assert (folder / "output/mine" / name).is_file(), name
     assert "AP50" in run_here(command("python train_net.py --config-file output/mine"))
+    assert "5 images, " in run_here(command("retinanet-ext predict"))
+    assert len([*folder.glob("output/mine/predictions/*/drawn/*.jpg")]) == 5
 
     run_here(command("retinanet-ext export-weights"))
     weights = torch.load(folder / "output/mine/detectron2.pth")["model"]

@@ -95,7 +95,7 @@ class Predictor:
         if isinstance(thresholds, Thresholds):
             self.thresholds = torch.tensor(thresholds.by_class(self.class_names))
         self.model = model.eval()
-        self.resize = ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST)
+        self.sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         self.reader = ImageReader.from_config(cfg)
 
     def __call__(self, images: Iterable[AnyImage], batch_size: int = 8) -> Iterator[Instances]:
@@ -125,30 +125,46 @@ class Predictor:
         for position, image in enumerate(images):
             inputs = self._prepare(image, position)
             full = len(batch) == batch_size
-            if batch and (full or self._padded_size(inputs) != self._padded_size(batch[0])):
-                yield from self._detect(batch)
+            if batch and (full or self.padded_size(inputs) != self.padded_size(batch[0])):
+                yield from self.detect(batch)
                 batch = []
             batch.append(inputs)
         if batch:
-            yield from self._detect(batch)
+            yield from self.detect(batch)
 
     def _prepare(self, image: AnyImage, position: int) -> dict[str, Any]:
-        is_file = isinstance(image, str | PathLike)
-        name = f"image {os.fspath(image) if is_file else position}"
         try:
-            array = self._read(image, name) if is_file else self._convert(image)
-            height, width = array.shape[:2]
-            array = self.resize.get_transform(array).apply_image(array)
+            return self.to_inputs(self.read(image))
         except Exception as error:  # Pillow's decoders raise many types
-            raise InputError(f"{name} cannot be used: {explain_unreadable(error)}") from error
+            name = os.fspath(image) if isinstance(image, str | PathLike) else position
+            raise InputError(f"image {name} cannot be used: {explain_unreadable(error)}") from error
+
+    def read(self, image: AnyImage) -> np.ndarray:
+        """Return an image in the format of the model, (H, W, C).
+
+        Raises:
+            Exception: any error of Pillow's decoders; see
+                :func:`~retinanet_ext.data.images.explain_unreadable`
+        """
+        if not isinstance(image, str | PathLike):
+            return self._convert(image)
+        with self.reader.open(image) as opened:
+            if has_several_frames(opened):
+                logger.warning("image %s has several pages or frames; the first is used", image)
+            return self.reader.convert(opened)
+
+    def to_inputs(self, array: np.ndarray, scale: float = 1.0) -> dict[str, Any]:
+        """Return what the model takes for an image, resized as in tests.
+
+        Args:
+            array: (H, W, C) as :meth:`read` returns it
+            scale: factor of the sizes ``INPUT.{MIN,MAX}_SIZE_TEST``
+        """
+        height, width = array.shape[:2]
+        resize = ResizeShortestEdge(*(round(scale * side) for side in self.sizes))
+        array = resize.get_transform(array).apply_image(array)
         tensor = torch.as_tensor(array.astype("float32").transpose(2, 0, 1))
         return {"image": tensor, "height": height, "width": width}
-
-    def _read(self, path: str | PathLike[str], name: str) -> np.ndarray:
-        with self.reader.open(path) as image:
-            if has_several_frames(image):
-                logger.warning("%s has several pages or frames; the first is used", name)
-            return self.reader.convert(image)
 
     def _convert(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """Return an image in memory in the format of the model."""
@@ -174,11 +190,13 @@ class Predictor:
             "or float32" + ("" if channels in (1, 3) else own)
         )
 
-    def _padded_size(self, inputs: dict[str, Any]) -> tuple[int, ...]:
+    def padded_size(self, inputs: dict[str, Any]) -> tuple[int, ...]:
+        """Return the size that an image is padded to alone, in steps of the model."""
         multiple = max(self.model.backbone.size_divisibility, 1)
         return tuple(-(-side // multiple) for side in inputs["image"].shape[1:])
 
-    def _detect(self, batch: list[dict[str, Any]]) -> list[Instances]:
+    def detect(self, batch: list[dict[str, Any]]) -> list[Instances]:
+        """Return the detections of images of one :meth:`padded_size`, from :meth:`to_inputs`."""
         with torch.no_grad():
             found = [output["instances"] for output in self.model(batch)]
         if self.thresholds is None:

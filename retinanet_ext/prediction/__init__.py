@@ -1,0 +1,1 @@
+"""Detections of loose images and videos by a trained run, as files."""
