@@ -153,8 +153,7 @@ def error_kinds(matches: Matches) -> tuple[np.ndarray, np.ndarray]:
     kinds = np.select(conditions, list(map(names.index, order)), names.index("both"))
     kinds = np.where(matches.is_wrong, kinds, NO_ERROR)
     is_missed = (matches.dt_of_gt < 0) & ~matches.data.gt_is_crowd
-    for name in ("localisation", "classification"):
-        is_missed[_fixable(matches, kinds, name)[0]] = False
+    is_missed[_fixable(matches, kinds)[0]] = False
     return kinds, is_missed
 
 
@@ -163,9 +162,9 @@ def error_costs(
 ) -> tuple[float, dict[str, float]]:
     """Return AP at IoU 0.5, and by how much it rises if one kind of error is put right.
 
-    A localisation or classification error becomes a true positive if its object is not found yet,
-    the one of the highest score per object; other wrong detections are removed, and missed objects
-    do not count (arXiv 2008.08115, section 2.3).
+    Localisation and classification errors become true positives if their object is not found yet,
+    one per object: that of the highest score. Other wrong detections are removed, and missed
+    objects do not count (arXiv 2008.08115, section 2.3).
 
     Args:
         matches: of D detections and M objects
@@ -184,7 +183,9 @@ def error_costs(
             missed = matches.data.gt_classes[is_missed]
             fixed_objects = num_objects - np.bincount(missed, minlength=len(num_objects))
         elif name in ("localisation", "classification"):
-            objects, detections = _fixable(matches, kinds, name)
+            objects, detections = _fixable(matches, kinds)
+            of_kind = kinds[detections] == index
+            objects, detections = objects[of_kind], detections[of_kind]
             kept, fixed_classes, fixed_right = kept.copy(), classes.copy(), is_right.copy()
             kept[detections] = fixed_right[detections] = True
             fixed_classes[detections] = matches.data.gt_classes[objects]
@@ -193,10 +194,14 @@ def error_costs(
     return base, costs
 
 
-def _fixable(matches: Matches, kinds: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the objects that errors of a kind would find, and of each its best detection."""
-    detections = np.flatnonzero(kinds == list(ERROR_KINDS).index(name))
-    objects = (matches.own_gt if name == "localisation" else matches.other_gt)[detections]
+def _fixable(matches: Matches, kinds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the objects that a better box or class would find, and of each the best detection."""
+    names = list(ERROR_KINDS)
+    wrong_box, wrong_class = (
+        kinds == names.index(name) for name in ("localisation", "classification")
+    )
+    detections = np.flatnonzero(wrong_box | wrong_class)
+    objects = np.where(wrong_box, matches.own_gt, matches.other_gt)[detections]
     is_free = matches.dt_of_gt[objects] < 0
     detections, objects = detections[is_free], objects[is_free]
     by_score = np.argsort(-matches.data.scores[detections], kind="stable")

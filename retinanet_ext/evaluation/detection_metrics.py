@@ -36,9 +36,7 @@ class PrecisionRecall:
     recall: np.ndarray
     scores: np.ndarray
 
-    def ap(
-        self, *, iou: float | None = None, area: str = "all", label: int | None = None
-    ) -> float:
+    def ap(self, *, iou: float | None = None, area: str = "all", label: int | None = None) -> float:
         """Return average precision in [0, 1], NaN without objects.
 
         Args:
@@ -87,3 +85,24 @@ def average_precision(is_right: np.ndarray, num_objects: int) -> float:
     """
     ranks = np.arange(len(is_right), 0, -1.0)
     return float(hotcoco.metrics.average_precision(ranks, is_right, int(num_objects)))
+
+
+def calibration(
+    scores: np.ndarray, is_right: np.ndarray, num_bins: int = 10
+) -> tuple[list[dict[str, float]], float]:
+    """Return how often detections of a score are right.
+
+    Args:
+        scores: in [0, 1], (D,)
+        is_right: whether each detection is a true positive, (D,) of bool
+        num_bins: number of bins of equal width
+
+    Returns:
+        per bin ``bin_lower``, ``bin_upper``, ``avg_confidence``, ``avg_accuracy`` and ``count``;
+        and the expected calibration error, the mean over detections of the difference between the
+        two averages of their bin, NaN without detections (arXiv 1706.04599, section 3)
+    """
+    if not len(scores):
+        return [], float("nan")
+    bins = hotcoco.metrics.calibration_curve(scores, is_right, num_bins)
+    return bins, float(hotcoco.metrics.calibration_error(scores, is_right, num_bins)[0])
