@@ -82,27 +82,21 @@ class ErrorPictures:
             doubts: records of ``label_doubts``; the first few are drawn
             path: PNG file to write
         """
-        data = self._matches.data
         panels = []
         for doubt in doubts[:MAX_DRAWN_DOUBTS]:
             dt, gt = doubt["dt"], doubt["gt"]
-            image = data.dt_images[dt] if dt >= 0 else data.gt_images[gt]
             picture = self._read(doubt["image_id"])
-            x, y, width, height = data.dt_boxes[dt] if dt >= 0 else data.gt_boxes[gt]
-            half = max(CROP * width, CROP * height, MIN_CROP) / 2
-            centre = np.array([x + width / 2, y + height / 2])
-            size = np.array(picture.size)
-            start = np.clip(np.floor(centre - half), 0, size - 1).astype(int)
-            end = np.clip(np.ceil(centre + half), start + 1, size).astype(int)
+            data = self._matches.data
+            chosen = data.dt_boxes[dt] if dt >= 0 else data.gt_boxes[gt]
+            start, end = _crop(chosen, picture.size)
+            image = data.dt_images[dt] if dt >= 0 else data.gt_images[gt]
             gts = np.flatnonzero((data.gt_images == image) & ~data.gt_is_crowd).tolist()
-            boxes = [self._object(each, " labelled") for each in gts]
+            boxes = [self._object(i, " in doubt" if i == gt else " labelled") for i in gts]
             boxes += [self._detection(dt)] if dt >= 0 else []
-            offset = np.tile(start, 2)
             boxes = [
-                (label, box, text)
-                for label, box, text in ((k, np.subtract(b, offset), t) for k, b, t in boxes)
-                if (box[2:] > 0).all() and (box[:2] < end - start).all()
+                (label, np.subtract(box, (*start, *start)), text) for label, box, text in boxes
             ]
+            boxes = [b for b in boxes if (b[1][2:] > 0).all() and (b[1][:2] < end - start).all()]
             title = f"image {doubt['image_id']} at x {start[0]}, y {start[1]}"
             panels.append(self._draw(picture.crop((*start, *end)), title, boxes))
         save_grid(panels, path)
@@ -125,3 +119,10 @@ class ErrorPictures:
 
 def _xyxy(box: np.ndarray) -> list[float]:
     return [*box[:2], *(box[:2] + box[2:])]
+
+
+def _crop(box: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the corners of a square around a box (XYWH), moved and cut to lie in the image."""
+    side = np.minimum(np.ceil(max(CROP * max(box[2:]), MIN_CROP)), size)
+    start = np.clip(np.floor(box[:2] + box[2:] / 2 - side / 2), 0, np.subtract(size, side))
+    return start.astype(int), (start + side).astype(int)

@@ -152,14 +152,12 @@ def _average_precision(
 ) -> Iterator[str]:
     yield "## Average precision"
     yield (
-        "COCO's AP in percent: the mean over IoU .50 to .95, at IoU .50 and .75, and of small (below "
+        "COCO's AP in percent: the mean over IoU .50 to .95; at IoU .50 and .75; of small (below "
         f"32 x 32 pixels), medium and large objects (from 96 x 96).{weak}"
     )
     yield _ap_table(report, labels)
     recalls = ", ".join(f"{k} {v:.1f}" for k, v in report["metrics"].items() if k not in AP_NAMES)
-    yield (
-        f"Average recall with the best detection per image and class, with 10 and with all: {recalls}."
-    )
+    yield f"Average recall with 1, 10 and all counted detections per image and class: {recalls}."
     yield _figure("precision_recall", "Precision against recall at IoU .5.")
 
 
@@ -174,10 +172,10 @@ def _ap_table(report: Mapping[str, Any], labels: Iterable[int]) -> str:
 def _thresholds(report: Mapping[str, Any], labels: Sequence[int], weak: str) -> Iterator[str]:
     yield "## Operating thresholds"
     yield (
-        f"The score above which a detection counts, chosen per class for {report['criterion']} at "
-        "IoU .5. Precision, recall and F1 there are of all images, and so flatter the choice. The "
-        "last columns are F1 on the half of the images that the threshold was not chosen on: with "
-        f"the threshold of the other half, and with .5 for all classes.{weak}"
+        f"The score from which a detection counts, chosen per class for {report['criterion']} at "
+        "IoU .5 on all images. Precision, recall and F1 are of the same images, so they are "
+        "optimistic. The last columns are not: they are F1 on one half of the images, with a "
+        f"threshold chosen on the other half, and with .5 for every class.{weak}"
     )
     yield _threshold_table(report, labels)
     yield _figure(
@@ -192,7 +190,16 @@ def _threshold_table(report: Mapping[str, Any], labels: Iterable[int]) -> str:
         numbers = [chosen[key] for key in ("threshold", "precision", "recall", "f1")]
         numbers += [chosen["other_half"]["f1"], chosen["other_half_at_0.5"]["f1"]]
         rows.append([_name(each), *map(_fraction, numbers), chosen["note"]])
-    head = ["class", "threshold", "precision", "recall", "F1", "F1, other half", "F1 at .5", "note"]
+    head = [
+        "class",
+        "threshold",
+        "precision",
+        "recall",
+        "F1",
+        "F1, other half",
+        "at .5, same half",
+        "note",
+    ]
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     return _table(head, rows)
@@ -201,9 +208,9 @@ def _threshold_table(report: Mapping[str, Any], labels: Iterable[int]) -> str:
 def _confusion(report: Mapping[str, Any], shown: set[str]) -> Iterator[str]:
     yield "## Confusion of classes"
     yield (
-        "Rows are objects, columns what they are detected as at these thresholds and IoU .5. The last "
-        "column counts objects that nothing finds, the last row detections where there is no object, "
-        "duplicates among them. Detections on crowd regions do not count."
+        "Rows are objects, columns what they are detected as at these thresholds and IoU .5. The "
+        "last column counts objects that nothing finds. The last row counts detections where there "
+        "is no object, or one that is found already. Detections on crowd regions do not count."
     )
     if "confusion" in shown:
         yield _figure("confusion", "Numbers; the shade is the share of the row.")
@@ -297,13 +304,15 @@ def _label_doubts(report: Mapping[str, Any], shown: set[str]) -> Iterator[str]:
     yield "## Labels to look at"
     yield "Where a detector and the labels disagree most, the labels are often wrong."
     for name, doubts in report["label_doubts"].items():
-        yield f"**{LABEL_DOUBTS[name].capitalize()}**: {len(doubts) or 'none'}"
+        what = LABEL_DOUBTS[name]
+        more = f", the first {MAX_DOUBTS} here" if len(doubts) > MAX_DOUBTS else ""
+        yield f"**{what[0].upper()}{what[1:]}**: {len(doubts) or 'none'}{more}."
         if doubts:
             columns = DOUBT_COLUMNS[name]
             rows = [[_cell(each[key]) for key in columns] for each in doubts[:MAX_DOUBTS]]
             yield _table(list(columns.values()), rows)
         if f"doubts_{name}" in shown:
-            yield _figure(f"doubts_{name}", "The first of them.", "png")
+            yield _figure(f"doubts_{name}", "The surroundings of the first.", "png")
 
 
 def _cell(value: Any) -> str:

@@ -57,8 +57,8 @@ class Criterion:
         """
         if not curve.num_objects:
             return COMMON_THRESHOLD, "no objects"
-        if not len(curve.scores):
-            return COMMON_THRESHOLD, "no detections"
+        if not curve.true_positives.any():
+            return COMMON_THRESHOLD, "no detection finds an object"
         values = getattr(curve, self.what)
         reached = np.flatnonzero(values >= self.wanted)
         note = ""
