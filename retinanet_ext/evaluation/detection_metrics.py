@@ -56,7 +56,12 @@ class PrecisionRecall:
 def precision_recall(
     data: BoxData, max_detections: Sequence[int] = (1, 10, COCO_MAX_DETECTIONS)
 ) -> PrecisionRecall:
-    """Return precision and recall over COCO's IoU thresholds, sizes and numbers of detections."""
+    """Return precision and recall over COCO's IoU thresholds, sizes and numbers of detections.
+
+    Args:
+        data: ground truth and detections
+        max_detections: three maximum numbers per image and class, ascending; AP is of the last
+    """
     truth = hotcoco.COCO.from_arrays(
         [{"id": i, "file_name": "", "width": 0, "height": 0} for i in range(len(data.image_ids))],
         [{"id": label, "name": str(label)} for label in range(len(data.class_names))],
