@@ -115,7 +115,10 @@ def evaluate_files(
     source = Source(
         title=f"Evaluation of {printable(dt_file.name)}",
         facts={"ground truth": str(gt_file), "detections file": str(dt_file)},
-        images={i["id"]: str(images / i["file_name"]) for i in content["images"]} if images else {},
+        images={
+            image["id"]: str(images / str(image.get("file_name", "")))
+            for image in (content["images"] if images else ())
+        },
         reader=ImageReader(),
     )
     checksum = hashlib.sha256(f"{sha256_of(gt_file)} {sha256_of(dt_file)}".encode()).hexdigest()

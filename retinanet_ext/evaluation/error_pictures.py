@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from retinanet_ext.data.images import ImageReader
+from retinanet_ext.data.images import ImageReader, explain_unreadable
+from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation.detection_matches import Matches
 from retinanet_ext.evaluation.error_examples import is_counted
 from retinanet_ext.evaluation.fonts import choose_fonts
@@ -102,7 +103,11 @@ class ErrorPictures:
         save_grid(panels, path)
 
     def _read(self, image_id: int | str) -> Image.Image:
-        return Image.fromarray(self._reader(self._files[image_id]))
+        file = self._files[image_id]
+        try:
+            return Image.fromarray(self._reader(file))
+        except Exception as error:  # Pillow's decoders raise many types
+            raise InputError(f"image {file} cannot be used: {explain_unreadable(error)}") from error
 
     def _draw(self, picture: Image.Image, title: str, boxes: Sequence[Box]) -> Any:
         return draw_panel(picture, title, boxes, self._names, self._families)

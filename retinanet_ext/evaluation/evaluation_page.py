@@ -238,7 +238,7 @@ def _errors(report: Mapping[str, Any], labels: Sequence[int], weak: str) -> Iter
     yield (
         "What is wrong with the detections that find no object, of any score, and by how much AP50 "
         f"({report['AP50_of_errors']:.1f}) would rise without that kind alone "
-        "([TIDE](https://arxiv.org/abs/2008.08115)). Errors of low score cost little, however many "
+        "(TIDE, arXiv 2008.08115). Errors of low score cost little, however many "
         "they are."
     )
     yield _figure("errors", "Lost AP50, and in brackets the number of errors.")
