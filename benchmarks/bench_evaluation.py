@@ -51,8 +51,8 @@ def main() -> None:
             if evaluator is None:
                 evaluated[name] = evaluate_boxes(truth, results)
                 return
-            # Which are changed by ``loadRes``.
-            found = truth.loadRes(copy.copy(results))
+            # A copy, because ``loadRes`` adds fields to the records.
+            found = truth.loadRes(copy.deepcopy(results))
             evaluation = evaluated[name] = evaluator(truth, found, "bbox")
             evaluation.evaluate()
             evaluation.accumulate()
@@ -65,18 +65,19 @@ def main() -> None:
     calls: dict[str, Callable[[], object]] = {
         name: lambda name=name, way=way: run(name, way) for name, way in ways.items()
     }
-    timings = measure(calls | {"all figures": report}, args.repeat, warmup=1)
+    timings = measure(calls | {"all figures": report}, args.repeat, warmup=0)
     for name, tolerance in (("retinanet_ext", 0.0), ("detectron2", 1e-12)):
         for array in ARRAYS:
             ours, reference = (evaluated[n].eval[array] for n in (name, "pycocotools"))
             np.testing.assert_allclose(ours, reference, rtol=0, atol=tolerance)
     base = timings["pycocotools"].median
     rows: list[dict[str, Any]] = [
-        {"": name, "ms": timing, "of pycocotools": round(timing.median / base, 4)}
+        {"way": name, "time": timing, "of pycocotools": round(timing.median / base, 4)}
         for name, timing in timings.items()
     ]
     print(f"{len(content['annotations'])} objects, {len(results)} detections")
-    print(tabulate([{**row, "ms": str(row["ms"])} for row in rows], headers="keys"))
+    shown = [{**row, "time": str(row["time"])} for row in rows]
+    print(tabulate(shown, {"way": "", "time": "ms", "of pycocotools": "of pycocotools"}))
     if args.save:
         print(save("evaluation", rows, args))
 
