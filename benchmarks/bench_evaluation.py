@@ -11,7 +11,6 @@ bit, and Detectron2's to 1e-12. The last row is all figures of ``retinanet-ext e
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 from collections.abc import Callable
 from typing import Any
@@ -51,9 +50,8 @@ def main() -> None:
             if evaluator is None:
                 evaluated[name] = evaluate_boxes(truth, results)
                 return
-            # A copy, because ``loadRes`` adds fields to the records.
-            found = truth.loadRes(copy.deepcopy(results))
-            evaluation = evaluated[name] = evaluator(truth, found, "bbox")
+            evaluation = evaluator(truth, truth.loadRes(results), "bbox")
+            evaluated[name] = evaluation
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
