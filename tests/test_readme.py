@@ -87,7 +87,7 @@ def test_every_command_is_known_here():
     known = [*BY_CI, "source .venv/bin/activate", "python train_net.py", "retinanet-ext "]
     for text in COMMANDS:
         assert any(text.startswith(start) for start in known), text
-    assert len(COMMANDS) == 16
+    assert len(COMMANDS) == 17
     ci = (ROOT / ".ci/run").read_text()
     assert all(re.search(rf"^{text}\b", ci, re.M) for text in BY_CI)
 
@@ -101,6 +101,12 @@ def test_own_data_then_evaluation_then_export_and_analysis(folder, run_here):
     for name in ("model_final.pth", "metrics.json", "log.txt", "detections.png"):
         assert (folder / "output/mine" / name).is_file(), name
     assert "AP50" in run_here(command("python train_net.py --config-file output/mine"))
+
+    # After one iteration no score is high.
+    evaluate = command("retinanet-ext evaluate output/mine --save-thresholds")
+    assert "Wrote" in run_here(evaluate, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0")
+    assert len(list(folder.glob("output/mine/evaluation/evaluation_*.html"))) == 1
+    assert (folder / "output/mine/thresholds.json").is_file()
 
     run_here(command("retinanet-ext export-weights"))
     weights = torch.load(folder / "output/mine/detectron2.pth")["model"]
