@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from tabulate import tabulate
 
 from retinanet_ext.data.coco_json import printable, read_coco_json
 from retinanet_ext.data.images import ImageReader
@@ -136,16 +137,15 @@ def summarize(reports: Reports) -> str:
     """Return AP, the thresholds and the paths of the pages, as lines."""
     lines = []
     for path, report in reports.items():
-        metrics = report["metrics"]
+        metrics, measure = report["metrics"], report["measure"]
         lines.append("  ".join(f"{name} {metrics[name]:.1f}" for name in ("AP", "AP50", "AP75")))
-        lines.append(
-            f"thresholds for {report['criterion']}, and F1 there and at .5 on other images:"
-        )
+        rows = []
         for each in report["classes"]:
             chosen = each["threshold"]
-            other = [chosen[key]["f1"] for key in ("other_half", "other_half_at_0.5")]
-            note = f"  ({chosen['note']})" if chosen["note"] else ""
-            numbers = f"{chosen['threshold']:.3f}  {other[0]:.3f}  {other[1]:.3f}"
-            lines.append(f"  {printable(each['name'])}  {numbers}{note}")
+            other = [chosen[half][measure] for half in ("other_half", "other_half_at_0.5")]
+            rows.append([printable(each["name"]), chosen["threshold"], *other, chosen["note"]])
+        head = ["class", f"threshold for {report['criterion']}"]
+        head += [f"{measure} on other images", "at 0.5", ""]
+        lines.append(tabulate(rows, head, floatfmt=".3f", disable_numparse=[0, 4]))
         lines.append(f"Wrote {path} and .json")
     return "\n".join(lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,8 @@ from retinanet_ext.evaluation.detection_metrics import (
 from retinanet_ext.evaluation.error_examples import confusion_matrix, label_doubts, worst_images
 from retinanet_ext.evaluation.score_curves import FROC_RATES, ScoreCurve, score_curve, score_curves
 from retinanet_ext.evaluation.threshold_choice import Criterion, choose_thresholds
+
+Report = Mapping[str, Any]
 
 NUM_WORST = 6
 NUM_DOUBTS = 20
@@ -71,6 +73,7 @@ def evaluate_detections(
         "num_detections": len(data.scores),
         "max_detections": max_detections,
         "criterion": str(criterion),
+        "measure": criterion.what,
         "metrics": _metrics(arrays) | _recalls(arrays, max_detections),
         "classes": _classes(matches, arrays, chosen, kinds, is_missed),
         "confusion": confusion_matrix(matches, thresholds).tolist(),

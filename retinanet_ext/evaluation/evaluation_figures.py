@@ -11,8 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from retinanet_ext.analysis.plots import COLOURS, encode_figure
-from retinanet_ext.data.coco_json import printable
 from retinanet_ext.evaluation.detection_matches import Matches
+from retinanet_ext.evaluation.detector_report import Report
+from retinanet_ext.evaluation.fonts import choose_fonts
 from retinanet_ext.evaluation.score_curves import FROC_RATES, score_curve
 
 MAX_CLASSES = 6
@@ -35,8 +36,6 @@ STYLE = {
     "text.parse_math": False,
 }
 
-Report = Mapping[str, Any]
-
 
 def draw_evaluation(matches: Matches, report: Report) -> dict[str, bytes]:
     """Return the figures of a report by their names, as SVG.
@@ -47,8 +46,11 @@ def draw_evaluation(matches: Matches, report: Report) -> dict[str, bytes]:
         matches: of all detections
         report: from :func:`~retinanet_ext.evaluation.detector_report.evaluate_detections`
     """
+    names, families = choose_fonts([each["name"] for each in report["classes"]])
+    classes = zip(report["classes"], names, strict=True)
+    report = {**report, "classes": [{**each, "name": name} for each, name in classes]}
     drawn = {}
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context({**STYLE, "font.family": families}):
         drawn["precision_recall"] = _draw_precision_recall(report)
         drawn["scores"] = _draw_scores(matches, report)
         if len(report["classes"]) <= 2 * MAX_CLASSES:
@@ -69,8 +71,7 @@ def weakest(report: Report, number: int = MAX_CLASSES) -> list[int]:
 
 
 def short_name(name: str) -> str:
-    """Return a class name of at most ``MAX_NAME`` characters in one line."""
-    name = printable(name)
+    """Return a class name of at most ``MAX_NAME`` characters."""
     return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
 
 
@@ -86,7 +87,7 @@ def _draw_precision_recall(report: Report) -> Figure:
     curves = {k: c["precision_at_recall"] for k, c in enumerate(report["classes"])}
     curves = {label: curve for label, curve in curves.items() if curve}
     chosen = [label for label in weakest(report) if label in curves]
-    for label in curves.keys() - set(chosen):
+    for label in sorted(curves.keys() - set(chosen)):
         axes.plot(recalls, curves[label], color=PALE, linewidth=0.7)
     for colour, label in zip(COLOURS, chosen, strict=False):
         each = report["classes"][label]
@@ -111,8 +112,9 @@ def _draw_scores(matches: Matches, report: Report) -> Figure:
         curve = score_curve(matches, label)
         for colour, name in zip(COLOURS, ("precision", "recall", "f1"), strict=False):
             values = getattr(curve, name)
-            # A curve begins at the threshold above which nothing is left.
-            axes.step(curve.scores, values, color=colour, label=name.replace("f1", "F1"))
+            # From a score down to the next lower one the same detections count.
+            text = name.replace("f1", "F1")
+            axes.step(curve.scores, values, where="post", color=colour, label=text)
         threshold = report["classes"][label]["threshold"]["threshold"]
         axes.axvline(threshold, color=GREY, linestyle=":")
         name = short_name(report["classes"][label]["name"])

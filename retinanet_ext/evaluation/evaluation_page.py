@@ -17,7 +17,7 @@ from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation.box_data import BoxData
 from retinanet_ext.evaluation.detection_matches import ERROR_KINDS, Matches
 from retinanet_ext.evaluation.detection_metrics import COCO_MAX_DETECTIONS
-from retinanet_ext.evaluation.detector_report import AP_NAMES, evaluate_detections
+from retinanet_ext.evaluation.detector_report import AP_NAMES, Report, evaluate_detections
 from retinanet_ext.evaluation.error_examples import LABEL_DOUBTS
 from retinanet_ext.evaluation.error_pictures import ErrorPictures
 from retinanet_ext.evaluation.evaluation_figures import draw_evaluation, weakest
@@ -87,7 +87,7 @@ def write_evaluation(
         InputError: there are no objects, an image cannot be read, or a file cannot be written
     """
     matches, report = evaluate_detections(data, criterion, source.max_detections)
-    report = {**source.facts, **report}
+    report = {"source": dict(source.facts), **report}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         figures = draw_evaluation(matches, report)
@@ -105,9 +105,7 @@ def write_evaluation(
     return report
 
 
-def _draw_pictures(
-    matches: Matches, report: Mapping[str, Any], source: Source, folder: Path
-) -> set[str]:
+def _draw_pictures(matches: Matches, report: Report, source: Source, folder: Path) -> set[str]:
     """Write the pictures of errors, and return their names."""
     thresholds = [each["threshold"]["threshold"] for each in report["classes"]]
     pictures = ErrorPictures(matches, thresholds, source.images, source.reader)
@@ -119,7 +117,7 @@ def _draw_pictures(
     return {path.stem for path in folder.glob("*.png")}
 
 
-def _render(report: Mapping[str, Any], source: Source, shown: set[str]) -> str:
+def _render(report: Report, source: Source, shown: set[str]) -> str:
     """Return the page in Markdown."""
     facts = {
         **source.facts,
@@ -147,9 +145,7 @@ def _render(report: Mapping[str, Any], source: Source, shown: set[str]) -> str:
     return "\n\n".join([f"# {_escape(source.title)}", contents, *blocks]) + "\n"
 
 
-def _average_precision(
-    report: Mapping[str, Any], labels: Sequence[int], weak: str
-) -> Iterator[str]:
+def _average_precision(report: Report, labels: Sequence[int], weak: str) -> Iterator[str]:
     yield "## Average precision"
     yield (
         "COCO's AP in percent: the mean over IoU .50 to .95; at IoU .50 and .75; of small (below "
@@ -161,7 +157,7 @@ def _average_precision(
     yield _figure("precision_recall", "Precision against recall at IoU .5.")
 
 
-def _ap_table(report: Mapping[str, Any], labels: Iterable[int]) -> str:
+def _ap_table(report: Report, labels: Iterable[int]) -> str:
     rows = [["**mean**", *(_percent(report["metrics"][name]) for name in AP_NAMES), "", ""]]
     for each in (report["classes"][label] for label in labels):
         numbers = [_percent(each[name]) for name in AP_NAMES]
@@ -169,43 +165,38 @@ def _ap_table(report: Mapping[str, Any], labels: Iterable[int]) -> str:
     return _table(["class", *AP_NAMES, "objects", "detections"], rows)
 
 
-def _thresholds(report: Mapping[str, Any], labels: Sequence[int], weak: str) -> Iterator[str]:
+def _thresholds(report: Report, labels: Sequence[int], weak: str) -> Iterator[str]:
     yield "## Operating thresholds"
     yield (
         f"The score from which a detection counts, chosen per class for {report['criterion']} at "
         "IoU .5 on all images. Precision, recall and F1 are of the same images, so they are "
-        "optimistic. The last columns are not: they are F1 on one half of the images, with a "
+        f"optimistic. The last two are not: {_measure(report)} on one half of the images, with a "
         f"threshold chosen on the other half, and with .5 for every class.{weak}"
     )
     yield _threshold_table(report, labels)
-    yield _figure(
-        "scores", "Precision, recall and F1 against the threshold; the dotted line is it."
-    )
+    yield _figure("scores", "Precision, recall and F1 against the threshold; dotted: the chosen.")
 
 
-def _threshold_table(report: Mapping[str, Any], labels: Iterable[int]) -> str:
+def _threshold_table(report: Report, labels: Iterable[int]) -> str:
+    measure = report["measure"]
     rows = []
     for each in (report["classes"][label] for label in labels):
         chosen = each["threshold"]
         numbers = [chosen[key] for key in ("threshold", "precision", "recall", "f1")]
-        numbers += [chosen["other_half"]["f1"], chosen["other_half_at_0.5"]["f1"]]
+        numbers += [chosen[half][measure] for half in ("other_half", "other_half_at_0.5")]
         rows.append([_name(each), *map(_fraction, numbers), chosen["note"]])
-    head = [
-        "class",
-        "threshold",
-        "precision",
-        "recall",
-        "F1",
-        "F1, other half",
-        "at .5, same half",
-        "note",
-    ]
+    head = ["class", "threshold", "precision", "recall", "F1"]
+    head += [f"{_measure(report)}, other half", "at .5, same half", "note"]
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
     return _table(head, rows)
 
 
-def _confusion(report: Mapping[str, Any], shown: set[str]) -> Iterator[str]:
+def _measure(report: Report) -> str:
+    return report["measure"].replace("f1", "F1")
+
+
+def _confusion(report: Report, shown: set[str]) -> Iterator[str]:
     yield "## Confusion of classes"
     yield (
         "Rows are objects, columns what they are detected as at these thresholds and IoU .5. The "
@@ -233,7 +224,7 @@ def _confusion(report: Mapping[str, Any], shown: set[str]) -> Iterator[str]:
         yield "No class is taken for another."
 
 
-def _errors(report: Mapping[str, Any], labels: Sequence[int], weak: str) -> Iterator[str]:
+def _errors(report: Report, labels: Sequence[int], weak: str) -> Iterator[str]:
     yield "## Kinds of error"
     yield (
         "What is wrong with the detections that find no object, of any score, and by how much AP50 "
@@ -252,7 +243,7 @@ def _errors(report: Mapping[str, Any], labels: Sequence[int], weak: str) -> Iter
         yield _table(["class", *ERROR_KINDS], rows)
 
 
-def _calibration(report: Mapping[str, Any], labels: Sequence[int], weak: str) -> Iterator[str]:
+def _calibration(report: Report, labels: Sequence[int], weak: str) -> Iterator[str]:
     yield "## Calibration and false positives"
     yield (
         "A calibrated score says how often a detection is right. The expected calibration error is "
@@ -279,7 +270,7 @@ def _calibration(report: Mapping[str, Any], labels: Sequence[int], weak: str) ->
     yield _figure("froc", "Recall against false positives per image.")
 
 
-def _worst_images(report: Mapping[str, Any], shown: set[str]) -> Iterator[str]:
+def _worst_images(report: Report, shown: set[str]) -> Iterator[str]:
     yield "## Worst images"
     if not report["worst_images"]:
         yield "No image has an error at these thresholds."
@@ -300,7 +291,7 @@ def _worst_images(report: Mapping[str, Any], shown: set[str]) -> Iterator[str]:
             yield _figure(f"worst_{number}", what, "png")
 
 
-def _label_doubts(report: Mapping[str, Any], shown: set[str]) -> Iterator[str]:
+def _label_doubts(report: Report, shown: set[str]) -> Iterator[str]:
     yield "## Labels to look at"
     yield "Where a detector and the labels disagree most, the labels are often wrong."
     for name, doubts in report["label_doubts"].items():
