@@ -91,8 +91,12 @@ class BoxData:
         gt_classes, dt_classes = (
             _indices(*each, "category_id", labels, gt_file) for each in (gt, dt)
         )
-        areas = gt_boxes[:, 2] * gt_boxes[:, 3]
-        areas = [a.get("area", area) for a, area in zip(annotations, areas, strict=True)]
+        given = (a.get("area") for a in annotations)
+        box_areas = gt_boxes[:, 2] * gt_boxes[:, 3]
+        areas = [
+            area if isinstance(area, int | float) else box_area
+            for area, box_area in zip(given, box_areas, strict=True)
+        ]
         by_image = np.argsort(gt_images, kind="stable")
         by_score = np.lexsort((-scores, dt_images))
         return cls(
@@ -183,7 +187,7 @@ def _indices(
     if unknown:
         some = join_some(dict.fromkeys(map(printable, unknown)), 5)
         raise InputError(
-            f"{file}: {len(unknown)} of {len(records)} {what}s have a {key} that {known_in} does "
-            f"not list: {some}"
+            f"{file}: the {key} of {len(unknown)} of {len(records)} {what}s is not listed in "
+            f"{known_in}: {some}"
         )
     return np.array([known[each] for each in ids], np.int64)

@@ -105,7 +105,7 @@ def calibration(
     Returns:
         per bin ``bin_lower``, ``bin_upper``, ``avg_confidence``, ``avg_accuracy`` and ``count``;
         and the expected calibration error, the mean over detections of the difference between the
-        two averages of their bin, NaN without detections (arXiv 1706.04599, section 3)
+        two averages of their bin, NaN without detections (arXiv 1706.04599, section 2)
     """
     if not len(scores):
         return [], float("nan")

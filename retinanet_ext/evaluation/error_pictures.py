@@ -67,8 +67,8 @@ class ErrorPictures:
             self._detection(dt, "" if matches.is_right[dt] else " wrong") for dt in of_image[::-1]
         ]
         titles = (
-            f"image {image['image_id']}: {len(objects)} objects, {image['missed']} missed",
-            f"{len(detections)} detections, {image['false_positives']} wrong",
+            f"image {image['image_id']}, objects: {len(objects)}, missed: {image['missed']}",
+            f"detections: {len(detections)}, wrong: {image['false_positives']}",
         )
         panels = [
             self._draw(picture, title, boxes)

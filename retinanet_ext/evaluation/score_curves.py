@@ -1,4 +1,4 @@
-"""Precision, recall, false positives and calibration as functions of the score."""
+"""Precision, recall, F1 and false positives as functions of the threshold."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from retinanet_ext.evaluation.detection_matches import Matches
 
 FROC_RATES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
-"""False positives per image, as in LUNA16 (arXiv 1612.08012, section 3)."""
+"""False positives per image, as in LUNA16 (arXiv 1612.08012)."""
 
 
 @dataclass(frozen=True)
@@ -87,17 +87,15 @@ def score_curve(
     data = matches.data
     counted, objects = ~matches.is_ignored, ~data.gt_is_crowd
     if label is not None:
-        counted, objects = (
-            counted & (data.dt_classes == label),
-            objects & (data.gt_classes == label),
-        )
+        counted = counted & (data.dt_classes == label)
+        objects = objects & (data.gt_classes == label)
     if images is not None:
         counted, objects = counted & images[data.dt_images], objects & images[data.gt_images]
     order = np.argsort(-data.scores[counted], kind="stable")
     scores = data.scores[counted][order]
     is_right = matches.is_right[counted][order]
-    last = np.flatnonzero(np.append(scores[1:] != scores[:-1], True)) if len(scores) else []
-    last = np.array(last, np.int64)
+    # Index of the last detection of each score.
+    last = np.flatnonzero(np.diff(scores, append=-np.inf))
     true_positives = np.cumsum(is_right)[last]
     num_images = len(data.image_ids) if images is None else int(images.sum())
     return ScoreCurve(

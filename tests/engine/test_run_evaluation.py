@@ -162,12 +162,12 @@ BAD = {
     "image ids of other images": (
         lambda gt, dt: corrupt((gt, dt), 1, lambda c: [r.update(image_id=7000 + i)
                                                        for i, r in enumerate(c[:6])]),
-        r"dt.json: 6 of \d+ detections have a image_id that .*gt.json does not list: "
+        r"dt.json: the image_id of 6 of \d+ detections is not listed in .*gt.json: "
         r"7000, 7001, 7002, 7003, 7004, and 1 more",
     ),
     "other classes": (
         lambda gt, dt: corrupt((gt, dt), 1, lambda c: c[0].update(category_id=99)),
-        r"1 of \d+ detections have a category_id that .*gt.json does not list: 99",
+        r"the category_id of 1 of \d+ detections is not listed in .*gt.json: 99",
     ),
     "a box of three numbers": (
         lambda gt, dt: corrupt((gt, dt), 1, lambda c: c[4].update(bbox=[1, 2, 3])),
