@@ -128,10 +128,17 @@ def _classes(
                 "errors": dict(zip(ERROR_KINDS, errors.tolist(), strict=True)),
                 "calibration": {"error": error, "bins": bins},
                 "froc": _froc(curve),
+                # At recall 0, .01, ... 1, and at thresholds 0, .01, ... 1.
                 "precision_at_recall": [] if precision[0] < 0 else precision.tolist(),
+                "at_threshold": _at_thresholds(curve),
             }
         )
     return classes
+
+
+def _at_thresholds(curve: ScoreCurve) -> dict[str, list[float]]:
+    numbers = [curve.at(threshold) for threshold in np.linspace(0, 1, 101)]
+    return {name: [each[name] for each in numbers] for name in ("precision", "recall", "f1")}
 
 
 def _froc(curve: ScoreCurve) -> dict[str, float]:

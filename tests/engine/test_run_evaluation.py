@@ -102,6 +102,14 @@ def test_figures_of_two_files(evaluated, files, tmp_path):
     assert [each["image_id"] for each in worst] == [first] and worst[0]["missed"] == of_first
     assert sum(each["count"] for each in report["errors"].values()) >= of_first
     assert report["num_objects"] == len(content["annotations"])
+    # The score of the first image's detections is above .5, where they count as wrong.
+    (rbc,) = (each for each in report["classes"] if each["name"] == "RBC")
+    assert rbc["at_threshold"]["recall"][50] == pytest.approx(
+        sum(a["image_id"] != first for a in content["annotations"] if a["category_id"] == 1)
+        / rbc["objects"]
+    )
+    assert rbc["at_threshold"]["recall"][100] == 0
+    assert len(rbc["precision_at_recall"]) == 101 and max(rbc["precision_at_recall"]) > 0.3
     text = page.read_text()
     for title in ("Average precision", "Operating thresholds", "Confusion", "Kinds of error",
                   "Calibration", "Worst images", "Labels to look at"):  # fmt: skip
