@@ -1,8 +1,12 @@
 """hotcoco's numbers are those of pycocotools, which stays the number of record."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+import retinanet_ext
 from evaluation.box_sets import draw_boxes, pycocotools_evaluation
 from retinanet_ext.evaluation.box_data import BoxData
 from retinanet_ext.evaluation.detection_metrics import (
@@ -75,3 +79,13 @@ def test_calibration_by_hand():
     parts = [abs((scores - is_right)[index == i].sum()) for i in range(10)]
     assert calibration(scores, is_right)[1] == pytest.approx(sum(parts) / 400)
     assert np.isnan(calibration(scores[:0], is_right[:0])[1])
+
+
+def test_one_module_imports_hotcoco():
+    package = Path(retinanet_ext.__file__).parent
+    found = [
+        path.name
+        for path in package.rglob("*.py")
+        if re.search(r"^\s*(import|from) hotcoco", path.read_text(), re.M)
+    ]
+    assert found == ["detection_metrics.py"]
