@@ -22,6 +22,7 @@ setup(
         "torchvision",
         "fvcore",
         "pycocotools",
+        "hotcoco>=1.3",
         # The same cv2 as opencv-python, whose wheel needs libGL, libxcb and libglib from the
         # system: on a bare server or container `import cv2` fails with it.
         "opencv-python-headless",

@@ -234,6 +234,45 @@ def _run_rows(args: argparse.Namespace) -> int:
     return int(len(records) < len(runs) or any(run.status == FAILED for run in records))
 
 
+def evaluate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Show what a run, or any detector, finds and misses: curves, thresholds, errors, pictures."""
+    from detectron2.utils.logger import setup_logger
+
+    from retinanet_ext.engine import run_evaluation
+
+    parser.add_argument("run", nargs="?", help="OUTPUT_DIR of a training")
+    parser.add_argument("--gt", type=Path, metavar="FILE", help="instead: COCO's instances json")
+    parser.add_argument("--dt", type=Path, metavar="FILE", help="with it: COCO's results json")
+    parser.add_argument("--images", type=Path, metavar="FOLDER", help="of --gt, for pictures")
+    parser.add_argument(
+        "--save-thresholds",
+        nargs="?",
+        const="f1",
+        metavar="f1 | precision=P | recall=R",
+        help="write thresholds.json into the run, which its Predictor uses; default: f1",
+    )
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/evaluation")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config values")
+    args = parser.parse_intermixed_args(argv)
+    criterion = args.save_thresholds or "f1"
+    setup_logger(name="retinanet_ext")
+    if args.run and not (args.gt or args.dt or args.images):
+        reports = run_evaluation.evaluate_run(
+            args.run,
+            args.opts,
+            criterion=criterion,
+            save_thresholds=bool(args.save_thresholds),
+            out=args.out,
+        )
+    elif args.gt and args.dt and not (args.run or args.save_thresholds):
+        out = args.out or Path("output/evaluation")
+        reports = run_evaluation.evaluate_files(args.gt, args.dt, images=args.images, out=out)
+    else:
+        parser.error("give the folder of a run, or --gt and --dt without --save-thresholds")
+    print(run_evaluation.summarize(reports))
+    return 0
+
+
 def replay(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Repeat a training step that was not finite, from the file that training saved of it."""
     from detectron2.utils.logger import setup_logger
@@ -328,6 +367,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]] = {
     "predict": predict,
     "check-data": check_data,
     "compare": compare,
+    "evaluate": evaluate,
     "analyze-loss": analyze_loss,
     "plot-losses": plot_losses,
     "experiments": experiments,

@@ -105,6 +105,12 @@ def test_own_data_then_evaluation_then_export_and_analysis(folder, run_here):
     assert "5 images, " in run_here(command("retinanet-ext predict"))
     assert len([*folder.glob("output/mine/predictions/*/drawn/*.jpg")]) == 5
 
+    # After one iteration no score is high.
+    evaluate = command("retinanet-ext evaluate output/mine --save-thresholds")
+    assert "Wrote" in run_here(evaluate, "MODEL.RETINANET.SCORE_THRESH_TEST", "0.0")
+    assert len(list(folder.glob("output/mine/evaluation/evaluation_*.html"))) == 1
+    assert (folder / "output/mine/thresholds.json").is_file()
+
     run_here(command("retinanet-ext export-weights"))
     weights = torch.load(folder / "output/mine/detectron2.pth")["model"]
     assert "head.cls_score.weight" in weights

@@ -1,6 +1,7 @@
 """Evaluation: what Detectron2's ``COCOEvaluator`` lacks."""
 
-from retinanet_ext.evaluation.coco import COCO_MAX_DETECTIONS, BoxEvaluator
+from retinanet_ext.evaluation.coco import BoxEvaluator
+from retinanet_ext.evaluation.detection_metrics import COCO_MAX_DETECTIONS
 from retinanet_ext.evaluation.pictures import draw_detection_grid
 from retinanet_ext.evaluation.timing import InferenceTime
 from retinanet_ext.evaluation.validation_loss import ValidationLoss

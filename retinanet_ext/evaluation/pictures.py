@@ -87,8 +87,8 @@ def draw_detection_grid(
             (objects, f"image {image['image_id']}: ground truth ({len(objects)})"),
             (found, f"detections with score >= {score_thresh:.2f} ({len(found)})"),
         ):
-            panels.append(_draw_panel(picture, title, boxes, names, families))
-    _save_grid(panels, Path(path))
+            panels.append(draw_panel(picture, title, boxes, names, families))
+    save_grid(panels, Path(path))
 
 
 def draw_ground_truth(
@@ -116,14 +116,14 @@ def draw_ground_truth(
         objects: list[Box] = [(a["category_id"], _xyxy(a), "") for a in _objects(image)]
         title = f"image {image['image_id']}: {Path(image['file_name']).name} ({len(objects)})"
         picture = Image.fromarray(reader(image["file_name"]))
-        panel = _draw_panel(picture, printable(title), objects, names, families)
+        panel = draw_panel(picture, printable(title), objects, names, families)
         files.append(folder / f"{number}.png")
         save_image(panel, files[-1])
     return files
 
 
-def _save_grid(panels: Sequence[Tensor], path: Path) -> None:
-    """Write panels to a file, one pair or two per row, padded with white to the same height."""
+def save_grid(panels: Sequence[Tensor], path: Path) -> None:
+    """Write panels to a file, two or four per row, padded with white to the same height."""
     height = max(panel.shape[1] for panel in panels)
     panels = [pad(panel, (0, 0, 0, height - panel.shape[1]), value=1.0) for panel in panels]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,14 +150,22 @@ def _xyxy(annotation: Mapping[str, Any]) -> Sequence[float]:
     return BoxMode.convert(list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS)
 
 
-def _draw_panel(
+def draw_panel(
     picture: Image.Image,
     title: str,
     boxes: Sequence[Box],
     names: Sequence[str],
     families: Sequence[str],
 ) -> Tensor:
-    """Return the picture with its title and boxes, (3, TITLE_HEIGHT + H, IMAGE_WIDTH) in [0, 1]."""
+    """Return a picture with its title and boxes, (3, TITLE_HEIGHT + H, IMAGE_WIDTH) in [0, 1].
+
+    Args:
+        picture: RGB
+        title: text above the picture
+        boxes: class, XYXY in pixels of the picture, and text after the class name, of each
+        names: class names, from :func:`~retinanet_ext.evaluation.fonts.choose_fonts`
+        families: their fonts, from the same
+    """
     scale = min(IMAGE_WIDTH / picture.width, MAX_IMAGE_HEIGHT / picture.height)
     width, height = (max(1, round(side * scale)) for side in picture.size)
     canvas = Image.new("RGB", (IMAGE_WIDTH, TITLE_HEIGHT + height), "white")

@@ -1,0 +1,151 @@
+"""Evaluate a run's detections of its test data, or any detector's, and choose its thresholds."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from tabulate import tabulate
+
+from retinanet_ext.data.coco_json import printable, read_coco_json
+from retinanet_ext.data.images import ImageReader
+from retinanet_ext.engine.run_folder import (
+    EVALUATION,
+    detect_test_data,
+    load_run,
+    register_test_data,
+)
+from retinanet_ext.errors import InputError
+from retinanet_ext.evaluation.box_data import BoxData, read_detections
+from retinanet_ext.evaluation.detection_metrics import COCO_MAX_DETECTIONS
+from retinanet_ext.evaluation.evaluation_page import Source, write_evaluation
+from retinanet_ext.evaluation.threshold_choice import Criterion
+from retinanet_ext.evaluation.thresholds import THRESHOLDS, Thresholds
+from retinanet_ext.files import sha256_of
+
+Reports = dict[Path, dict[str, Any]]
+
+
+def evaluate_run(
+    folder: str | Path,
+    opts: Sequence[str] = (),
+    *,
+    criterion: str = "f1",
+    save_thresholds: bool = False,
+    out: Path | None = None,
+) -> Reports:
+    """Write a page and a JSON per test set of a run.
+
+    Args:
+        folder: OUTPUT_DIR of a training
+        opts: alternating keys and values that replace the run's
+        criterion: ``f1``, ``precision=P`` or ``recall=R``
+        save_thresholds: write ``thresholds.json`` into the run; it has one test set then
+        out: folder of the files, by default ``evaluation`` in the run's
+
+    Returns:
+        path of each page -> content of its JSON
+
+    Raises:
+        InputError: there is no such run, its test data cannot be used, or nothing is detected
+    """
+    wanted = Criterion.parse(criterion)
+    cfg = load_run(folder, opts)
+    register_test_data(cfg)
+    names = cfg.DATASETS.TEST
+    if save_thresholds and len(names) > 1:
+        raise InputError(
+            f"thresholds are chosen on one data set, and DATASETS.TEST has {len(names)}; choose "
+            f"one by DATASETS.TEST \"('{names[0]}',)\""
+        )
+    reports = {}
+    for name in names:
+        dt_file = detect_test_data(cfg, name)
+        gt_file = MetadataCatalog.get(name).json_file
+        content = read_coco_json(gt_file)
+        data = BoxData.from_coco(
+            content, read_detections(dt_file), gt_file=gt_file, dt_file=dt_file
+        )
+        source = Source(
+            title=f"Evaluation of {printable(Path(folder).resolve().name)} on {printable(name)}",
+            facts={"run": str(folder), "weights": Path(cfg.MODEL.WEIGHTS).name, "data": name},
+            images={each["image_id"]: each["file_name"] for each in DatasetCatalog.get(name)},
+            reader=ImageReader.from_config(cfg),
+            max_detections=max(COCO_MAX_DETECTIONS, cfg.TEST.DETECTIONS_PER_IMAGE),
+        )
+        checksum = dt_file.stem.removeprefix("detections_")
+        stem = _stem(out or Path(folder, EVALUATION), checksum, wanted)
+        reports[Path(f"{stem}.html")] = report = write_evaluation(data, source, wanted, stem)
+        if save_thresholds:
+            scores = {each["name"]: each["threshold"]["threshold"] for each in report["classes"]}
+            weights = sha256_of(cfg.MODEL.WEIGHTS)
+            Thresholds(scores, str(wanted), weights).write(Path(folder, THRESHOLDS))
+    return reports
+
+
+def evaluate_files(
+    gt_file: Path,
+    dt_file: Path,
+    *,
+    images: Path | None = None,
+    criterion: str = "f1",
+    out: Path = Path("output/evaluation"),
+) -> Reports:
+    """Write a page and a JSON of any detector's detections.
+
+    Args:
+        gt_file: ground truth in COCO's instances format
+        dt_file: detections in COCO's results format
+        images: folder of the images; by default there are no pictures
+        criterion: as for :func:`evaluate_run`
+        out: folder of the files
+
+    Returns:
+        path of the page -> content of its JSON
+
+    Raises:
+        InputError: a file cannot be read or does not fit the other
+    """
+    wanted = Criterion.parse(criterion)
+    content = read_coco_json(str(gt_file))
+    detections = read_detections(dt_file)
+    data = BoxData.from_coco(content, detections, gt_file=gt_file, dt_file=dt_file)
+    source = Source(
+        title=f"Evaluation of {printable(dt_file.name)}",
+        facts={"ground truth": str(gt_file), "detections file": str(dt_file)},
+        images={
+            image["id"]: str(images / str(image.get("file_name", "")))
+            for image in (content["images"] if images else ())
+        },
+        reader=ImageReader(),
+    )
+    checksum = hashlib.sha256(f"{sha256_of(gt_file)} {sha256_of(dt_file)}".encode()).hexdigest()
+    stem = _stem(out, f"{dt_file.stem}_{checksum[:12]}", wanted)
+    return {Path(f"{stem}.html"): write_evaluation(data, source, wanted, stem)}
+
+
+def _stem(folder: Path, what: str, criterion: Criterion) -> Path:
+    """Return the path of the files without suffix: the same for the same inputs alone."""
+    suffix = "" if criterion.what == "f1" else f"_{criterion.what}{criterion.wanted:g}"
+    return folder / f"evaluation_{what}{suffix}"
+
+
+def summarize(reports: Reports) -> str:
+    """Return AP, the thresholds and the paths of the pages, as lines."""
+    lines = []
+    for path, report in reports.items():
+        metrics, measure = report["metrics"], report["measure"]
+        lines.append("  ".join(f"{name} {metrics[name]:.1f}" for name in ("AP", "AP50", "AP75")))
+        rows = []
+        for each in report["classes"]:
+            chosen = each["threshold"]
+            other = [chosen[half][measure] for half in ("other_half", "other_half_at_0.5")]
+            rows.append([printable(each["name"]), chosen["threshold"], *other, chosen["note"]])
+        head = ["class", f"threshold for {report['criterion']}"]
+        head += [f"{measure} on other images", "at 0.5", ""]
+        lines.append(tabulate(rows, head, floatfmt=".3f", disable_numparse=[0, 4]))
+        lines.append(f"Wrote {path} and .json")
+    return "\n".join(lines)
