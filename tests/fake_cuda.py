@@ -10,7 +10,6 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from retinanet_ext import kernels
 from retinanet_ext.losses import dense
 from retinanet_ext.modeling import matching
 
@@ -47,7 +46,10 @@ class FakeCuda(TorchDispatchMode):
             mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True),
         ]
         if has_triton:
-            self._contexts += [mock.patch.object(kernels, name, FakeKernel()) for name in KERNELS]
+            patches = [
+                mock.patch(f"retinanet_ext.kernels.{name}", FakeKernel()) for name in KERNELS
+            ]
+            self._contexts += patches
 
     def __enter__(self):
         for context in self._contexts:
