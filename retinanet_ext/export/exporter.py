@@ -103,7 +103,7 @@ def export_run(
     model = predictor.model
     program = Program(model, form, metadata.thresholds).eval()
     photos = _test_images(cfg, predictor) if has_data else _drawn_images(metadata)
-    cases = make_cases(photos, metadata.pixel_mean, writer.min_side)
+    cases = make_cases(photos, model, metadata.thresholds, writer.min_side)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, part=_part(path)) as file, tempfile.TemporaryDirectory() as scratch:
         float_file = Path(scratch, f"float32{writer.suffix}") if int8 else Path(file.name)

@@ -33,10 +33,10 @@ class Program(nn.Module):
     The forms differ in where they stop:
 
     - ``raw``: logits (N, R, K), deltas (N, R, 4) and anchors (R, 4)
-    - ``boxes``: the best candidates of each level, by level, best first, clipped to the image: boxes
-      (N, C, 4), scores (N, C) and classes (N, C). The score threshold is not applied.
-    - ``detections``: after non-maximum suppression and the thresholds: boxes (N, D, 4), scores (N, D)
-      and classes (N, D), best first. Rows of score 0 hold no detection.
+    - ``boxes``: boxes (N, C, 4), scores (N, C) and classes (N, C) of the best candidates of each
+      level, by level, best first. Boxes are clipped to the image; no score threshold is applied.
+    - ``detections``: boxes (N, D, 4), scores (N, D) and classes (N, D) after non-maximum
+      suppression and the thresholds, best first. Rows of score 0 hold no detection.
     """
 
     def __init__(
@@ -60,7 +60,11 @@ class Program(nn.Module):
         self.register_buffer("thresholds", torch.tensor(thresholds))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs of the form for images (N, C, H, W), uint8, in the model's channels."""
+        """Return the outputs of the form.
+
+        Args:
+            images: uint8 (N, C, H, W), in the channels of ``INPUT.FORMAT``, of any size
+        """
         model = self.model
         features = model.backbone(self.normalize_and_pad(images))
         features = [features[name] for name in model.head_in_features]

@@ -79,8 +79,9 @@ class ExportMetadata:
         except (ValueError, AttributeError):
             found = None
         if found is None:
-            raise InputError(f"{file} was not written by `retinanet-ext export`: it says nothing of "
-                             f"its classes and images; {again}")  # fmt: skip
+            raise InputError(
+                f"{file} was not written by `retinanet-ext export`: it lacks the metadata; {again}"
+            )
         if found != FORMAT_VERSION:
             maker = content.get("package_version")
             raise InputError(

@@ -24,7 +24,7 @@ def _(boxes: Tensor, scores: Tensor, classes: Tensor, num_classes: int, iou: flo
 
 
 def to_onnx(boxes: Any, scores: Any, classes: Any, num_classes: int, iou_thresh: float) -> Any:
-    """Translate the operator to ``NonMaxSuppression``, with scores (N, K, C) that are 0 elsewhere."""
+    """Translate the operator to ``NonMaxSuppression``, whose scores are (N, K, C)."""
     import numpy as np
     from onnxscript import opset18 as op
 

@@ -178,10 +178,10 @@ def open_session(file: str | PathLike[str], num_threads: int = 0) -> Any:
 def _read(image: AnyImage, input_format: str) -> np.ndarray:
     """Return an upright image as uint8 (H, W, C) in the model's channels."""
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or image.shape[2:] not in ((), (3,)):
+        if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (3,)):
             raise InputError(
-                f"it is an array of {image.dtype} and shape {image.shape}; uint8 (height, width, 3) "
-                "in the order BGR, or (height, width) of grey levels is needed"
+                f"it is an array of {image.dtype} and shape {image.shape}; an array of uint8, "
+                "(height, width, 3) in the order BGR or (height, width) of grey levels, is needed"
             )
         image = Image.fromarray(image[:, :, ::-1] if image.ndim == 3 else image)
     if not isinstance(image, Image.Image):

@@ -53,26 +53,36 @@ class Comparison:
         return f"{self.case}: {found}differences {self.values:.1e}, {self.pixels:.1e} pixels"
 
 
-def make_cases(photos: Sequence[np.ndarray], blank: Sequence[float], min_side: int) -> list[Case]:
+def make_cases(
+    photos: Sequence[np.ndarray], model: RetinaNetExt, thresholds: Sequence[float], min_side: int
+) -> list[Case]:
     """Return one and two images, landscape and portrait, with and without objects, and a small one.
+
+    The image without objects is black, white or of the mean pixel, whichever has the fewest
+    detections.
 
     Args:
         photos: one or two images as the program takes them, uint8 (C, H, W)
-        blank: the mean of each channel, which fills an image without any object
+        model: in eval mode, on the CPU
+        thresholds: lowest score of a detection of each class, (K,)
         min_side: smallest height and width that the program takes
     """
     first, last = (_at_least(photo, min_side) for photo in (photos[0], photos[-1]))
     if first.shape[1] > first.shape[2]:
         first = first.transpose(0, 2, 1)
     turned, flipped = first.transpose(0, 2, 1), first[:, :, ::-1]
-    empty = np.empty_like(first)
-    empty[:] = np.reshape(blank, (-1, 1, 1)).round()
+    colours = [np.zeros(len(first)), np.full(len(first), 255), model.pixel_mean.flatten().numpy()]
+    # With noise, because in a plain image many scores are equal and any of them may be the best.
+    noise = np.random.default_rng(0).integers(-3, 4, first.shape)
+    plain = [(c[:, None, None] + noise).clip(0, 255).astype(np.uint8) for c in colours]
+    counts = [len(found.scores) for found in _detections(model, np.stack(plain), thresholds)]
+    empty = plain[int(np.argmin(counts))]
     cases = [
         Case("landscape", first[None]),
         Case("portrait", turned[None]),
-        Case("without object", empty[None]),
+        Case("plain", empty[None]),
         Case("landscape twice", np.stack([first, flipped])),
-        Case("portrait and empty", np.stack([turned, empty.transpose(0, 2, 1)])),
+        Case("portrait and plain", np.stack([turned, empty.transpose(0, 2, 1)])),
         Case("another", last[None]),
     ]
     if min_side <= min(THUMBNAIL):
@@ -157,22 +167,25 @@ def _compare_sets(
     thresholds: Sequence[float],
     images: np.ndarray,
 ) -> Comparison:
-    lowest = np.maximum(thresholds, model.test_score_thresh)
+    lowest = np.array(thresholds, np.float32)
     if form == "boxes":
+        lowest = np.full_like(lowest, model.test_score_thresh)
         expected, limit = _candidates(model, images), model.test_topk_candidates
-        spare, cut = len(model.head_in_features), model.test_score_thresh
-        lowest = np.full_like(lowest, cut)
     else:
-        expected, limit = _detections(model, images, lowest), model.max_detections_per_image
-        spare, cut = 1, 0.0
+        expected, limit = _detections(model, images, thresholds), model.max_detections_per_image
     values = pixels = 0.0
     for boxes, scores, classes, wanted in zip(*found, expected, strict=True):
-        rows = scores > cut
+        rows = scores > (model.test_score_thresh if form == "boxes" else 0)
         have = Candidates(boxes[rows], scores[rows], classes[rows])
-        # At a limit on their number, rounding decides between nearly equal scores.
-        may_differ = spare if len(wanted.scores) >= limit else 0
+        cut, may_differ = lowest, 0
+        if len(wanted.scores) >= limit:  # rounding decides which is the last
+            if form == "boxes":  # of each level, from either side
+                may_differ = 2 * len(model.head_in_features)
+            else:
+                last = max(each.scores.min(initial=1) for each in (have, wanted))
+                cut = np.maximum(lowest, last)
         for one, other in ((have, wanted), (wanted, have)):
-            value, pixel = largest_differences(one, other, lowest, may_differ)
+            value, pixel = largest_differences(one, other, cut, may_differ)
             values, pixels = max(values, value), max(pixels, pixel)
     return Comparison(name, values, pixels, sum(len(wanted.scores) for wanted in expected))
 
@@ -196,10 +209,12 @@ def _candidates(model: RetinaNetExt, images: np.ndarray) -> list[Candidates]:
 
 
 @torch.no_grad()
-def _detections(model: RetinaNetExt, images: np.ndarray, lowest: np.ndarray) -> list[Candidates]:
+def _detections(
+    model: RetinaNetExt, images: np.ndarray, lowest: Sequence[float]
+) -> list[Candidates]:
     outputs = model([{"image": image} for image in torch.from_numpy(images)])
     found = [output["instances"] for output in outputs]
-    found = [each[each.scores >= torch.from_numpy(lowest)[each.pred_classes]] for each in found]
+    found = [each[each.scores >= torch.tensor(lowest)[each.pred_classes]] for each in found]
     return [
         _to_numpy(Candidates(each.pred_boxes.tensor, each.scores, each.pred_classes))
         for each in found

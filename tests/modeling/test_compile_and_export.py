@@ -5,33 +5,19 @@ import copy
 import pytest
 import torch
 from detectron2.export import TracingAdapter, scripting_with_instances
-from detectron2.modeling.backbone import Backbone
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.testing import assert_close
 
-from detectors import assert_same_outputs, make_batch, make_detecting_model, make_model
+from detectors import (
+    TinyBackbone,
+    assert_same_outputs,
+    make_batch,
+    make_detecting_model,
+    make_model,
+)
 from retinanet_ext.modeling import to_detectron2_state_dict
 from retinanet_ext.modeling.anchor_generator import OctaveAnchorGenerator
-
-
-class TinyBackbone(Backbone):
-    """A convolution a level, P3 to P7: what is generated and exported is small."""
-
-    size_divisibility = 32
-
-    def __init__(self):
-        super().__init__()
-        self.convs = nn.ModuleList(
-            nn.Conv2d(channels, 32, 3, stride, 1, bias=False)
-            for channels, stride in [(3, 8), (32, 2), (32, 2), (32, 2), (32, 2)]
-        )
-
-    def forward(self, x):
-        features, x = {}, x / 64
-        for level, conv in enumerate(self.convs, 3):
-            x = features[f"p{level}"] = conv(x).relu()
-        return features
 
 
 def shrink(make, *opts):
