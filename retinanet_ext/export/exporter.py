@@ -21,7 +21,7 @@ from retinanet_ext.export.formats import Format, get_format
 from retinanet_ext.export.forms import FORMS, Program
 from retinanet_ext.export.metadata import ExportMetadata
 from retinanet_ext.export.quantization import Quantization, quantize
-from retinanet_ext.export.verification import Comparison, make_cases, verify
+from retinanet_ext.export.verification import Case, Comparison, make_cases, verify
 from retinanet_ext.files import atomic_write, sha256_of, to_json, write_file
 from retinanet_ext.modeling import RetinaNetExt
 
@@ -88,37 +88,47 @@ def export_run(
             is left
     """
     writer = get_format(file_format)
-    if int8 and (file_format, form) != ("onnx", "detections"):
-        raise InputError("--int8 needs --format onnx and --form detections")
     if form not in FORMS:
         raise InputError(f"the form {form!r} is unknown; known: {', '.join(FORMS)}")
+    if int8 and (file_format, form) != ("onnx", "detections"):
+        raise InputError("--int8 needs --format onnx and --form detections")
+    if calibration_images < 1:
+        raise InputError(f"--calibration-images must be at least 1; got {calibration_images}")
     name = f"{form}_int8" if int8 else form
     path = Path(output) if output else Path(run, FOLDER, f"{name}{writer.suffix}")
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; name another --output, or replace it by --overwrite")
     cfg = _config(run, opts)
     predictor = Predictor(cfg)
-    metadata = _describe(predictor, cfg, form, writer)
+    metadata = describe(predictor, cfg, form, writer)
     has_data = _has_test_data(cfg, needed=int8)
-    model = predictor.model
-    program = Program(model, form, metadata.thresholds).eval()
-    photos = _test_images(cfg, predictor) if has_data else _drawn_images(metadata)
-    cases = make_cases(photos, model, metadata.thresholds, writer.min_side)
+    photos = test_images(cfg, predictor) if has_data else _drawn_images(metadata)
+    cases = make_cases(photos, predictor.model, metadata.thresholds, writer.min_side)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path, part=_part(path)) as file, tempfile.TemporaryDirectory() as scratch:
-        float_file = Path(scratch, f"float32{writer.suffix}") if int8 else Path(file.name)
-        with open(float_file, "wb") as opened:
-            writer.write(program, metadata, opened)
-        # Written by write(), the program may hold an operator of the format.
-        comparisons = verify(writer.load(float_file), model, form, metadata.thresholds, cases)
+        written = Path(scratch, f"float32{writer.suffix}") if int8 else Path(file.name)
+        comparisons = _write_verified(writer, predictor, metadata, cases, written)
         quantization = None
         if int8:
             metadata = replace(metadata, precision="int8")
-            quantization = quantize(float_file, Path(file.name), metadata, cfg, calibration_images)
+            quantization = quantize(written, Path(file.name), metadata, cfg, calibration_images)
     images = "the run's test images" if has_data else "drawn images, because it has no test data"
     exported = Exported(path, metadata, comparisons, images, quantization)
     write_file(path.with_suffix(".json"), to_json(asdict(exported), indent=1, default=str) + "\n")
     return exported
+
+
+def _write_verified(
+    writer: Format,
+    predictor: Predictor,
+    metadata: ExportMetadata,
+    cases: Sequence[Case],
+    path: Path,
+) -> list[Comparison]:
+    program = Program(predictor.model, metadata.form, metadata.thresholds).eval()
+    with open(path, "wb") as file:
+        writer.write(program, metadata, file)
+    return verify(writer.load(path), predictor.model, metadata.form, metadata.thresholds, cases)
 
 
 def _config(run: str | Path, opts: Sequence[str]) -> CfgNode:
@@ -138,7 +148,8 @@ def _part(path: Path) -> Path:
     return path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
 
 
-def _describe(predictor: Predictor, cfg: CfgNode, form: str, writer: Format) -> ExportMetadata:
+def describe(predictor: Predictor, cfg: CfgNode, form: str, writer: Format) -> ExportMetadata:
+    """Return the metadata of a predictor's program."""
     model = predictor.model
     K = model.num_classes
     lowest = [model.test_score_thresh] * K
@@ -176,7 +187,7 @@ def _has_test_data(cfg: CfgNode, *, needed: bool) -> bool:
     return bool(cfg.DATASETS.TEST)
 
 
-def _test_images(cfg: CfgNode, predictor: Predictor) -> list[np.ndarray]:
+def test_images(cfg: CfgNode, predictor: Predictor) -> list[np.ndarray]:
     """Return the first two test images as the program takes them."""
     images = []
     for record in DatasetCatalog.get(cfg.DATASETS.TEST[0])[:2]:

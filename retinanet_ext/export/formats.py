@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +36,7 @@ class Format:
         packages: that writing and running it need
         min_side: smallest height and width of images, in pixels
         write: writes a program and its metadata into a file
-        load: file, number of threads (0: the runtime's default) -> the program
+        load: file -> the program in its own runtime
     """
 
     suffix: str
@@ -64,26 +65,39 @@ def get_format(name: str) -> Format:
 
 def export_program(program: Program) -> torch.export.ExportedProgram:
     """Return the program of ``torch.export``, for any number of images of any size above 128."""
+    with _recording():
+        return torch.export.export(
+            program, (_example(program),), dynamic_shapes=(_dynamic_sizes(),)
+        )
+
+
+def _dynamic_sizes() -> dict[int, Any]:
     height, width = (torch.export.Dim(name, min=MIN_EXPORTED_SIDE) for name in ("height", "width"))
-    dynamic = {0: torch.export.Dim("batch"), 2: height, 3: width}
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.export.export(program, (_example(program),), dynamic_shapes=(dynamic,))
+    return {0: torch.export.Dim("batch"), 2: height, 3: width}
 
 
 def _example(program: Program) -> Tensor:
     return torch.zeros(2, len(program.model.pixel_mean), 160, 192, dtype=torch.uint8)
 
 
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Switch off gradients, and the warnings of torch's own exporters."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _write_onnx(program: Program, metadata: ExportMetadata, file: IO[bytes]) -> None:
     from retinanet_ext.export.onnx_nms import TRANSLATIONS, onnx_suppress_by_class
 
     program.suppress = onnx_suppress_by_class
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _recording():
         exported = torch.onnx.export(
-            export_program(program),
+            program,
+            (_example(program),),
             dynamo=True,
+            dynamic_shapes=(_dynamic_sizes(),),
             input_names=["images"],
             output_names=list(FORMS[program.form]),
             custom_translation_table=TRANSLATIONS,
@@ -110,8 +124,7 @@ def _load_pt2(path: Path) -> Run:
 
 
 def _write_torchscript(program: Program, metadata: ExportMetadata, file: IO[bytes]) -> None:
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _recording():
         # Traced a second time for the check, NMS would be compared by rank.
         traced = torch.jit.trace(program, (_example(program),), check_trace=False)
     torch.jit.save(traced, file, _extra_files={KEY: metadata.to_json()})

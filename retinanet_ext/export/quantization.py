@@ -73,8 +73,6 @@ def quantize(
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    if calibration_images < 1:
-        raise InputError(f"--calibration-images must be at least 1; got {calibration_images}")
     predictor = OnnxPredictor(source)
     files = _calibration_files(cfg, calibration_images)
     quantize_static(

@@ -231,7 +231,7 @@ def largest_differences(
     """Return the largest difference of scores and corners of ``one`` to the nearest of ``other``.
 
     A detection has the nearest detection of its class as its counterpart. One without a
-    counterpart counts only if its score is clearly above the lowest of its class.
+    counterpart does not count if its score is the lowest of its class to rounding.
 
     Args:
         one, other: detections of one image, as arrays
@@ -245,7 +245,7 @@ def largest_differences(
         pixels = np.abs(other.boxes[same] - box).max(axis=1, initial=0)
         distance = np.maximum(scores / SCORE, pixels / PIXELS)
         nearest = distance.argmin() if same.any() else None
-        if (nearest is None or distance[nearest] > 1) and score <= lowest[label] + SCORE:
+        if (nearest is None or distance[nearest] > 1) and abs(score - lowest[label]) <= SCORE:
             continue
         rows.append((float(score), np.inf) if nearest is None else
                     (float(scores[nearest]), float(pixels[nearest])))  # fmt: skip
