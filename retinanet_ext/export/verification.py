@@ -18,7 +18,8 @@ from retinanet_ext.modeling import RetinaNetExt
 from retinanet_ext.modeling.inference import Candidates, decode_candidates
 
 LOGIT, SCORE, PIXELS = 1e-3, 1e-3, 0.1
-"""Largest differences that are allowed: of a logit or delta, of a score, of a corner (pixels)."""
+"""Largest differences that are allowed: of logits and deltas (of the largest of them, if that is
+above 1), of scores, and of corners in pixels."""
 
 THUMBNAIL = (100, 64)
 """Height and width of the smallest image that is tried."""
@@ -38,7 +39,8 @@ class Comparison:
 
     Attributes:
         case: its name, number of images and size
-        values: largest difference of logits and deltas, or of scores
+        values: largest difference of scores; of ``raw`` that of logits and deltas, as a fraction of
+            the largest of them if that is above 1
         pixels: largest difference of anchors or corners
         detections: of all images of the case by the model; None for the form ``raw``
     """
@@ -144,9 +146,11 @@ def _compare_raw(
 
 
 def _difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest difference, as a fraction of the largest value if that is above 1."""
     if found.shape != expected.shape:
         return np.inf
-    return float(np.abs(found.astype(np.float64) - expected).max())
+    scale = max(float(np.abs(expected).max()), 1.0)
+    return float(np.abs(found.astype(np.float64) - expected).max()) / scale
 
 
 @torch.no_grad()
