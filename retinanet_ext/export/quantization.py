@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 LARGEST_LOSS = 0.1
 """Of AP, as a fraction of the AP in float32."""
 
-QUANTIZED = ("Conv", "Relu", "Clip", "Add")
-"""Operators in int8: those of the network. The others decode boxes or normalise."""
+QUANTIZED = ("Conv",)
+"""Operators in int8. With ``Relu``, ``Clip`` and ``Add`` too, a MobileNetV2 lost 4.2 of 55.9 AP and
+gained no time."""
 
 
 @dataclass(frozen=True)

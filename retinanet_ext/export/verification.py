@@ -141,16 +141,15 @@ def _compare_raw(
         torch.cat([permute_to_N_HWA_K(level, 4) for level in deltas], 1),
         torch.cat([level.tensor for level in model.anchor_generator(features)]),
     ]
-    differences = [_difference(f, e.numpy()) for f, e in zip(found, expected, strict=True)]
-    return Comparison(name, max(differences[:2]), differences[2], None)
+    largest = [max(float(level.abs().max()), 1.0) for level in expected[:2]]
+    logits, deltas, anchors = map(_difference, found, expected)
+    return Comparison(name, max(logits / largest[0], deltas / largest[1]), anchors, None)
 
 
-def _difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Return the largest difference, as a fraction of the largest value if that is above 1."""
+def _difference(found: np.ndarray, expected: torch.Tensor) -> float:
     if found.shape != expected.shape:
         return np.inf
-    scale = max(float(np.abs(expected).max()), 1.0)
-    return float(np.abs(found.astype(np.float64) - expected).max()) / scale
+    return float(np.abs(found.astype(np.float64) - expected.numpy()).max())
 
 
 @torch.no_grad()
