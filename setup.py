@@ -43,6 +43,11 @@ setup(
         ],
         # For MODEL.BACKBONE.NAME build_retinanet_timm_fpn_backbone.
         "timm": ["timm>=1.0.9"],
-        "dev": ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "timm>=1.0.9"],
+        # For retinanet-ext export --format onnx.
+        "export": ["onnx", "onnxscript", "onnxruntime"],
+        "dev": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "timm>=1.0.9"),
+            *("onnx", "onnxscript", "onnxruntime"),
+        ],
     },
 )

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from retinanet_ext.errors import InputError
+from retinanet_ext.errors import InputError, UnexpectedResultsError
 
 PROGRAM = "retinanet-ext"
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=command.__doc__)
     try:
         return command(parser, argv[1:])
-    except InputError as error:
+    except (InputError, UnexpectedResultsError) as error:
         from retinanet_ext.errors import explain
 
         code, line = explain(error)
@@ -292,6 +292,43 @@ def replay(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     return 1
 
 
+def export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Write a run's detector as an ONNX, PT2 or TorchScript file, and compare it with the model."""
+    from detectron2.utils.logger import setup_logger
+
+    from retinanet_ext.export.exporter import export_run
+
+    parser.epilog = "exit code 1: the file differed from the model, and is gone"
+    parser.add_argument("run", help="folder of a run, such as output/mine")
+    parser.add_argument("--format", default="onnx", metavar="NAME", help="onnx (default), pt2 or "
+                        "torchscript")  # fmt: skip
+    parser.add_argument("--form", default="detections", metavar="NAME", help="what the program "
+                        "returns: raw, boxes or detections (default)")  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help="default: RUN/export/FORM.SUFFIX"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier file")
+    parser.add_argument("--int8", action="store_true", help="quantize the network of an ONNX file")
+    parser.add_argument(
+        "--calibration-images", type=int, default=64, metavar="N", help="with --int8; default: 64"
+    )
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config values")
+    args = parser.parse_intermixed_args(argv)
+    setup_logger(name="retinanet_ext")
+    exported = export_run(
+        args.run,
+        file_format=args.format,
+        form=args.form,
+        output=args.output,
+        overwrite=args.overwrite,
+        int8=args.int8,
+        calibration_images=args.calibration_images,
+        opts=args.opts,
+    )
+    print(exported)
+    return 0
+
+
 def export_weights(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Make a weights file that Detectron2's own RetinaNet loads, from a checkpoint of training."""
     from retinanet_ext.engine import checkpoint
@@ -372,6 +409,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]] = {
     "plot-losses": plot_losses,
     "experiments": experiments,
     "replay": replay,
+    "export": export,
     "export-weights": export_weights,
     "doctor": doctor,
 }

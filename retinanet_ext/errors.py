@@ -44,7 +44,8 @@ class NonFiniteError(FloatingPointError):
 
 
 class UnexpectedResultsError(RuntimeError):
-    """An evaluation that ``TEST.EXPECTED_RESULTS`` does not allow."""
+    """An evaluation that ``TEST.EXPECTED_RESULTS`` does not allow, or an exported file that differs
+    from its model."""
 
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG}

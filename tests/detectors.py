@@ -2,12 +2,42 @@
 
 import torch
 from detectron2.config import get_cfg
-from detectron2.modeling import META_ARCH_REGISTRY, build_model
+from detectron2.layers import ShapeSpec
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, build_model
 from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+from detectron2.modeling.backbone import Backbone
 from detectron2.structures import Boxes, Instances, pairwise_iou
+from torch import nn
 from torch.testing import assert_close
 
 from retinanet_ext import add_retinanet_ext_config
+
+
+class TinyBackbone(Backbone):
+    """A convolution a level, P3 to P7: what is generated and exported is small."""
+
+    size_divisibility = 32
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, 32, 3, stride, 1, bias=False)
+            for channels, stride in [(3, 8), (32, 2), (32, 2), (32, 2), (32, 2)]
+        )
+
+    def forward(self, x):
+        features, x = {}, x / 64
+        for level, conv in enumerate(self.convs, 3):
+            x = features[f"p{level}"] = conv(x).relu()
+        return features
+
+    def output_shape(self):
+        return {f"p{level}": ShapeSpec(channels=32, stride=2**level) for level in range(3, 8)}
+
+
+@BACKBONE_REGISTRY.register()
+def build_tiny_backbone(cfg, input_shape):
+    return TinyBackbone()
 
 
 def make_cfg(*opts, depth=18, num_classes=4):

@@ -6,19 +6,24 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "retinanet_ext"
 ROOMS = (
     ("errors", "files", "page", "doctor"),
+    ("export.metadata", "export.onnx_predictor"),
     ("losses", "kernels", "sampling", "analysis"),
     ("config_keys",),
     ("data", "modeling"),
     ("config",),
     ("evaluation",),
     ("engine",),
-    ("experiments", "prediction"),
+    ("experiments", "prediction", "export"),
     ("cli", "__main__"),
 )
-"""From the bottom to the top. A room imports from its own row and from those before it."""
+"""From the bottom to the top. A room imports from its own row and from those before it. The modules
+of a room that are named alone belong elsewhere than the room."""
 
 LEVELS = {room: level for level, row in enumerate(ROOMS) for room in row}
-PURE = ("losses", "sampling", "analysis", "errors", "files", "page", "doctor")
+PURE = (
+    *("losses", "sampling", "analysis", "errors", "files", "page", "doctor"),
+    *("export.metadata", "export.onnx_predictor"),
+)
 """Rooms that work without Detectron2."""
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -26,8 +31,9 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 def room_of(module):
     """Return the room of a dotted module name; None for the package itself."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else None
+    parts = module.split(".")[1:]
+    alone = ".".join(parts[:2])
+    return alone if alone in LEVELS else next(iter(parts), None)
 
 
 def name_of(path):

@@ -88,7 +88,7 @@ def test_every_command_is_known_here():
     known = [*BY_CI, "source .venv/bin/activate", "python train_net.py", "retinanet-ext "]
     for text in COMMANDS:
         assert any(text.startswith(start) for start in known), text
-    assert len(COMMANDS) == 18
+    assert len(COMMANDS) == 20
     ci = (ROOT / ".ci/run").read_text()
     assert all(re.search(rf"^{text}\b", ci, re.M) for text in BY_CI)
 
@@ -115,6 +115,9 @@ def test_own_data_then_evaluation_then_export_and_analysis(folder, run_here):
     weights = torch.load(folder / "output/mine/detectron2.pth")["model"]
     assert "head.cls_score.weight" in weights
     assert not any(name.startswith("criterion") for name in weights)
+
+    exporting = command("retinanet-ext export output")
+    assert "Wrote " in run_here(exporting, "--format", "torchscript")  # which is the fastest
 
     assert "hardest 20 %" in run_here(command("retinanet-ext analyze-loss"))
     assert (folder / "output/mine/loss_cdf-test/loss_cdf.svg").is_file()

@@ -30,6 +30,7 @@ from retinanet_ext.engine.config_check import use_cpu_without_cuda
 from retinanet_ext.engine.find_checkpoint import last_checkpoint
 from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation.thresholds import THRESHOLDS, Thresholds
+from retinanet_ext.export.onnx_predictor import OnnxPredictor
 from retinanet_ext.files import sha256_of
 from retinanet_ext.losses import Interval
 
@@ -97,6 +98,15 @@ class Predictor:
         self.model = model.eval()
         self.sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         self.reader = ImageReader.from_config(cfg)
+
+    @classmethod
+    def from_onnx(cls, file: str | PathLike[str]) -> OnnxPredictor:
+        """Return the predictor of a file that ``retinanet-ext export`` has written.
+
+        It gives the same detections, as arrays. It lives in
+        :mod:`retinanet_ext.export.onnx_predictor`, which works without Detectron2 and torch.
+        """
+        return OnnxPredictor(file)
 
     def __call__(self, images: Iterable[AnyImage], batch_size: int = 8) -> Iterator[Instances]:
         """Return an iterator over the detections of each image, in its own pixels and in order.

@@ -72,21 +72,14 @@ def decode_candidates(
         topk: maximum number of candidates per level and image
         box2box_transform: turns deltas and anchors into boxes
     """
-
-    def best_of_levels(logits: Sequence[Tensor]) -> list[Tensor]:
-        levels = zip(logits, deltas, anchors, strict=True)
-        found = [_best_of_level(*level, num_classes, topk) for level in levels]
-        return [torch.cat(values, dim=1) for values in zip(*found, strict=True)]
-
     # Top-k sorts NaN before every number, so a NaN is always seen here. A recorded program cannot
     # branch on it and always replaces NaN.
     recorded = is_recorded()
     if not recorded:
-        top = best_of_levels(logits)
+        top = best_of_levels(logits, deltas, anchors, num_classes, topk)
     if recorded or top[0].isnan().any():
-        top = best_of_levels(
-            [level.nan_to_num(-torch.inf, torch.inf, -torch.inf) for level in logits]
-        )
+        logits = [level.nan_to_num(-torch.inf, torch.inf, -torch.inf) for level in logits]
+        top = best_of_levels(logits, deltas, anchors, num_classes, topk)
     results = []
     for top_logits, classes, top_deltas, top_anchors in zip(*top, strict=True):
         scores = upcast_to_float32(top_logits).sigmoid()
@@ -94,6 +87,23 @@ def decode_candidates(
         boxes = box2box_transform.apply_deltas(top_deltas[index], top_anchors[index])
         results.append(Candidates(boxes, scores[index], classes[index]))
     return results
+
+
+def best_of_levels(
+    logits: Sequence[Tensor],
+    deltas: Sequence[Tensor],
+    anchors: Sequence[Boxes],
+    num_classes: int,
+    topk: int,
+) -> list[Tensor]:
+    """Return logits and classes, (N, C), and deltas and anchors, (N, C, 4), of the best candidates.
+
+    They are at most ``topk`` per level and image, by level, best first. The arguments are those of
+    :func:`decode_candidates`.
+    """
+    levels = zip(logits, deltas, anchors, strict=True)
+    found = [_best_of_level(*level, num_classes, topk) for level in levels]
+    return [torch.cat(values, dim=1) for values in zip(*found, strict=True)]
 
 
 def is_recorded() -> bool:

@@ -5,33 +5,21 @@ import copy
 import pytest
 import torch
 from detectron2.export import TracingAdapter, scripting_with_instances
-from detectron2.modeling.backbone import Backbone
+from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from torch import nn
 from torch.testing import assert_close
 
-from detectors import assert_same_outputs, make_batch, make_detecting_model, make_model
+from detectors import (
+    TinyBackbone,
+    assert_same_outputs,
+    make_batch,
+    make_detecting_model,
+    make_model,
+)
+from retinanet_ext.engine import load_config
 from retinanet_ext.modeling import to_detectron2_state_dict
 from retinanet_ext.modeling.anchor_generator import OctaveAnchorGenerator
-
-
-class TinyBackbone(Backbone):
-    """A convolution a level, P3 to P7: what is generated and exported is small."""
-
-    size_divisibility = 32
-
-    def __init__(self):
-        super().__init__()
-        self.convs = nn.ModuleList(
-            nn.Conv2d(channels, 32, 3, stride, 1, bias=False)
-            for channels, stride in [(3, 8), (32, 2), (32, 2), (32, 2), (32, 2)]
-        )
-
-    def forward(self, x):
-        features, x = {}, x / 64
-        for level, conv in enumerate(self.convs, 3):
-            x = features[f"p{level}"] = conv(x).relu()
-        return features
 
 
 def shrink(make, *opts):
@@ -146,6 +134,27 @@ def test_an_exported_model_gives_eagers_detections_at_other_sizes(model, num_ima
             assert_same_outputs([{"instances": each} for each in found], expected)
         assert len(expected[-1]["instances"]) == 0
         assert num_images == 1 or len(expected[0]["instances"]) > 0
+
+
+@pytest.mark.parametrize("name", ["small_R18_FPN", "small_mobilenetv2_FPN"])
+def test_small_configs_trace_and_export_at_any_size(name):
+    """``torch.export`` at a fixed size, which takes seconds; see above for dynamic sizes."""
+    torch.manual_seed(0)
+    model = build_model(load_config(f"configs/{name}.yaml", ["MODEL.DEVICE", "cpu"])).eval()
+    nn.init.constant_(model.head.cls_score.bias, -2.5)
+    images = make_images(1, (160, 192))
+    adapter = TracingAdapter(model, [{"image": images[0]}])
+    traced = torch.jit.trace(adapter, adapter.flattened_inputs, check_trace=False)
+    for size in [(160, 192), (100, 180)]:
+        other = make_images(1, size)
+        found = adapter.outputs_schema(traced(*other))
+        assert len(found[0]["instances"]) > 0
+        assert_same_outputs(found, eager_detections(model, other))
+    with torch.no_grad():
+        (found,) = torch.export.export(Detect(model), (images,)).module()(images)
+    boxes, scores, classes = found
+    found = Instances((160, 192), pred_boxes=Boxes(boxes), scores=scores, pred_classes=classes)
+    assert_same_outputs([{"instances": found}], eager_detections(model, images))
 
 
 def test_detectron2s_model_scripts_with_this_ones_weights():
