@@ -327,7 +327,7 @@ def predict(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         add("--batch", type=int, default=8, metavar="N", help="images at a time; default: 8"),
         add("--tile", type=int, default=0, metavar="PIXELS", help="detect in tiles, too"),
         add("--overlap", type=float, default=0.2, help="of tiles, a fraction; default: 0.2"),
-        add("--tta", action="store_true", help="detect in flipped and larger images, too"),
+        add("--tta", action="store_true", help="detect in mirrored images, too"),
     ]
     argv, opts = job.split_arguments(argv)
     args = parser.parse_intermixed_args(argv)

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detectors import make_cfg, make_model
 from retinanet_ext.cli import main
 from retinanet_ext.engine import Predictor
 from retinanet_ext.engine.run_folder import load_run
@@ -165,17 +164,6 @@ def test_tiles_change_nothing_where_the_image_fits(run, size, tmp_path):
     assert found[0] == found[1]
     assert predict(run, path, "--out", tmp_path / "more", "--tile", 300, "--tta") == 0
     assert read(tmp_path / "more") != found[0]
-
-
-def test_larger_views_have_larger_inputs_and_the_same_pixels():
-    predictor = Predictor(
-        make_cfg("INPUT.MIN_SIZE_TEST", 96, "INPUT.MAX_SIZE_TEST", 160), make_model()
-    )
-    pixels = predictor.read(PATHS[0])
-    for scale, size in ((1.0, (96, 128)), (1.25, (120, 160))):
-        inputs = predictor.to_inputs(pixels, scale)
-        assert inputs["image"].shape == (3, *size)
-        assert (inputs["height"], inputs["width"]) == (480, 640)
 
 
 def test_a_video_is_detected_drawn_and_cut_out(run, tmp_path):
