@@ -164,7 +164,6 @@ BAD = {
         lambda gt, dt: shutil.copy(gt, dt),
         r"dt.json is no file of detections in COCO's results format",
     ),
-    "no detections": (lambda gt, dt: dt.write_text("[]"), r"dt.json holds no detections"),
     "not JSON": (lambda gt, dt: dt.write_text("{"), r"dt.json is not JSON"),
     "not there": (lambda gt, dt: dt.unlink(), r"dt.json cannot be read: No such file"),
     "image ids of other images": (
@@ -181,6 +180,14 @@ BAD = {
         lambda gt, dt: corrupt((gt, dt), 1, lambda c: c[4].update(bbox=[1, 2, 3])),
         r"dt.json: detection 4 has no bbox of four finite numbers",
     ),
+    "a box that is not finite": (
+        lambda gt, dt: corrupt((gt, dt), 1, lambda c: c[4]["bbox"].__setitem__(3, float("nan"))),
+        r"dt.json: detection 4 has no bbox of four finite numbers",
+    ),
+    "a record that is a number": (
+        lambda gt, dt: corrupt((gt, dt), 1, lambda c: c.__setitem__(4, 7)),
+        r"dt.json: detection 4 has no score of a finite number",
+    ),
     "no score": (
         lambda gt, dt: corrupt((gt, dt), 1, lambda c: c[4].pop("score")),
         r"dt.json: detection 4 has no score of a finite number",
@@ -193,6 +200,13 @@ BAD = {
         lambda gt, dt: corrupt((gt, dt), 0, lambda c: c["annotations"][3].pop("bbox")),
         r"gt.json: annotation 3 has no bbox",
     ),
+    "a category without id": (
+        lambda gt, dt: corrupt((gt, dt), 0, lambda c: c["categories"][1].pop("id")),
+        r"gt.json: entry 1 of categories has no id",
+    ),
+}  # fmt: skip
+NOTHING = {
+    "no detections": (lambda gt, dt: dt.write_text("[]"), r"dt.json holds no detections"),
     "no objects": (
         lambda gt, dt: corrupt((gt, dt), 0, lambda c: c["annotations"].clear()),
         r"the ground truth has no objects",
@@ -200,15 +214,20 @@ BAD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", [*BAD, *NOTHING])
 def test_files_that_cannot_be_used(name, files, tmp_path, capsys):
-    change, message = BAD[name]
+    """``compare`` says the same; for it, an AP of 0 or none is a result."""
+    change, message = (BAD | NOTHING)[name]
     change(*files)
     out = tmp_path / "out"
     gt, dt = map(str, files)
-    assert main(["evaluate", "--gt", gt, "--dt", dt, "--out", str(out)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(message, line) and not out.exists()
+    commands = [["evaluate", "--gt", gt, "--dt", dt]]
+    if name in BAD:
+        commands.append(["compare", "--gt", gt, "--a", dt, "--b", dt])
+    for command in commands:
+        assert main([*command, "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(message, line) and not out.exists()
 
 
 def test_images_that_are_not_there_leave_no_page(files, tmp_path):
