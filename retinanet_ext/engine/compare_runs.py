@@ -215,6 +215,7 @@ def _compare(
 ) -> Comparison:
     if len(content["images"]) < 2:
         raise InputError("the test data have one image; an interval over images needs two")
+    data[a[0]].require_objects()
     matchings = {name: Matchings.compute(each, max_detections) for name, each in data.items()}
     of_a, of_b = [matchings[name] for name in a], [matchings[name] for name in b]
     names = data[a[0]].class_names

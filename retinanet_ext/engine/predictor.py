@@ -237,7 +237,8 @@ def _saved_thresholds(folder: str, weights: str) -> Thresholds | None:
     if not Path(weights).is_file() or thresholds.weights_sha256 != sha256_of(weights):
         raise InputError(
             f"{path} was chosen for other weights than {weights}; write it anew by "
-            f"`retinanet-ext evaluate {folder} --save-thresholds`, or delete it"
+            f"`retinanet-ext evaluate {folder} --save-thresholds`, delete it, or go without it: "
+            "`predict --score 0.4`, or Predictor(cfg, thresholds=None)"
         )
     logger.info("Detections below the thresholds in %s are left out", path)
     return thresholds

@@ -119,6 +119,11 @@ class BoxData:
         """Number of ground-truth boxes per class, without crowd regions (K,)."""
         return np.bincount(self.gt_classes[~self.gt_is_crowd], minlength=len(self.class_names))
 
+    def require_objects(self) -> None:
+        """Raise an InputError if there are no objects."""
+        if not self.num_objects.sum():
+            raise InputError("the ground truth has no objects, so there is nothing to evaluate")
+
 
 def read_detections(path: str | Path) -> list[dict[str, Any]]:
     """Return the records of a file in COCO's results format, of scores in [0, 1].

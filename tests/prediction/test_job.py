@@ -17,10 +17,11 @@ from PIL import Image
 
 from retinanet_ext.cli import main
 from retinanet_ext.engine import Predictor
+from retinanet_ext.engine.config_load import split_arguments
 from retinanet_ext.engine.run_folder import load_run
 from retinanet_ext.evaluation.thresholds import THRESHOLDS, Thresholds
 from retinanet_ext.files import sha256_of
-from retinanet_ext.prediction import detection, job
+from retinanet_ext.prediction import detection
 from runs import CLASS_NAMES, make_run
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -186,8 +187,8 @@ def test_a_video_is_detected_drawn_and_cut_out(run, tmp_path):
 def test_keys_and_values_may_follow():
     arguments = ["IMAGE.JPG", "INPUT", "models/MODEL.png", "--classes", "RBC"]
     opts = ["TEST.PRECISION", "float32"]
-    assert job.split_arguments([*arguments, *opts]) == (arguments, opts)
-    assert job.split_arguments(arguments) == (arguments, [])
+    assert split_arguments([*arguments, *opts]) == (arguments, opts)
+    assert split_arguments(arguments) == (arguments, [])
 
 
 @pytest.mark.parametrize(
