@@ -15,7 +15,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from retinanet_ext.config_keys import all_keys, read_key
 from retinanet_ext.data.coco_json import (
     class_names,
-    complete_for_evaluation,
     contiguous_category_ids,
     id_order,
     join_some,
@@ -88,8 +87,7 @@ class Run:
         metadata = MetadataCatalog.get(names[0])
         if not metadata.get("is_labelled", True):
             raise InputError(f"{folder}: its test data have no annotations, so there is no AP")
-        content = complete_for_evaluation(read_coco_json(metadata.json_file))
-        return cls(folder, cfg, names[0], content)
+        return cls(folder, cfg, names[0], read_coco_json(metadata.json_file))
 
     def detect(self) -> Records:
         """Return the detections of the registered test data; computed at the first call."""

@@ -14,12 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from retinanet_ext.evaluation.box_data import BoxData
-from retinanet_ext.evaluation.detection_metrics import COCO_MAX_DETECTIONS, image_matches
+from retinanet_ext.evaluation.detection_metrics import (
+    COCO_MAX_DETECTIONS,
+    IOU_THRESHOLDS,
+    image_matches,
+)
 
 RECALLS = np.linspace(0, 1, 101)
 """The recalls at which COCO averages precision."""
 
-NUM_IOUS = 10
 BLOCK = 1 << 20  # (detection, resample) pairs at a time: 8 MB per array
 
 
@@ -51,7 +54,7 @@ class Matching:
         order = np.argsort(-scores, kind="stable")
         images = [each["image_id"] for each in matches for _ in each["dtScores"]]
         image = np.array(images, np.int64)[order]
-        none = np.empty((NUM_IOUS, 0), bool)
+        none = np.empty((len(IOU_THRESHOLDS), 0))
         matched, ignored = (
             np.concatenate([none, *(each[key] for each in matches)], axis=1)[:, order] > 0
             for key in ("dtMatched", "dtIgnore")
@@ -150,7 +153,7 @@ class Matchings:
 
     Attributes:
         image_ids: ids of the I images, in the order of the matchings
-        cells: K lists of a matching per range of area of
+        cells: K lists of a matching per size of
             :data:`~retinanet_ext.evaluation.detection_metrics.AREAS`
     """
 
