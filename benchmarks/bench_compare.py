@@ -30,6 +30,7 @@ from retinanet_ext.evaluation.bootstrap import (
     percentile_interval,
     welch_interval,
 )
+from retinanet_ext.evaluation.box_data import BoxData
 from retinanet_ext.evaluation.compare import METRICS, compare, compare_images, summarize
 from retinanet_ext.evaluation.weighted_ap import Matchings
 
@@ -135,7 +136,8 @@ def coverage(args: Any) -> list[dict[str, Any]]:
     drawn = draw_images(args.population, OBJECTS, rng)
     detectors = []
     for quality in (QUALITY_A, QUALITY_B):
-        run = Matchings.compute(drawn[0], detect(drawn, quality, OBJECTS, rng))
+        found = detect(drawn, quality, OBJECTS, rng)
+        run = Matchings.compute(BoxData.from_coco(drawn[0], found))
         # The sizes would take the time and are not looked at.
         detectors.append(Matchings(run.image_ids, [row[:1] for row in run.cells]))
     once = np.ones((args.population, 1), np.int64)
@@ -199,14 +201,14 @@ def times(args: Any) -> list[dict[str, Any]]:
     drawn = draw_images(num_images, rates, rng)
     found = [detect(drawn, quality, rates, rng) for quality in (QUALITY_A, QUALITY_B)]
     start = time.perf_counter()
-    a, b = (Matchings.compute(drawn[0], each) for each in found)
+    a, b = (Matchings.compute(BoxData.from_coco(drawn[0], each)) for each in found)
     matched = time.perf_counter()
     names = [category["name"] for category in drawn[0]["categories"]]
     compare([a], [b], names, num_resamples=args.resamples)
     compared = time.perf_counter()
     compare_images([a], [b], dict.fromkeys(a.image_ids, ""))
     parts = {
-        "matching by pycocotools, both": matched - start,
+        "matching, both": matched - start,
         f"{args.resamples} resamples, both": compared - matched,
         "AP of each image, both": time.perf_counter() - compared,
     }

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from retinanet_ext.errors import InputError, UnexpectedResultsError
+from retinanet_ext.errors import InputError, UnexpectedResultsError, explain
 
 PROGRAM = "retinanet-ext"
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,7 +21,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; 2 if an argument or a file cannot be used."""
+    """Run a command and return its exit code; 2 if an argument or a file cannot be used.
+
+    Raises:
+        Exception: one that :func:`~retinanet_ext.errors.explain` does not know
+    """
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(
         prog=PROGRAM,
@@ -38,10 +42,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog=f"{PROGRAM} {name}", description=command.__doc__)
     try:
         return command(parser, argv[1:])
-    except (InputError, UnexpectedResultsError) as error:
-        from retinanet_ext.errors import explain
-
-        code, line = explain(error)
+    except (InputError, OSError, UnexpectedResultsError) as error:
+        end = explain(error)
+        if end is None:
+            raise
+        code, line = end
         print(f"{parser.prog}: error: {line}", file=sys.stderr)
         return code
     except KeyboardInterrupt:
@@ -239,7 +244,10 @@ def evaluate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     from detectron2.utils.logger import setup_logger
 
     from retinanet_ext.engine import run_evaluation
+    from retinanet_ext.engine.config_load import split_arguments
 
+    parser.epilog = "KEY VALUE: of the config, last"
+    parser.usage = "%(prog)s [-h] RUN [options] [KEY VALUE ...] | --gt FILE --dt FILE [options]"
     parser.add_argument("run", nargs="?", help="OUTPUT_DIR of a training")
     parser.add_argument("--gt", type=Path, metavar="FILE", help="instead: COCO's instances json")
     parser.add_argument("--dt", type=Path, metavar="FILE", help="with it: COCO's results json")
@@ -252,23 +260,25 @@ def evaluate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         help="write thresholds.json into the run, which its Predictor uses; default: f1",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: RUN/evaluation")
-    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config values")
-    args = parser.parse_intermixed_args(argv)
+    argv, opts = split_arguments(argv)
+    args = parser.parse_args(argv)
     criterion = args.save_thresholds or "f1"
     setup_logger(name="retinanet_ext")
     if args.run and not (args.gt or args.dt or args.images):
         reports = run_evaluation.evaluate_run(
             args.run,
-            args.opts,
+            opts,
             criterion=criterion,
             save_thresholds=bool(args.save_thresholds),
             out=args.out,
         )
-    elif args.gt and args.dt and not (args.run or args.save_thresholds):
+    elif args.gt and args.dt and not (args.run or args.save_thresholds or opts):
         out = args.out or Path("output/evaluation")
         reports = run_evaluation.evaluate_files(args.gt, args.dt, images=args.images, out=out)
     else:
-        parser.error("give the folder of a run, or --gt and --dt without --save-thresholds")
+        parser.error(
+            "give the folder of a run, or --gt and --dt without --save-thresholds and KEY VALUE"
+        )
     print(run_evaluation.summarize(reports))
     return 0
 
@@ -345,6 +355,7 @@ def predict(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Detect objects in images and videos with a trained run, and write them."""
     from detectron2.utils.logger import setup_logger
 
+    from retinanet_ext.engine.config_load import split_arguments
     from retinanet_ext.prediction import detection, job
 
     parser.epilog = "KEY VALUE: of the config. Exit code 1: an image cannot be read"
@@ -364,9 +375,9 @@ def predict(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         add("--batch", type=int, default=8, metavar="N", help="images at a time; default: 8"),
         add("--tile", type=int, default=0, metavar="PIXELS", help="detect in tiles, too"),
         add("--overlap", type=float, default=0.2, help="of tiles, a fraction; default: 0.2"),
-        add("--tta", action="store_true", help="detect in flipped and larger images, too"),
+        add("--tta", action="store_true", help="detect in mirrored images, too"),
     ]
-    argv, opts = job.split_arguments(argv)
+    argv, opts = split_arguments(argv)
     args = parser.parse_intermixed_args(argv)
     setup_logger(name="retinanet_ext")
     detection.keep_freed_memory()

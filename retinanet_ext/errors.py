@@ -65,6 +65,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
         return FAILED, first_line(error)
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return INPUT_ERROR, f"{error.filename or 'a file'} cannot be written: {error.strerror}"
+    if isinstance(error, PermissionError) and error.filename:
+        return INPUT_ERROR, f"{error.filename}: {error.strerror}"
     text = str(error)
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if is_memory or "DefaultCPUAllocator" in text:

@@ -57,6 +57,18 @@ def write_file(path: Path, content: str | bytes) -> None:
         file.write(content)
 
 
+def make_folder(path: Path) -> None:
+    """Create a folder and its parents, where they do not exist.
+
+    Raises:
+        InputError: it cannot be created
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"folder {path} cannot be made: {error.strerror}") from error
+
+
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file's bytes, as hexadecimal digits."""
     digest = hashlib.sha256()

@@ -53,6 +53,19 @@ def test_argument_errors_and_input_errors_look_the_same(tmp_path, capsys):
     assert replay == "retinanet-ext replay: error: the following arguments are required: file"
 
 
+def test_a_full_disk_is_one_line_and_a_defect_is_not(tmp_path, monkeypatch, capsys):
+    def write(parser, argv):
+        with open(argv[0], "w") as file:
+            file.write("more than there is room for")
+
+    monkeypatch.setitem(COMMANDS, "predict", write)
+    assert main(["predict", "/dev/full"]) == 2
+    line = "a file cannot be written: No space left on device"
+    assert capsys.readouterr().err == f"retinanet-ext predict: error: {line}\n"
+    with pytest.raises(FileNotFoundError):
+        main(["predict", str(tmp_path / "no/folder")])
+
+
 def test_ctrl_c_is_one_line(monkeypatch, capsys):
     def cut_off(parser, argv):
         raise KeyboardInterrupt

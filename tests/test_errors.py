@@ -66,6 +66,11 @@ def test_a_disk_without_room_is_named(number):
     assert explain(error) == (INPUT_ERROR, expected)
 
 
+def test_a_file_without_permission_is_named():
+    error = OSError(errno.EACCES, os.strerror(errno.EACCES), "/root/run")
+    assert explain(error) == (INPUT_ERROR, "/root/run: Permission denied")
+
+
 def test_other_errors_are_not_explained():
     assert explain(OSError(errno.ENOENT, "such as a defect")) is None
     assert explain(ValueError("a defect of the program")) is None

@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator
 from retinanet_ext.analysis.curves import FIGURE_1, FIGURES_5_AND_6, Curve, loss_curve
 from retinanet_ext.analysis.loss_cdf import FRACTIONS, PAPER, PAPER_FRACTIONS, READINGS, LossCurve
 from retinanet_ext.errors import InputError
-from retinanet_ext.files import write_file
+from retinanet_ext.files import make_folder, write_file
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 GAMMA_COLOURS = dict(zip((0.0, 0.5, 1.0, 2.0, 5.0), COLOURS, strict=False))
@@ -204,10 +204,7 @@ def save_figure(figure: Figure, path: str | Path) -> None:
     if os.path.exists(path):  # False where the name itself is not possible
         raise InputError(f"{path} exists; choose another name")
     content = encode_figure(figure, path.suffix)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"folder {path.parent} cannot be made: {error.strerror}") from error
+    make_folder(path.parent)
     write_file(path, content)
 
 

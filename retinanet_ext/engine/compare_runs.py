@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +15,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from retinanet_ext.config_keys import all_keys, read_key
 from retinanet_ext.data.coco_json import (
     class_names,
-    complete_for_evaluation,
     contiguous_category_ids,
     id_order,
     join_some,
@@ -33,7 +30,7 @@ from retinanet_ext.engine.run_folder import (
     register_test_data,
 )
 from retinanet_ext.errors import InputError
-from retinanet_ext.evaluation.coco import COCO_MAX_DETECTIONS
+from retinanet_ext.evaluation.box_data import BoxData, Records, read_detections
 from retinanet_ext.evaluation.compare import Comparison, compare, compare_images
 from retinanet_ext.evaluation.compare_report import (
     explain,
@@ -41,9 +38,10 @@ from retinanet_ext.evaluation.compare_report import (
     render_markdown,
     render_text,
 )
+from retinanet_ext.evaluation.detection_metrics import COCO_MAX_DETECTIONS
 from retinanet_ext.evaluation.pictures import draw_detection_grid
 from retinanet_ext.evaluation.weighted_ap import Matchings
-from retinanet_ext.files import to_json, write_file
+from retinanet_ext.files import make_folder, to_json, write_file
 from retinanet_ext.page import render_page
 
 NUM_PICTURES = 2
@@ -58,7 +56,6 @@ NOT_LISTED = ("OUTPUT_DIR", "MODEL.WEIGHTS", "MODEL.DEVICE", "SEED")
 """Keys that differ between any two runs."""
 
 Content = dict[str, Any]
-Records = Sequence[Mapping[str, Any]]
 
 logger = logging.getLogger(__name__)
 
@@ -90,13 +87,12 @@ class Run:
         metadata = MetadataCatalog.get(names[0])
         if not metadata.get("is_labelled", True):
             raise InputError(f"{folder}: its test data have no annotations, so there is no AP")
-        content = complete_for_evaluation(read_coco_json(metadata.json_file))
-        return cls(folder, cfg, names[0], content)
+        return cls(folder, cfg, names[0], read_coco_json(metadata.json_file))
 
     def detect(self) -> Records:
         """Return the detections of the registered test data; computed at the first call."""
         logger.info("Detections of %s on its test data", self.folder)
-        return json.loads(detect_test_data(self.cfg, self.dataset).read_bytes())
+        return read_detections(detect_test_data(self.cfg, self.dataset))
 
 
 def compare_runs(
@@ -135,7 +131,9 @@ def compare_runs(
             register_test_data(run.cfg)
         registered, detections[folder] = run.cfg, run.detect()
     limit = max(first.cfg.TEST.DETECTIONS_PER_IMAGE, COCO_MAX_DETECTIONS)
-    comparison = _compare(a, b, first.ground_truth, detections, num_resamples, limit)
+    content = first.ground_truth
+    data = {name: BoxData.from_coco(content, found) for name, found in detections.items()}
+    comparison = _compare(a, b, content, data, num_resamples, limit)
     comparison = replace(comparison, settings=_differing_keys(first.cfg, runs[b[0]].cfg))
     drawn = {"a": detections[a[0]], "b": detections[b[0]]}
     return _write(comparison, out, runs[b[0]], drawn)
@@ -164,13 +162,11 @@ def compare_files(
     out = out or _new_folder(Path(b[0]).with_name(name))
     _check_arguments(num_resamples, out)
     content = read_coco_json(gt)
-    for key, field in (("images", "id"), ("categories", "id"), ("categories", "name")):
-        if not all(isinstance(entry, dict) and field in entry for entry in content[key]):
-            raise InputError(f"{gt}: an entry of {key} has no {field}")
-    _check_records(gt, "annotation", content["annotations"], content)
-    content = complete_for_evaluation(content)
-    detections = {file: read_detections(file, content) for file in dict.fromkeys([*a, *b])}
-    comparison = _compare(a, b, content, detections, num_resamples, COCO_MAX_DETECTIONS)
+    data = {
+        file: BoxData.from_coco(content, read_detections(file), gt_file=gt, dt_file=file)
+        for file in dict.fromkeys([*a, *b])
+    }
+    comparison = _compare(a, b, content, data, num_resamples, COCO_MAX_DETECTIONS)
     return _write(comparison, out)
 
 
@@ -207,64 +203,20 @@ def _boxes_by_image(content: Content) -> dict[int | str, list[tuple[Any, ...]]]:
     return {image_id: sorted(found) for image_id, found in boxes.items()}
 
 
-def read_detections(path: str, content: Content) -> Records:
-    """Return the records of a file of detections.
-
-    Raises:
-        InputError: the file cannot be read, or a record is not of the data
-    """
-    try:
-        records = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{path} is not JSON: {error}") from error
-    if not isinstance(records, list):
-        raise InputError(f"{path} is not a list of detections in COCO's results format")
-    _check_records(path, "detection", records, content)
-    return records
-
-
-def _check_records(path: str, what: str, records: Sequence[Any], content: Content) -> None:
-    """Raise an InputError at the first record without id, box or score that can be used."""
-    images = {image.get("id") for image in content["images"]}
-    categories = {category.get("id") for category in content["categories"]}
-    for index, record in enumerate(records):
-        try:
-            numbers = [*record["bbox"], record["score"] if what == "detection" else 0]
-            is_usable = len(numbers) == 5 and all(map(math.isfinite, numbers))
-            unknown = [
-                f"{key} {printable(record[key])}"
-                for key, known in (("image_id", images), ("category_id", categories))
-                if record[key] not in known
-            ]
-        except (KeyError, TypeError):
-            is_usable, unknown = False, []
-        if not is_usable:
-            needed = "image_id, category_id, bbox" + (", score" if what == "detection" else "")
-            raise InputError(f"{path}: {what} {index} needs {needed} with finite numbers")
-        if unknown:
-            raise InputError(
-                f"{path}: {what} {index} has {' and '.join(unknown)}, not in the ground truth"
-            )
-
-
 def _compare(
     a: Sequence[str],
     b: Sequence[str],
     content: Content,
-    detections: Mapping[str, Records],
+    data: Mapping[str, BoxData],
     num_resamples: int,
     max_detections: int,
 ) -> Comparison:
     if len(content["images"]) < 2:
         raise InputError("the test data have one image; an interval over images needs two")
-    matchings = {
-        name: Matchings.compute(content, records, max_detections=max_detections)
-        for name, records in detections.items()
-    }
+    data[a[0]].require_objects()
+    matchings = {name: Matchings.compute(each, max_detections) for name, each in data.items()}
     of_a, of_b = [matchings[name] for name in a], [matchings[name] for name in b]
-    names = class_names(content)
+    names = data[a[0]].class_names
     files = {image["id"]: str(image.get("file_name", "")) for image in content["images"]}
     return Comparison(
         a,
@@ -317,10 +269,7 @@ def _write(
         page = render_markdown(comparison, Path(folder), pictures)
         page = render_page(page, Path(folder), title="Comparison")
     content = {**asdict(comparison), "meaning": explain(comparison)}
-    try:
-        out.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"folder {out} cannot be made: {error.strerror}") from error
+    make_folder(out)
     write_file(out / "comparison.json", to_json(content, indent=1, ensure_ascii=False) + "\n")
     write_file(out / "comparison.txt", text + "\n")
     write_file(out / "comparison.html", page)

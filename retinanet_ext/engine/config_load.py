@@ -64,6 +64,19 @@ def load_config(config_file: str | os.PathLike[str], opts: Sequence[str] = ()) -
     return cfg
 
 
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the arguments, and the keys and values of the config that follow them.
+
+    The first key is the first argument that begins with a section of the config, such as MODEL.
+    """
+    sections = {key for key, value in get_cfg().items() if isinstance(value, CfgNode)}
+    for index, argument in enumerate(arguments):
+        section, dot, _ = argument.partition(".")
+        if dot and section in sections:
+            return [*arguments[:index]], [*arguments[index:]]
+    return [*arguments], []
+
+
 def _read_file(path: str, cfg: CfgNode) -> dict[str, Any]:
     try:
         values = CfgNode.load_yaml_with_base(path, allow_unsafe=False)

@@ -96,7 +96,7 @@ class Predictor:
         if isinstance(thresholds, Thresholds):
             self.thresholds = torch.tensor(thresholds.by_class(self.class_names))
         self.model = model.eval()
-        self.sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        self.resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self.reader = ImageReader.from_config(cfg)
 
     @classmethod
@@ -163,16 +163,14 @@ class Predictor:
                 logger.warning("image %s has several pages or frames; the first is used", image)
             return self.reader.convert(opened)
 
-    def to_inputs(self, array: np.ndarray, scale: float = 1.0) -> dict[str, Any]:
+    def to_inputs(self, array: np.ndarray) -> dict[str, Any]:
         """Return what the model takes for an image, resized as in tests.
 
         Args:
             array: (H, W, C) as :meth:`read` returns it
-            scale: factor of the sizes ``INPUT.{MIN,MAX}_SIZE_TEST``
         """
         height, width = array.shape[:2]
-        resize = ResizeShortestEdge(*(round(scale * side) for side in self.sizes))
-        array = resize.get_transform(array).apply_image(array)
+        array = self.resize.get_transform(array).apply_image(array)
         tensor = torch.as_tensor(array.astype("float32").transpose(2, 0, 1))
         return {"image": tensor, "height": height, "width": width}
 
@@ -249,7 +247,8 @@ def _saved_thresholds(folder: str, weights: str) -> Thresholds | None:
     if not Path(weights).is_file() or thresholds.weights_sha256 != sha256_of(weights):
         raise InputError(
             f"{path} was chosen for other weights than {weights}; write it anew by "
-            f"`retinanet-ext evaluate {folder} --save-thresholds`, or delete it"
+            f"`retinanet-ext evaluate {folder} --save-thresholds`, delete it, or go without it: "
+            "`predict --score 0.4`, or Predictor(cfg, thresholds=None)"
         )
     logger.info("Detections below the thresholds in %s are left out", path)
     return thresholds

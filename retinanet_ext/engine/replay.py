@@ -22,7 +22,7 @@ from retinanet_ext.engine.config_check import use_cpu_without_cuda
 from retinanet_ext.engine.instrumented_pass import Batch, Report
 from retinanet_ext.engine.non_finite import StepSnapshot, class_names, diagnose
 from retinanet_ext.errors import InputError, first_line
-from retinanet_ext.files import atomic_write, write_file
+from retinanet_ext.files import atomic_write, make_folder, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,7 @@ def save_step(step: StepSnapshot, report: Report, states: dict[str, Any] | None)
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     stems = (Path(step.cfg.OUTPUT_DIR, "non_finite", name) for name in names)
     stem = next(stem for stem in stems if not stem.with_suffix(".json").exists())
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{stem.parent} cannot be made: {error.strerror or error}") from error
+    make_folder(stem.parent)
     if states is not None:
         content = {field.name: getattr(step, field.name) for field in fields(step)}
         content |= {"cfg": step.cfg.dump(), "class_names": class_names(step.cfg), **states}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,7 @@ def evaluate_run(
     for name in names:
         dt_file = detect_test_data(cfg, name)
         gt_file = MetadataCatalog.get(name).json_file
-        content = read_coco_json(gt_file)
-        data = BoxData.from_coco(
-            content, read_detections(dt_file), gt_file=gt_file, dt_file=dt_file
-        )
+        data = _box_data(read_coco_json(gt_file), gt_file, dt_file)
         source = Source(
             title=f"Evaluation of {printable(Path(folder).resolve().name)} on {printable(name)}",
             facts={"run": str(folder), "weights": Path(cfg.MODEL.WEIGHTS).name, "data": name},
@@ -111,8 +108,7 @@ def evaluate_files(
     """
     wanted = Criterion.parse(criterion)
     content = read_coco_json(str(gt_file))
-    detections = read_detections(dt_file)
-    data = BoxData.from_coco(content, detections, gt_file=gt_file, dt_file=dt_file)
+    data = _box_data(content, gt_file, dt_file)
     source = Source(
         title=f"Evaluation of {printable(dt_file.name)}",
         facts={"ground truth": str(gt_file), "detections file": str(dt_file)},
@@ -125,6 +121,13 @@ def evaluate_files(
     checksum = hashlib.sha256(f"{sha256_of(gt_file)} {sha256_of(dt_file)}".encode()).hexdigest()
     stem = _stem(out, f"{dt_file.stem}_{checksum[:12]}", wanted)
     return {Path(f"{stem}.html"): write_evaluation(data, source, wanted, stem)}
+
+
+def _box_data(content: Mapping[str, Any], gt_file: str | Path, dt_file: Path) -> BoxData:
+    detections = read_detections(dt_file)
+    if not detections:
+        raise InputError(f"{dt_file} holds no detections, so that AP is 0 and nothing can be shown")
+    return BoxData.from_coco(content, detections, gt_file=gt_file, dt_file=dt_file)
 
 
 def _stem(folder: Path, what: str, criterion: Criterion) -> Path:

@@ -119,12 +119,17 @@ class BoxData:
         """Number of ground-truth boxes per class, without crowd regions (K,)."""
         return np.bincount(self.gt_classes[~self.gt_is_crowd], minlength=len(self.class_names))
 
+    def require_objects(self) -> None:
+        """Raise an InputError if there are no objects."""
+        if not self.num_objects.sum():
+            raise InputError("the ground truth has no objects, so there is nothing to evaluate")
+
 
 def read_detections(path: str | Path) -> list[dict[str, Any]]:
     """Return the records of a file in COCO's results format, of scores in [0, 1].
 
     Raises:
-        InputError: the file cannot be read, holds something else, or holds no detections
+        InputError: the file cannot be read, or holds something else
     """
     try:
         content = json.loads(Path(path).read_bytes())
@@ -137,11 +142,10 @@ def read_detections(path: str | Path) -> list[dict[str, Any]]:
             f"{path} is no file of detections in COCO's results format, which is a list of "
             "{image_id, category_id, bbox, score}"
         )
-    if not content:
-        raise InputError(f"{path} holds no detections, so that AP is 0 and nothing can be shown")
     scores = _numbers(content, "detection", path, "score", ())
-    if scores.min() < 0 or scores.max() > 1:
-        position = int(np.flatnonzero((scores < 0) | (scores > 1))[0])
+    beyond = np.flatnonzero((scores < 0) | (scores > 1))
+    if len(beyond):
+        position = int(beyond[0])
         raise InputError(
             f"{path}: score {scores[position]:g} of detection {position} is not in [0, 1]"
         )

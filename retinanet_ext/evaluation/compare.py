@@ -15,7 +15,8 @@ from retinanet_ext.evaluation.bootstrap import (
     percentile_interval,
     welch_interval,
 )
-from retinanet_ext.evaluation.weighted_ap import AREAS, Matchings, mean_of_defined
+from retinanet_ext.evaluation.detection_metrics import AREAS
+from retinanet_ext.evaluation.weighted_ap import Matchings, mean_of_defined
 
 METRICS = {"AP": slice(None), "AP50": slice(0, 1), "AP75": slice(5, 6)}
 """Name -> its IoU thresholds among COCO's ten."""

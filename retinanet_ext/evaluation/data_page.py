@@ -17,7 +17,7 @@ from retinanet_ext.data.coco_json import printable
 from retinanet_ext.data.validation_report import Report
 from retinanet_ext.evaluation.pictures import draw_ground_truth
 from retinanet_ext.files import write_file
-from retinanet_ext.page import render_page
+from retinanet_ext.page import escape, markdown_table, render_page
 
 NUM_PICTURES = 16  # of all data sets together
 MAX_PAIRS = 20  # of images that look alike
@@ -68,14 +68,12 @@ def write_data_page(report: Report, path: Path) -> None:
 
 
 def _escape(text: Any) -> str:
-    """Return a text in one line, without Markdown."""
-    return "".join(f"\\{c}" if c in "\\`*_[]<>|#&~" else c for c in printable(text))
+    return escape(printable(text))
 
 
 def _table(rows: Sequence[Sequence[Any]]) -> str:
     """Return a Markdown table; the first row is the head."""
-    lines = ["| " + " | ".join(map(_escape, row)) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
+    return markdown_table(rows[0], [[*map(_escape, row)] for row in rows[1:]])
 
 
 def _gallery(files: Iterable[Path], folder: Path, text: str) -> str:

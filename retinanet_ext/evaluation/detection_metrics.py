@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import hotcoco
 import numpy as np
@@ -62,6 +63,36 @@ def precision_recall(
         data: ground truth and detections
         max_detections: three maximum numbers per image and class, ascending; AP is of the last
     """
+    evaluator = _match(data, max_detections)
+    evaluator.accumulate()
+    arrays = evaluator.eval
+    return PrecisionRecall(arrays["precision"], arrays["recall"], arrays["scores"])
+
+
+def image_matches(
+    data: BoxData, max_detections: int = COCO_MAX_DETECTIONS
+) -> list[list[list[dict[str, Any]]]]:
+    """Return the matches of each image as pycocotools' ``COCOeval.evalImgs`` has them.
+
+    Args:
+        data: ground truth and detections
+        max_detections: per image and class
+
+    Returns:
+        per class and size of :data:`AREAS`, an entry per image that has objects or detections of
+        the class; its ``image_id`` is the index of the image, and they ascend
+    """
+    evaluator = _match(data, [max_detections])
+    sizes = [list(area_range) for area_range in evaluator.params.area_rng]
+    cells: list[list[list[dict[str, Any]]]] = [[[] for _ in sizes] for _ in data.class_names]
+    for each in evaluator.eval_imgs:
+        if each is not None:
+            cells[each["category_id"]][sizes.index(each["aRng"])].append(each)
+    return cells
+
+
+def _match(data: BoxData, max_detections: Sequence[int]) -> hotcoco.COCOeval:
+    """Return hotcoco's evaluation after the matching."""
     truth = hotcoco.COCO.from_arrays(
         [{"id": i, "file_name": "", "width": 0, "height": 0} for i in range(len(data.image_ids))],
         [{"id": label, "name": str(label)} for label in range(len(data.class_names))],
@@ -76,9 +107,7 @@ def precision_recall(
     evaluator = hotcoco.COCOeval(truth, found, "bbox")
     evaluator.params.max_dets = list(max_detections)
     evaluator.evaluate()
-    evaluator.accumulate()
-    arrays = evaluator.eval
-    return PrecisionRecall(arrays["precision"], arrays["recall"], arrays["scores"])
+    return evaluator
 
 
 def average_precision(is_right: np.ndarray, num_objects: int) -> float:

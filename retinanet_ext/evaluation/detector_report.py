@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation.box_data import BoxData
 from retinanet_ext.evaluation.detection_matches import (
     ERROR_KINDS,
@@ -55,8 +54,7 @@ def evaluate_detections(
     Raises:
         InputError: there are no objects
     """
-    if not data.num_objects.sum():
-        raise InputError("the ground truth has no objects, so there is nothing to evaluate")
+    data.require_objects()
     arrays = precision_recall(data, (1, 10, max_detections))
     matches = match_detections(data, max_detections)
     kinds, is_missed = error_kinds(matches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ import numpy as np
 
 from retinanet_ext.data.coco_json import printable
 from retinanet_ext.data.images import ImageReader
-from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation.box_data import BoxData
 from retinanet_ext.evaluation.detection_matches import ERROR_KINDS, Matches
 from retinanet_ext.evaluation.detection_metrics import COCO_MAX_DETECTIONS
@@ -23,8 +21,8 @@ from retinanet_ext.evaluation.error_pictures import ErrorPictures
 from retinanet_ext.evaluation.evaluation_figures import draw_evaluation, weakest
 from retinanet_ext.evaluation.score_curves import FROC_RATES
 from retinanet_ext.evaluation.threshold_choice import Criterion
-from retinanet_ext.files import to_json, write_file
-from retinanet_ext.page import anchor, render_page
+from retinanet_ext.files import make_folder, to_json, write_file
+from retinanet_ext.page import anchor, escape, markdown_table, render_page
 
 MAX_ROWS = 12
 """Number of classes in the tables between the figures; a last section has all of them."""
@@ -96,10 +94,7 @@ def write_evaluation(
         pictures = _draw_pictures(matches, report, source, folder) if source.images else set()
         shown = {*figures, *pictures}
         page = render_page(_render(report, source, shown), folder, title=source.title)
-    try:
-        stem.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"folder {stem.parent} cannot be made: {error.strerror}") from error
+    make_folder(stem.parent)
     write_file(Path(f"{stem}.json"), to_json(report, indent=1, ensure_ascii=False) + "\n")
     write_file(Path(f"{stem}.html"), page)
     return report
@@ -162,7 +157,7 @@ def _ap_table(report: Report, labels: Iterable[int]) -> str:
     for each in (report["classes"][label] for label in labels):
         numbers = [_percent(each[name]) for name in AP_NAMES]
         rows.append([_name(each), *numbers, str(each["objects"]), str(each["detections"])])
-    return _table(["class", *AP_NAMES, "objects", "detections"], rows)
+    return markdown_table(["class", *AP_NAMES, "objects", "detections"], rows)
 
 
 def _thresholds(report: Report, labels: Sequence[int], weak: str) -> Iterator[str]:
@@ -189,7 +184,7 @@ def _threshold_table(report: Report, labels: Iterable[int]) -> str:
     head += [f"{_measure(report)}, other half", "at .5, same half", "note"]
     if not any(row[-1] for row in rows):
         head, rows = head[:-1], [row[:-1] for row in rows]
-    return _table(head, rows)
+    return markdown_table(head, rows)
 
 
 def _measure(report: Report) -> str:
@@ -219,7 +214,7 @@ def _confusion(report: Report, shown: set[str]) -> Iterator[str]:
             )
     if rows:
         yield "The most frequent confusions; the JSON has the whole matrix."
-        yield _table(["object", "detected as", "number", "of the class's objects"], rows)
+        yield markdown_table(["object", "detected as", "number", "of the class's objects"], rows)
     else:
         yield "No class is taken for another."
 
@@ -240,7 +235,7 @@ def _errors(report: Report, labels: Sequence[int], weak: str) -> Iterator[str]:
             [_name(each), *map(str, each["errors"].values())]
             for each in (report["classes"][label] for label in labels)
         ]
-        yield _table(["class", *ERROR_KINDS], rows)
+        yield markdown_table(["class", *ERROR_KINDS], rows)
 
 
 def _calibration(report: Report, labels: Sequence[int], weak: str) -> Iterator[str]:
@@ -266,7 +261,7 @@ def _calibration(report: Report, labels: Sequence[int], weak: str) -> Iterator[s
     error = report["calibration"]["error"]
     rows.append(["**all**", *map(_fraction, report["froc"].values()), _fraction(error)])
     head = ["class", *(f"{rate:g}" for rate in FROC_RATES), "calibration error"]
-    yield _table(head, rows)
+    yield markdown_table(head, rows)
     yield _figure("froc", "Recall against false positives per image.")
 
 
@@ -278,7 +273,7 @@ def _worst_images(report: Report, shown: set[str]) -> Iterator[str]:
     yield "The images with the lowest F1 at these thresholds."
     head = ["image", "F1", "found", "false positives", "missed"]
     keys = ("found", "false_positives", "missed")
-    yield _table(
+    yield markdown_table(
         head,
         [
             [_escape(str(each["image_id"])), _fraction(each["f1"]), *(str(each[k]) for k in keys)]
@@ -301,7 +296,7 @@ def _label_doubts(report: Report, shown: set[str]) -> Iterator[str]:
         if doubts:
             columns = DOUBT_COLUMNS[name]
             rows = [[_cell(each[key]) for key in columns] for each in doubts[:MAX_DOUBTS]]
-            yield _table(list(columns.values()), rows)
+            yield markdown_table(list(columns.values()), rows)
         if f"doubts_{name}" in shown:
             yield _figure(f"doubts_{name}", "The surroundings of the first.", "png")
 
@@ -314,11 +309,6 @@ def _cell(value: Any) -> str:
 
 def _figure(name: str, caption: str, suffix: str = "svg") -> str:
     return f"![{_escape(caption)}]({name}.{suffix})\n\n*{_escape(caption)}*"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _name(each: Mapping[str, Any]) -> str:
@@ -334,7 +324,4 @@ def _fraction(value: float) -> str:
 
 
 def _escape(text: str) -> str:
-    """Return text in one line, with the markup of Markdown and HTML escaped."""
-    text = " ".join(printable(text).split())
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", text)
+    return escape(printable(text))

@@ -1,29 +1,27 @@
 """COCO's AP of images that count several times or not at all, from one matching per image.
 
-pycocotools matches detections to objects image by image, so that a resampled set of images needs
-no new matching: each image's detections count as often as the image was drawn.
+COCO's evaluation matches detections to objects image by image, so that a resampled set of images
+needs no new matching: each image's detections count as often as the image was drawn.
 """
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
-from retinanet_ext.evaluation.coco import COCO_MAX_DETECTIONS
+from retinanet_ext.evaluation.box_data import BoxData
+from retinanet_ext.evaluation.detection_metrics import (
+    COCO_MAX_DETECTIONS,
+    IOU_THRESHOLDS,
+    image_matches,
+)
 
-AREAS = ("all", "small", "medium", "large")
-"""COCO's ranges of area: any, below 32², up to 96², above (in square pixels)."""
-
-RECALLS = COCOeval(iouType="bbox").params.recThrs
-"""The 101 recalls at which precision is averaged."""
+RECALLS = np.linspace(0, 1, 101)
+"""The recalls at which COCO averages precision."""
 
 BLOCK = 1 << 20  # (detection, resample) pairs at a time: 8 MB per array
 
@@ -47,20 +45,19 @@ class Matching:
     num_objects: NDArray[np.int64]
 
     @classmethod
-    def from_coco(cls, results: Sequence[Mapping[str, Any] | None], num_ious: int) -> Matching:
-        """Join ``COCOeval.evalImgs`` of one class and range of area, an entry per image."""
-        found = [(i, result) for i, result in enumerate(results) if result is not None]
-        num_objects = np.zeros(len(results), np.int64)
-        for index, result in found:
-            num_objects[index] = np.count_nonzero(result["gtIgnore"] == 0)
-        scores = np.concatenate([np.empty(0), *(result["dtScores"] for _, result in found)])
-        order = np.argsort(-scores, kind="mergesort")  # stable, as COCOeval.accumulate
-        lengths = [len(result["dtScores"]) for _, result in found]
-        image = np.repeat([index for index, _ in found], lengths).astype(np.int64)[order]
-        none = np.empty((num_ious, 0))
+    def join(cls, matches: Sequence[Mapping[str, Any]], num_images: int) -> Matching:
+        """Join the matches of images, from ``image_matches``, of one class and range of area."""
+        num_objects = np.zeros(num_images, np.int64)
+        for each in matches:
+            num_objects[each["image_id"]] = len(each["gtIgnore"]) - sum(each["gtIgnore"])
+        scores = np.concatenate([np.empty(0), *(each["dtScores"] for each in matches)])
+        order = np.argsort(-scores, kind="stable")
+        images = [each["image_id"] for each in matches for _ in each["dtScores"]]
+        image = np.array(images, np.int64)[order]
+        none = np.empty((len(IOU_THRESHOLDS), 0))
         matched, ignored = (
-            np.concatenate([none, *(result[key] for _, result in found)], axis=1)[:, order] > 0
-            for key in ("dtMatches", "dtIgnore")
+            np.concatenate([none, *(each[key] for each in matches)], axis=1)[:, order] > 0
+            for key in ("dtMatched", "dtIgnore")
         )
         counts = ~ignored.all(axis=0)
         return cls(
@@ -156,37 +153,27 @@ class Matchings:
 
     Attributes:
         image_ids: ids of the I images, in the order of the matchings
-        cells: K lists of a matching per range of :data:`AREAS`
+        cells: K lists of a matching per size of
+            :data:`~retinanet_ext.evaluation.detection_metrics.AREAS`
     """
 
     image_ids: Sequence[int | str]
     cells: Sequence[Sequence[Matching]]
 
     @classmethod
-    def compute(
-        cls,
-        ground_truth: Mapping[str, Any],
-        detections: Sequence[Mapping[str, Any]],
-        *,
-        max_detections: int = COCO_MAX_DETECTIONS,
-    ) -> Matchings:
-        """Match detections to objects by pycocotools.
+    def compute(cls, data: BoxData, max_detections: int = COCO_MAX_DETECTIONS) -> Matchings:
+        """Match detections to objects as COCO's evaluation does.
 
         Args:
-            ground_truth: a COCO json, completed by
-                :func:`~retinanet_ext.data.coco_json.complete_for_evaluation`
-            detections: records of ``image_id``, ``category_id``, ``bbox`` (XYWH) and ``score``
+            data: ground truth and detections
             max_detections: maximum number of detections per image and class, by score
         """
-        evaluation = match_by_coco(ground_truth, detections, max_detections)
-        params = evaluation.params
-        image_ids, num_ious = np.asarray(params.imgIds).tolist(), len(params.iouThrs)
-        results = iter(evaluation.evalImgs)  # by class, then range of area, then image
+        num_images = len(data.image_ids)
         cells = [
-            [Matching.from_coco([next(results) for _ in image_ids], num_ious) for _ in AREAS]
-            for _ in params.catIds
+            [Matching.join(of_size, num_images) for of_size in of_class]
+            for of_class in image_matches(data, max_detections)
         ]
-        return cls(image_ids, cells)
+        return cls(data.image_ids, cells)
 
     def select(self, images: NDArray[np.int64]) -> Matchings:
         """Return the matches of some of the images, which are numbered anew in this order."""
@@ -215,21 +202,6 @@ class Matchings:
         """
         ap = np.stack([matching.image_ap() for matching, *_ in self.cells])
         return mean_of_defined(ap, axis=(0, 1))
-
-
-def match_by_coco(
-    ground_truth: Mapping[str, Any], detections: Sequence[Mapping[str, Any]], max_detections: int
-) -> COCOeval:
-    """Return pycocotools' evaluation after the matching, without what it prints."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        objects = COCO()
-        objects.dataset = dict(ground_truth)
-        objects.createIndex()
-        found = objects.loadRes([dict(record) for record in detections]) if detections else COCO()
-        evaluation = COCOeval(objects, found, "bbox")
-        evaluation.params.maxDets = [1, 10, max_detections]
-        evaluation.evaluate()
-    return evaluation
 
 
 def mean_of_defined(

@@ -17,7 +17,7 @@ from retinanet_ext.experiments.figures import Drawing, draw_figures
 from retinanet_ext.experiments.record import read_json
 from retinanet_ext.experiments.results import Results, flatten, read_results
 from retinanet_ext.experiments.statistics import RULE, TableResult, duration, number, signed
-from retinanet_ext.files import write_file
+from retinanet_ext.files import make_folder, write_file
 from retinanet_ext.page import anchor, escape, markdown_table, render_page
 
 
@@ -53,10 +53,7 @@ def write_report(campaign: Path) -> tuple[Path, Path, Path]:
     results = read_results(campaign)
     figures = draw_figures(results.tables)
     markdown = render_markdown(results, figures)
-    try:
-        (campaign / "figures").mkdir(exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{error.filename} cannot be made: {error.strerror}") from error
+    make_folder(campaign / "figures")
     for drawing in (drawing for drawings in figures.values() for drawing in drawings):
         write_file(campaign / "figures" / f"{drawing.name}.svg", drawing.svg)
     paths = tuple(campaign / name for name in ("runs.csv", "report.md", "report.html"))

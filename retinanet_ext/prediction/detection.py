@@ -42,7 +42,7 @@ class DetectionOptions:
         batch: views at a time, at most
         tile: side of the tiles in pixels; 0: no tiles
         overlap: fraction of a tile's side that neighbours share, at least
-        tta: detect flipped and larger views too
+        tta: detect flipped views too
         classes: names of the classes to keep; empty: all
         score: lowest score in place of the run's
         thresholds: file of thresholds per class in place of the run's
@@ -123,7 +123,7 @@ def _prepare_views(
                 pending.size, tile=options.tile, overlap=options.overlap, tta=options.tta
             )
             for view in pending.views:
-                yield pending, view, predictor.to_inputs(view.crop(pixels), view.scale)
+                yield pending, view, predictor.to_inputs(view.crop(pixels))
         except Exception as error:  # Pillow's decoders raise many types
             pending.error = explain_unreadable(error)
             yield pending, None, {}

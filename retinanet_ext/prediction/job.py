@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode
 
 from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.engine import Predictor
@@ -60,19 +60,6 @@ class Summary:
             f"{len(self.unreadable):,} of {self.images:,} images cannot be read: "
             f"{join_some(self.unreadable, separator='; ')}"
         )
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the arguments, and the keys and values of the config that follow them.
-
-    The first key is the first argument that begins with a section of the config, such as MODEL.
-    """
-    sections = {key for key, value in get_cfg().items() if isinstance(value, CfgNode)}
-    for index, argument in enumerate(arguments):
-        section, dot, _ = argument.partition(".")
-        if dot and section in sections:
-            return [*arguments[:index]], [*arguments[index:]]
-    return [*arguments], []
 
 
 def predict(

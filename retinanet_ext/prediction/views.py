@@ -1,6 +1,6 @@
 """Views of an image that the detector sees one by one, and the merge of their detections.
 
-A view is the whole image, a tile of it, or one of these flipped or at another scale.
+A view is the whole image, a tile of it, or one of these flipped.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from detectron2.layers import batched_nms
 from detectron2.structures import Boxes, Instances, pairwise_ioa
 from torch import Tensor
 
-TTA_SCALES = (1.0, 1.25)
 CUT_MARGIN = 0.01
 """Distance to a tile's inner border, as a fraction of the tile's side, of a box that it cuts."""
 CUT_OVERLAP = 0.5
@@ -28,13 +27,11 @@ class View:
     Attributes:
         box: the part, XYXY in pixels
         flipped: mirrored left to right
-        scale: factor of the size that the model's resize gives it
         smallest: boxes whose sides are no longer, in pixels, are left to other views
     """
 
     box: tuple[int, int, int, int]
     flipped: bool = False
-    scale: float = 1.0
     smallest: int = 0
 
     def crop(self, image: np.ndarray) -> np.ndarray:
@@ -82,7 +79,7 @@ def make_views(
         size: (height, width) of the image
         tile: side of a tile in pixels; 0: no tiles
         overlap: fraction of a tile's side in [0, 1)
-        tta: see each of these flipped too, and at the scales :data:`TTA_SCALES`
+        tta: see each of these flipped too
 
     Example:
         >>> [view.box for view in make_views((480, 1000), tile=640, overlap=0.2)]
@@ -100,12 +97,7 @@ def make_views(
         ]
     if not tta:
         return views
-    return [
-        replace(view, flipped=flipped, scale=scale)
-        for view in views
-        for scale in TTA_SCALES
-        for flipped in (False, True)
-    ]
+    return [replace(view, flipped=flipped) for view in views for flipped in (False, True)]
 
 
 def _starts(side: int, tile: int, overlap: float) -> list[int]:

@@ -64,12 +64,11 @@ def evaluated(kept_files, tmp_path_factory):
 
 def test_page_of_a_run_with_its_thresholds(run, tmp_path, capsys):
     folder = shutil.copytree(run, tmp_path / "run")
-    assert (
-        main(["evaluate", str(folder), "--save-thresholds", "TEST.DETECTIONS_PER_IMAGE", "40"]) == 2
-    )
-    assert "P and R in (0, 1], got TEST.DETECTIONS_PER_IMAGE" in capsys.readouterr().err
+    assert main(["evaluate", str(folder), "--save-thresholds", "accuracy=1"]) == 2
+    assert "P and R in (0, 1], got accuracy=1" in capsys.readouterr().err
     assert not (folder / THRESHOLDS).exists()
-    assert main(["evaluate", str(folder), "--save-thresholds"]) == 0
+    opts = ["TEST.DETECTIONS_PER_IMAGE", "40"]
+    assert main(["evaluate", str(folder), "--save-thresholds", *opts]) == 0
     printed = capsys.readouterr().out
     (page,) = (folder / "evaluation").glob("*.html")
     assert f"Wrote {page} and .json" in printed and "RBC" in printed
@@ -89,7 +88,7 @@ def test_page_of_a_run_with_its_thresholds(run, tmp_path, capsys):
     assert report["metrics"]["AP"] == pytest.approx(100 * reference.stats[0], abs=1e-12)
 
     before = {path: path.read_bytes() for path in page.parent.iterdir()}
-    evaluate_run(folder)
+    evaluate_run(folder, opts)
     assert {path: path.read_bytes() for path in page.parent.iterdir()} == before
 
 
@@ -181,6 +180,14 @@ BAD = {
         lambda gt, dt: corrupt((gt, dt), 1, lambda c: c[4].update(bbox=[1, 2, 3])),
         r"dt.json: detection 4 has no bbox of four finite numbers",
     ),
+    "a box that is not finite": (
+        lambda gt, dt: corrupt((gt, dt), 1, lambda c: c[4]["bbox"].__setitem__(3, float("nan"))),
+        r"dt.json: detection 4 has no bbox of four finite numbers",
+    ),
+    "a record that is a number": (
+        lambda gt, dt: corrupt((gt, dt), 1, lambda c: c.__setitem__(4, 7)),
+        r"dt.json: detection 4 has no score of a finite number",
+    ),
     "no score": (
         lambda gt, dt: corrupt((gt, dt), 1, lambda c: c[4].pop("score")),
         r"dt.json: detection 4 has no score of a finite number",
@@ -193,6 +200,10 @@ BAD = {
         lambda gt, dt: corrupt((gt, dt), 0, lambda c: c["annotations"][3].pop("bbox")),
         r"gt.json: annotation 3 has no bbox",
     ),
+    "a category without id": (
+        lambda gt, dt: corrupt((gt, dt), 0, lambda c: c["categories"][1].pop("id")),
+        r"gt.json: entry 1 of categories has no id",
+    ),
     "no objects": (
         lambda gt, dt: corrupt((gt, dt), 0, lambda c: c["annotations"].clear()),
         r"the ground truth has no objects",
@@ -202,13 +213,18 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_files_that_cannot_be_used(name, files, tmp_path, capsys):
+    """``compare`` says the same, but takes a file of no detections, whose AP is 0."""
     change, message = BAD[name]
     change(*files)
     out = tmp_path / "out"
     gt, dt = map(str, files)
-    assert main(["evaluate", "--gt", gt, "--dt", dt, "--out", str(out)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert re.search(message, line) and not out.exists()
+    commands = [["evaluate", "--gt", gt, "--dt", dt]]
+    if name != "no detections":
+        commands.append(["compare", "--gt", gt, "--a", dt, "--b", dt])
+    for command in commands:
+        assert main([*command, "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert re.search(message, line) and not out.exists()
 
 
 def test_images_that_are_not_there_leave_no_page(files, tmp_path):
@@ -224,7 +240,8 @@ def content_name():
 @pytest.mark.parametrize(
     "arguments",
     [[], ["--gt", "a.json"], ["run", "--gt", "a.json", "--dt", "b.json"],
-     ["--gt", "a.json", "--dt", "b.json", "--save-thresholds"]],
+     ["--gt", "a.json", "--dt", "b.json", "--save-thresholds"],
+     ["--gt", "a.json", "--dt", "b.json", "MODEL.DEVICE", "cpu"]],
 )  # fmt: skip
 def test_a_run_or_two_files(arguments, capsys):
     with pytest.raises(SystemExit) as ended:

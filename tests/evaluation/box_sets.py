@@ -62,7 +62,8 @@ def pycocotools_evaluation(content, results, max_detections=100):
     truth = COCO()
     truth.dataset = deepcopy(content)
     truth.createIndex()
-    evaluation = COCOeval(truth, truth.loadRes(deepcopy(results)), "bbox")
+    found = truth.loadRes(deepcopy(results)) if results else COCO()
+    evaluation = COCOeval(truth, found, "bbox")
     evaluation.params.maxDets = [1, 2, max_detections]
     evaluation.evaluate()
     evaluation.accumulate()

@@ -7,6 +7,7 @@ import pytest
 
 from browser import measure_page, needs_browser
 from drawn_detections import NUM_IMAGES, draw
+from retinanet_ext.evaluation.box_data import BoxData
 from retinanet_ext.evaluation.compare import (
     Comparison,
     Difference,
@@ -23,6 +24,10 @@ NAMES = ["one", "two", "three"]
 TRUTH, FOUND = draw(0)
 
 
+def match(content, detections):
+    return Matchings.compute(BoxData.from_coco(content, detections))
+
+
 def moved(seed, pixels):
     """Return the detections with boxes that are located worse."""
     rng = np.random.default_rng(seed)
@@ -33,7 +38,7 @@ def moved(seed, pixels):
 
 @pytest.fixture(scope="module")
 def detectors():
-    return [Matchings.compute(TRUTH, found) for found in (FOUND, moved(1, 12), moved(2, 12))]
+    return [match(TRUTH, found) for found in (FOUND, moved(1, 12), moved(2, 12))]
 
 
 def test_a_detector_against_itself_differs_by_exactly_zero(detectors):
@@ -76,7 +81,7 @@ def test_seeds_widen_the_interval_and_means_are_over_seeds(detectors):
     good, bad, worse = detectors
     one = compare([good], [bad], NAMES, num_resamples=200)[0].metrics["AP"]
     assert one.images_and_seeds is None and one.seeds is None
-    close = Matchings.compute(TRUTH, moved(3, 0.5))
+    close = match(TRUTH, moved(3, 0.5))
     found = compare([good, close], [bad, worse], NAMES, num_resamples=200)[0].metrics["AP"]
     other = compare([close], [worse], NAMES, num_resamples=200)[0].metrics["AP"]
     assert (found.a, found.b) == pytest.approx(((one.a + other.a) / 2, (one.b + other.b) / 2))
@@ -89,7 +94,7 @@ def test_seeds_widen_the_interval_and_means_are_over_seeds(detectors):
 
 def test_a_class_without_objects_is_not_defined():
     content = {**TRUTH, "annotations": [a for a in TRUTH["annotations"] if a["category_id"] != 5]}
-    detector = Matchings.compute(content, FOUND)
+    detector = match(content, FOUND)
     groups = compare([detector], [detector], NAMES, num_resamples=100)
     found = groups[5].metrics["AP"]
     assert groups[5].num_images == 0

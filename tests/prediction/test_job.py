@@ -15,13 +15,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detectors import make_cfg, make_model
 from retinanet_ext.cli import main
 from retinanet_ext.engine import Predictor
+from retinanet_ext.engine.config_load import split_arguments
 from retinanet_ext.engine.run_folder import load_run
 from retinanet_ext.evaluation.thresholds import THRESHOLDS, Thresholds
 from retinanet_ext.files import sha256_of
-from retinanet_ext.prediction import detection, job
+from retinanet_ext.prediction import detection
 from runs import CLASS_NAMES, make_run
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -167,17 +167,6 @@ def test_tiles_change_nothing_where_the_image_fits(run, size, tmp_path):
     assert read(tmp_path / "more") != found[0]
 
 
-def test_larger_views_have_larger_inputs_and_the_same_pixels():
-    predictor = Predictor(
-        make_cfg("INPUT.MIN_SIZE_TEST", 96, "INPUT.MAX_SIZE_TEST", 160), make_model()
-    )
-    pixels = predictor.read(PATHS[0])
-    for scale, size in ((1.0, (96, 128)), (1.25, (120, 160))):
-        inputs = predictor.to_inputs(pixels, scale)
-        assert inputs["image"].shape == (3, *size)
-        assert (inputs["height"], inputs["width"]) == (480, 640)
-
-
 def test_a_video_is_detected_drawn_and_cut_out(run, tmp_path):
     clip = tmp_path / "clip.mp4"
     writer = cv2.VideoWriter(str(clip), cv2.VideoWriter.fourcc(*"mp4v"), 12, (640, 480))
@@ -198,8 +187,8 @@ def test_a_video_is_detected_drawn_and_cut_out(run, tmp_path):
 def test_keys_and_values_may_follow():
     arguments = ["IMAGE.JPG", "INPUT", "models/MODEL.png", "--classes", "RBC"]
     opts = ["TEST.PRECISION", "float32"]
-    assert job.split_arguments([*arguments, *opts]) == (arguments, opts)
-    assert job.split_arguments(arguments) == (arguments, [])
+    assert split_arguments([*arguments, *opts]) == (arguments, opts)
+    assert split_arguments(arguments) == (arguments, [])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 import torch
 from detectron2.structures import Boxes, Instances, pairwise_iou
 
-from retinanet_ext.prediction.views import TTA_SCALES, View, make_views, merge_views
+from retinanet_ext.prediction.views import View, make_views, merge_views
 
 SIZE = 900, 1500
 TILES = {"tile": 400, "overlap": 0.25}
@@ -108,10 +108,11 @@ def test_a_cut_box_beside_others_stays():
         assert len(merge_views(views, parts, (400, 700), 0.5)) == 2
 
 
-def test_flips_and_scales_are_of_every_view():
-    views = make_views((480, 640), tta=True)
-    assert {(view.scale, view.flipped) for view in views} == {
-        (scale, flipped) for scale in TTA_SCALES for flipped in (False, True)
+def test_every_view_is_flipped_too():
+    views = make_views(SIZE, **TILES, tta=True)
+    assert [view for view in views if not view.flipped] == make_views(SIZE, **TILES)
+    assert {(view.box, view.flipped) for view in views} == {
+        (view.box, flipped) for view in views for flipped in (False, True)
     }
     image = np.arange(24).reshape(2, 4, 3)
     view = View((1, 0, 4, 2), flipped=True)
