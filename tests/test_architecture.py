@@ -14,6 +14,7 @@ ROOMS = (
     ("evaluation",),
     ("engine",),
     ("experiments", "prediction", "export"),
+    ("run_commands",),
     ("cli", "__main__"),
 )
 """From the bottom to the top. A room imports from its own row and from those before it. The modules

@@ -82,7 +82,7 @@ class Run:
         if len(names) > 1:
             raise InputError(
                 f"{folder} has several test sets ({', '.join(names)}); choose one, such as "
-                f"""--opts DATASETS.TEST '("{names[0]}",)'"""
+                f"""DATASETS.TEST '("{names[0]}",)'"""
             )
         metadata = MetadataCatalog.get(names[0])
         if not metadata.get("is_labelled", True):

@@ -45,7 +45,9 @@ class DetectionLog:
             self.complete = saved.pop("complete")
             self._refuse_another(saved)
         elif folder.is_dir() and any(folder.iterdir()):
-            raise InputError(f"{folder} has files of something else; name another folder by --out")
+            raise InputError(
+                f"{folder} has files of something else; name another folder by --output"
+            )
 
     def _refuse_another(self, saved: Mapping[str, Any]) -> None:
         keys = {*saved, *self._job}
@@ -54,7 +56,7 @@ class DetectionLog:
             raise InputError(
                 f"{self.path.parent} has detections of other {' and '.join(differ)} (job.json: "
                 f"{', '.join(self._describe(saved, key) for key in differ)}); name another folder "
-                "by --out, or delete this one"
+                "by --output, or delete this one"
             )
 
     def _describe(self, saved: Mapping[str, Any], key: str) -> str:

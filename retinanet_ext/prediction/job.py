@@ -22,8 +22,8 @@ from retinanet_ext.files import sha256_of, write_file
 from retinanet_ext.prediction.detection import DetectionOptions, detect_files
 from retinanet_ext.prediction.detection_log import DetectionLog
 from retinanet_ext.prediction.drawing import draw_detections, save_crops
-from retinanet_ext.prediction.formats import WRITERS
 from retinanet_ext.prediction.image_sources import SourceFile, find_files
+from retinanet_ext.prediction.result_files import WRITERS
 
 PREDICTIONS = "predictions"
 """Folder within a run's folder for what its detector has found."""
@@ -83,7 +83,7 @@ def predict(
             :func:`~retinanet_ext.prediction.image_sources.find_files`
         options: how images are detected
         out: folder to write; by default one within the run's that is named after the job
-        format: one of :data:`~retinanet_ext.prediction.formats.WRITERS`
+        format: one of :data:`~retinanet_ext.prediction.result_files.WRITERS`
         draw: write images with their detections, and videos of such frames, too
         crops: write each detection as an image, too
         opts: alternating keys and values that replace the run's, such as MODEL.WEIGHTS

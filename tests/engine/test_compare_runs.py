@@ -63,17 +63,19 @@ def test_two_runs(runs, capsys):
 
 def test_a_run_against_itself(runs, capsys, tmp_path):
     a, *_ = runs
-    assert compare(a, a, "--out", tmp_path / "new/itself") == 0
+    assert compare(a, a, "--output", tmp_path / "new/itself") == 0
     written = json.loads((tmp_path / "new/itself/comparison.json").read_text())
     for group in written["groups"]:
         for metric in group["metrics"].values():
             assert metric["difference"] in (0, None) and metric["images"] in ([0, 0], [None, None])
-    assert "exists; choose another folder" in refuse(capsys, a, a, "--out", tmp_path / "new/itself")
+    assert "exists; choose another folder" in refuse(
+        capsys, a, a, "--output", tmp_path / "new/itself"
+    )
 
 
 def test_seeds(runs, tmp_path):
     a, b, c = runs
-    assert compare("--a", a, b, "--b", b, c, "--out", tmp_path / "seeds") == 0
+    assert compare("--a", a, b, "--b", b, c, "--output", tmp_path / "seeds") == 0
     written = json.loads((tmp_path / "seeds/comparison.json").read_text())
     metric = written["groups"][0]["metrics"]["AP"]
     assert None not in (*metric["images_and_seeds"], *metric["seeds"])
@@ -86,8 +88,8 @@ def test_each_run_is_tested_on_its_own_images(runs, tmp_path):
     for path in (FIXTURE / "images").glob("*.jpg"):
         ImageOps.invert(Image.open(path)).save(tmp_path / "images" / path.name)
     b = make_run(tmp_path / "b", "DATASETS.CUSTOM.TEST_IMAGES", str(tmp_path / "images"))
-    assert compare(b, a, "--out", tmp_path / "one") == 0
-    assert compare(b, a, "--out", tmp_path / "again") == 0
+    assert compare(b, a, "--output", tmp_path / "one") == 0
+    assert compare(b, a, "--output", tmp_path / "again") == 0
     (of_b,) = (b / "evaluation").glob("detections_*.json")
     plain = [path.read_bytes() for path in (a / "evaluation").glob("detections_*.json")]
     assert of_b.read_bytes() not in plain

@@ -222,7 +222,7 @@ def test_files_that_cannot_be_used(name, files, tmp_path, capsys):
     if name != "no detections":
         commands.append(["compare", "--gt", gt, "--a", dt, "--b", dt])
     for command in commands:
-        assert main([*command, "--out", str(out)]) == 2
+        assert main([*command, "--output", str(out)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert re.search(message, line) and not out.exists()
 

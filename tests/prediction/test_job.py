@@ -55,7 +55,7 @@ def read(out):
 
 
 def test_detections_are_those_of_the_predictor_in_the_order_of_the_sources(run, images, tmp_path):
-    assert predict(run, images, "--out", tmp_path / "out", "--batch", 2) == 0
+    assert predict(run, images, "--output", tmp_path / "out", "--batch", 2) == 0
     records = read(tmp_path / "out")
     assert [Path(record["file"]).name for record in records] == [f"{n}.png" for n in range(10)]
     expected = Predictor(load_run(run))([record["file"] for record in records], batch_size=1)
@@ -73,17 +73,17 @@ def test_images_of_one_size_share_batches(run, images, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Predictor, "detect", lambda self, batch: sizes.append(len(batch)) or detect(self, batch)
     )
-    assert predict(run, images, "--out", tmp_path / "out", "--batch", 4) == 0
+    assert predict(run, images, "--output", tmp_path / "out", "--batch", 4) == 0
     assert sizes == [4, 4, 1, 1]
 
 
 def test_killed_and_started_again_it_writes_the_same_file(run, images, tmp_path):
     """After a kill, with half a line at the end; and once more when it is done."""
     call = [run, images, "--batch", 1]
-    assert predict(*call, "--out", tmp_path / "whole") == 0
+    assert predict(*call, "--output", tmp_path / "whole") == 0
     expected = (tmp_path / "whole/detections.jsonl").read_bytes()
     command = [sys.executable, "-m", "retinanet_ext", "predict", *map(str, call)]
-    process = subprocess.Popen([*command, "--out", tmp_path / "cut"], env=os.environ)
+    process = subprocess.Popen([*command, "--output", tmp_path / "cut"], env=os.environ)
     log = tmp_path / "cut/detections.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.01)
@@ -92,23 +92,23 @@ def test_killed_and_started_again_it_writes_the_same_file(run, images, tmp_path)
     with open(log, "ab") as file:
         file.write(expected[log.stat().st_size :][:99])
     for _ in range(2):
-        assert predict(*call, "--out", tmp_path / "cut") == 0
+        assert predict(*call, "--output", tmp_path / "cut") == 0
         assert log.read_bytes() == expected
 
 
 def test_a_job_of_something_else_is_not_continued(run, images, tmp_path, capsys):
     out = tmp_path / "out"
-    assert predict(run, PATHS[0], "--out", out) == 0
+    assert predict(run, PATHS[0], "--output", out) == 0
     before = {path: path.read_bytes() for path in out.iterdir()}
-    assert predict(run, PATHS[0], "--out", out, "--score", ".3", "--batch", 2) == 2
+    assert predict(run, PATHS[0], "--output", out, "--score", ".3", "--batch", 2) == 2
     line = capsys.readouterr().err
     assert "detections of other batch and config and score (job.json: batch 8, now 2" in line
-    assert predict(run, PATHS[1], "--out", out) == 2
+    assert predict(run, PATHS[1], "--output", out) == 2
     assert "detections of other sources" in capsys.readouterr().err
-    assert predict(run, PATHS[1], "--out", images) == 2
+    assert predict(run, PATHS[1], "--output", images) == 2
     assert "has files of something else" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
-    assert predict(run, PATHS[0], "--out", out, "--format", "coco") == 0  # from the same log
+    assert predict(run, PATHS[0], "--output", out, "--format", "coco") == 0  # from the same log
 
 
 def test_unreadable_images_are_named_and_the_others_done(run, tmp_path, capsys):
@@ -116,7 +116,9 @@ def test_unreadable_images_are_named_and_the_others_done(run, tmp_path, capsys):
     (tmp_path / "list.txt").write_text(f"{PATHS[0]}\ncut.jpg\nnone.png\n{PATHS[1]}\n")
     out = tmp_path / "out"
     for _ in range(2):
-        assert predict(run, tmp_path / "list.txt", "--out", out, "--draw", "--format", "yolo") == 1
+        assert (
+            predict(run, tmp_path / "list.txt", "--output", out, "--draw", "--format", "yolo") == 1
+        )
         said = capsys.readouterr().err
         assert "2 of 4 images cannot be read: " in said
         for text in (said, (out / "unreadable.txt").read_text()):
@@ -130,14 +132,14 @@ def test_unreadable_images_are_named_and_the_others_done(run, tmp_path, capsys):
 def test_the_cut_and_the_classes(run, tmp_path):
     folder = tmp_path / "mine"
     shutil.copytree(run, folder)
-    assert predict(folder, PATHS[0], "--out", tmp_path / "all", "--score", 0) == 0
+    assert predict(folder, PATHS[0], "--output", tmp_path / "all", "--score", 0) == 0
     (every,) = read(tmp_path / "all")
     scores = sorted(d["score"] for d in every["detections"])
     middle = scores[len(scores) // 2] + 5e-5
 
     def kept(*options):
         out = tmp_path / "-".join(map(str, ["out", *options])).replace("/", "_")
-        assert predict(folder, PATHS[0], "--out", out, *options) == 0
+        assert predict(folder, PATHS[0], "--output", out, *options) == 0
         return [(d["class"], d["score"]) for d in read(out)[0]["detections"]]
 
     assert 0 < len(kept("--score", middle)) == sum(score > middle for score in scores)
@@ -160,10 +162,10 @@ def test_tiles_change_nothing_where_the_image_fits(run, size, tmp_path):
     Image.open(PATHS[0]).resize(size[::-1]).save(path)
     found = []
     for tile in (0, max(size)):
-        assert predict(run, path, "--out", tmp_path / f"{tile}", "--tile", tile) == 0
+        assert predict(run, path, "--output", tmp_path / f"{tile}", "--tile", tile) == 0
         found.append(read(tmp_path / f"{tile}"))
     assert found[0] == found[1]
-    assert predict(run, path, "--out", tmp_path / "more", "--tile", 300, "--tta") == 0
+    assert predict(run, path, "--output", tmp_path / "more", "--tile", 300, "--tta") == 0
     assert read(tmp_path / "more") != found[0]
 
 
@@ -174,7 +176,7 @@ def test_a_video_is_detected_drawn_and_cut_out(run, tmp_path):
         writer.write(cv2.imread(str(path)))
     writer.release()
     out = tmp_path / "out"
-    assert predict(run, clip, "--out", out, "--draw", "--crops", "--batch", 2) == 0
+    assert predict(run, clip, "--output", out, "--draw", "--crops", "--batch", 2) == 0
     records = read(out)
     assert [record["frame"] for record in records] == [0, 1, 2, 3, 4]
     drawn = cv2.VideoCapture(str(out / "drawn/clip.mp4"))

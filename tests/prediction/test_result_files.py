@@ -9,8 +9,8 @@ from pycocotools.coco import COCO
 
 from retinanet_ext.data import validate_coco
 from retinanet_ext.prediction.detection_log import DetectionLog
-from retinanet_ext.prediction.formats import WRITERS
 from retinanet_ext.prediction.image_sources import SourceFile
+from retinanet_ext.prediction.result_files import WRITERS
 
 CLASSES = ["RBC", "血小板, small"]
 FIXTURE = Path("tests/fixtures/bccd_mini/images").resolve()
