@@ -239,6 +239,7 @@ def evaluate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     from detectron2.utils.logger import setup_logger
 
     from retinanet_ext.engine import run_evaluation
+    from retinanet_ext.evaluation.thresholds import THRESHOLDS
 
     parser.add_argument("run", nargs="?", help="OUTPUT_DIR of a training")
     parser.add_argument("--gt", type=Path, metavar="FILE", help="instead: COCO's instances json")
@@ -270,6 +271,8 @@ def evaluate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     else:
         parser.error("give the folder of a run, or --gt and --dt without --save-thresholds")
     print(run_evaluation.summarize(reports))
+    if args.save_thresholds:
+        print(f"Wrote {Path(args.run) / THRESHOLDS}")
     return 0
 
 
