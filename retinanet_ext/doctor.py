@@ -337,7 +337,7 @@ def _shared_memory() -> Lines:
 def _cpu() -> Lines:
     cores, load = len(os.sched_getaffinity(0)), os.getloadavg()[0]
     text = f"{cores} cores, load {load:.1f}"
-    if load >= cores / 2:
+    if load >= cores / 2 and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
         remedy = "set OMP_WAIT_POLICY=passive before a training on the CPU (docs/speed.md)"
         yield Line(WARNING, "CPU", f"{text}: other processes use it; {remedy}")
     else:

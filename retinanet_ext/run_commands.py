@@ -23,7 +23,8 @@ def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     args = parser.parse_intermixed_args(argv)
     args.opts = opts
     with contextlib.redirect_stdout(sys.stderr):
-        setup_logger(name="retinanet_ext")
+        for name in ("retinanet_ext", "detectron2.evaluation.evaluator"):  # the second: progress
+            setup_logger(name=name)
     return args
 
 
@@ -47,10 +48,14 @@ def predict(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         add("--classes", nargs="+", default=(), metavar="NAME", help="default: all"),
         add("--batch", type=int, default=8, metavar="N", help="images at a time; default: 8"),
         add("--tile", type=int, default=0, metavar="PIXELS", help="detect in tiles, too"),
-        add("--overlap", type=float, default=0.2, help="of tiles, a fraction; default: 0.2"),
+        add("--overlap", type=float, metavar="FRACTION", help="of tiles; default: 0.2"),
         add("--tta", action="store_true", help="detect in mirrored images, too"),
     ]
     args = _parse(parser, argv)
+    if args.overlap is None:
+        args.overlap = detection.DetectionOptions.overlap
+    elif not args.tile:
+        parser.error("--overlap counts only with --tile")
     detection.keep_freed_memory()
     summary = job.predict(
         args.run,
@@ -71,6 +76,7 @@ def predict(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 def evaluate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Show what a run, or any detector, finds and misses: curves, thresholds, errors, pictures."""
     from retinanet_ext.engine import run_evaluation
+    from retinanet_ext.evaluation.thresholds import THRESHOLDS
 
     parser.usage = "%(prog)s [-h] RUN [options] [KEY VALUE ...] | --gt FILE --dt FILE [options]"
     parser.add_argument("run", nargs="?", help="OUTPUT_DIR of a training")
@@ -100,9 +106,12 @@ def evaluate(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         reports = run_evaluation.evaluate_files(args.gt, args.dt, images=args.images, out=out)
     else:
         parser.error(
-            "give the folder of a run, or --gt and --dt without --save-thresholds and KEY VALUE"
+            "give the folder of a run, before the options, or --gt and --dt without "
+            "--save-thresholds and KEY VALUE"
         )
     print(run_evaluation.summarize(reports))
+    if args.save_thresholds:
+        print(f"Wrote {Path(args.run) / THRESHOLDS}")
     return 0
 
 

@@ -46,6 +46,8 @@ class FileCache:
         self._is_changed = False
         try:
             self._entries = json.loads(self._path.read_bytes()) if self._path else {}
+        except FileNotFoundError:
+            pass  # the first start with these data
         except (OSError, ValueError) as error:
             logger.debug("The cache %s is not read: %s", self._path, error)
 

@@ -51,7 +51,10 @@ class VocFolder:
         root = found[0].parent if found else folder
         xml = root / "Annotations" if (root / "Annotations").is_dir() else root
         if next(xml.glob("*.xml"), None) is None:
-            raise InputError(f"{xml} is a folder without Pascal VOC annotations (*.xml)")
+            raise InputError(
+                f"{xml} is a folder without Pascal VOC annotations (*.xml); for YOLO labels give "
+                "their data.yaml"
+            )
         images = (root / name for name in _IMAGE_FOLDERS if (root / name).is_dir())
         return cls(xml, next(images, root), root / "ImageSets" / "Main")
 

@@ -177,6 +177,11 @@ def _numbers(
     raise InputError(f"{file}: {what} has no {key} of {wanted}")
 
 
+def _written(value: Any) -> str:
+    """Return an id as JSON writes it, because the text "7" is not the number 7."""
+    return f'"{printable(value)}"' if isinstance(value, str) else printable(value)
+
+
 def _indices(
     records: Records,
     what: str,
@@ -189,7 +194,7 @@ def _indices(
     ids = [record.get(key) for record in records]
     unknown = [each for each in ids if not isinstance(each, int | str) or each not in known]
     if unknown:
-        some = join_some(dict.fromkeys(map(printable, unknown)), 5)
+        some = join_some(dict.fromkeys(map(_written, unknown)), 5)
         raise InputError(
             f"{file}: the {key} of {len(unknown)} of {len(records)} {what}s is not listed in "
             f"{known_in}: {some}"

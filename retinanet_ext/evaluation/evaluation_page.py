@@ -169,7 +169,7 @@ def _thresholds(report: Report, labels: Sequence[int], weak: str) -> Iterator[st
         f"threshold chosen on the other half, and with .5 for every class.{weak}"
     )
     yield _threshold_table(report, labels)
-    yield _figure("scores", "Precision, recall and F1 against the threshold; dotted: the chosen.")
+    yield _figure("scores", "Precision, recall and F1 by threshold; dotted: the chosen threshold.")
 
 
 def _threshold_table(report: Report, labels: Iterable[int]) -> str:

@@ -172,6 +172,10 @@ BAD = {
         r"dt.json: the image_id of 6 of \d+ detections is not listed in .*gt.json: "
         r"7000, 7001, 7002, 7003, 7004, and 1 more",
     ),
+    "image ids that are text": (
+        lambda gt, dt: corrupt((gt, dt), 1, lambda c: c[0].update(image_id=str(c[0]["image_id"]))),
+        r"dt.json: the image_id of 1 of \d+ detections is not listed in .*gt.json: \"\d+\"",
+    ),
     "other classes": (
         lambda gt, dt: corrupt((gt, dt), 1, lambda c: c[0].update(category_id=99)),
         r"the category_id of 1 of \d+ detections is not listed in .*gt.json: 99",
