@@ -218,6 +218,7 @@ def test_a_folder_that_cannot_be_written():
 def test_little_shared_memory_and_a_busy_machine(monkeypatch, tmp_path):
     usage = SimpleNamespace(free=50 * doctor.GIB, total=64 * 2**20)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     monkeypatch.setattr(doctor.os, "getloadavg", lambda: (99.0, 0.0, 0.0))
     lines = diagnose(tmp_path)
     assert "--shm-size" in find(lines, "shared memory").text
