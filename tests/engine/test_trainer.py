@@ -148,7 +148,7 @@ def test_summary_says_that_ap_is_not_cocos(tmp_path):
     cfg = make_cfg(tmp_path, "TEST.DETECTIONS_PER_IMAGE", "300")
     metrics = {"bbox": {"AP": 48.54}}
     assert "AP of up to 300 detections per image" in summarize(cfg, metrics)
-    assert Trainer.build_evaluator(cfg, "custom_test")._max_dets_per_image == [1, 10, 300]
+    assert Trainer.build_evaluator(cfg, "custom_test")._max_detections == 300
     cfg.TEST.DETECTIONS_PER_IMAGE = 100
     assert "detections per image" not in summarize(cfg, metrics)
 
