@@ -251,7 +251,9 @@ def test_a_run_or_two_files(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["evaluate", *arguments])
     assert ended.value.code == 2
-    assert "give the folder of a run, or --gt and --dt without" in capsys.readouterr().err
+    assert (
+        "give the folder of a run, before the options, or --gt and --dt" in capsys.readouterr().err
+    )
 
 
 def test_no_run(tmp_path, capsys):

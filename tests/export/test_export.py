@@ -77,10 +77,8 @@ def test_file_says_what_it_needs(exported, run):
 @pytest.mark.parametrize(
     ("file_format", "form"),
     [
-        ("onnx", "raw"),
-        ("onnx", "boxes"),
+        ("onnx", "raw"),  # ``detections`` is the fixture's
         ("pt2", "detections"),
-        ("torchscript", "detections"),
         ("torchscript", "boxes"),
     ],
 )
