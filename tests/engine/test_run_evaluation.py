@@ -99,6 +99,9 @@ def test_figures_of_two_files(evaluated, files, tmp_path):
     of_first = sum(a["image_id"] == first for a in content["annotations"])
     worst = report["worst_images"]
     assert [each["image_id"] for each in worst] == [first] and worst[0]["missed"] == of_first
+    doubts = [each for found in report["label_doubts"].values() for each in found]
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    assert doubts and all(e["file_name"] == names[e["image_id"]] for e in (*worst, *doubts))
     assert sum(each["count"] for each in report["errors"].values()) >= of_first
     assert report["num_objects"] == len(content["annotations"])
     # The score of the first image's detections is above .5, where they count as wrong.
@@ -114,6 +117,7 @@ def test_figures_of_two_files(evaluated, files, tmp_path):
                   "Calibration", "Worst images", "Labels to look at"):  # fmt: skip
         assert re.search(rf"<h2[^>]*>{title}", text)
     assert all(kind in text for kind in ERROR_KINDS)
+    assert f"<td>{first} ({names[first]})</td>" in text
     assert text.count("data:image/jpeg") >= 2 and text.count("data:image/svg+xml") == 6
     (other,) = evaluate_files(*files, criterion="recall=.1", out=tmp_path)
     assert other.name == f"{page.stem}_recall0.1.html"
