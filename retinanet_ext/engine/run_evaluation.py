@@ -106,12 +106,14 @@ def evaluate_files(
         path of the page -> content of its JSON
 
     Raises:
-        InputError: a file cannot be read or does not fit the other
+        InputError: a file cannot be read or does not fit the other, or an image is missing
     """
     wanted = Criterion.parse(criterion)
     content = read_coco_json(str(gt_file))
     data = _box_data(content, gt_file, dt_file)
     names = _file_names(content)
+    if images:
+        _require_images(names, images)
     source = Source(
         title=f"Evaluation of {printable(dt_file.name)}",
         facts={"ground truth": str(gt_file), "detections file": str(dt_file)},
@@ -134,6 +136,20 @@ def _box_data(content: Mapping[str, Any], gt_file: str | Path, dt_file: Path) ->
 def _file_names(content: Mapping[str, Any]) -> dict[Any, str]:
     """Return image id -> file name; empty where an image has none."""
     return {image["id"]: str(image.get("file_name", "")) for image in content["images"]}
+
+
+def _require_images(names: Mapping[Any, str], folder: Path) -> None:
+    """Raise an InputError if an image is not in the folder."""
+    missing = [
+        name or f"the image of id {image_id!r}, which has no file_name"
+        for image_id, name in names.items()
+        if not (folder / name).is_file()
+    ]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(names)} images are missing in {folder}, the first of them: "
+            f"{printable(missing[0])}"
+        )
 
 
 def _stem(folder: Path, what: str, criterion: Criterion) -> Path:
