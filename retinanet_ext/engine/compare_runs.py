@@ -118,6 +118,7 @@ def compare_runs(
         InputError: a run cannot be used, the runs differ in test data, classes or settings of the
             evaluation, or the folder exists
     """
+    _refuse_files([*a, *b])
     out = out or _new_folder(Path(b[0], EVALUATION, f"compare_{Path(a[0]).resolve().name}"))
     _check_arguments(num_resamples, out)
     runs = {folder: Run.open(folder, opts) for folder in dict.fromkeys([*a, *b])}
@@ -233,6 +234,16 @@ def _differing_keys(a: CfgNode, b: CfgNode) -> dict[str, tuple[str, str]]:
     keys = [key for key in all_keys(a) if key not in NOT_LISTED and not key.startswith("DATASETS.")]
     values = {key: (str(read_key(a, key)), str(read_key(b, key))) for key in keys}
     return {key: pair for key, pair in values.items() if pair[0] != pair[1]}
+
+
+def _refuse_files(folders: Sequence[str]) -> None:
+    """Raise an InputError if a JSON is given in place of a run."""
+    for path in map(Path, folders):
+        if path.suffix == ".json" and not path.is_dir():
+            raise InputError(
+                f"{path} is not a run; to compare files of detections, add --gt with their "
+                "annotations: --gt JSON --a JSON --b JSON"
+            )
 
 
 def _check_arguments(num_resamples: int, out: Path) -> None:

@@ -65,10 +65,12 @@ def evaluate_run(
     for name in names:
         dt_file = detect_test_data(cfg, name)
         gt_file = MetadataCatalog.get(name).json_file
-        data = _box_data(read_coco_json(gt_file), gt_file, dt_file)
+        content = read_coco_json(gt_file)
+        data = _box_data(content, gt_file, dt_file)
         source = Source(
             title=f"Evaluation of {printable(Path(folder).resolve().name)} on {printable(name)}",
             facts={"run": str(folder), "weights": Path(cfg.MODEL.WEIGHTS).name, "data": name},
+            file_names=_file_names(content),
             images={each["image_id"]: each["file_name"] for each in DatasetCatalog.get(name)},
             reader=ImageReader.from_config(cfg),
             max_detections=max(COCO_MAX_DETECTIONS, cfg.TEST.DETECTIONS_PER_IMAGE),
@@ -104,18 +106,19 @@ def evaluate_files(
         path of the page -> content of its JSON
 
     Raises:
-        InputError: a file cannot be read or does not fit the other
+        InputError: a file cannot be read or does not fit the other, or an image is missing
     """
     wanted = Criterion.parse(criterion)
     content = read_coco_json(str(gt_file))
     data = _box_data(content, gt_file, dt_file)
+    names = _file_names(content)
+    if images:
+        _require_images(names, images)
     source = Source(
         title=f"Evaluation of {printable(dt_file.name)}",
         facts={"ground truth": str(gt_file), "detections file": str(dt_file)},
-        images={
-            image["id"]: str(images / str(image.get("file_name", "")))
-            for image in (content["images"] if images else ())
-        },
+        file_names=names,
+        images={image_id: str(images / name) for image_id, name in names.items()} if images else {},
         reader=ImageReader(),
     )
     checksum = hashlib.sha256(f"{sha256_of(gt_file)} {sha256_of(dt_file)}".encode()).hexdigest()
@@ -128,6 +131,25 @@ def _box_data(content: Mapping[str, Any], gt_file: str | Path, dt_file: Path) ->
     if not detections:
         raise InputError(f"{dt_file} holds no detections, so that AP is 0 and nothing can be shown")
     return BoxData.from_coco(content, detections, gt_file=gt_file, dt_file=dt_file)
+
+
+def _file_names(content: Mapping[str, Any]) -> dict[Any, str]:
+    """Return image id -> file name; empty where an image has none."""
+    return {image["id"]: str(image.get("file_name", "")) for image in content["images"]}
+
+
+def _require_images(names: Mapping[Any, str], folder: Path) -> None:
+    """Raise an InputError if an image is not in the folder."""
+    missing = [
+        name or f"the image of id {image_id!r}, which has no file_name"
+        for image_id, name in names.items()
+        if not (folder / name).is_file()
+    ]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(names)} images are missing in {folder}, the first of them: "
+            f"{printable(missing[0])}"
+        )
 
 
 def _stem(folder: Path, what: str, criterion: Criterion) -> Path:

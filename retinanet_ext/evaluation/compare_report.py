@@ -36,6 +36,25 @@ WIDTH, ROW_HEIGHT, MARGIN = 3.7, 0.24, 0.9  # inches
 MAX_LABEL = 24  # characters
 
 
+def conclude(comparison: Comparison) -> str:
+    """Return in one line which side is ahead in AP, or that the images do not decide.
+
+    The interval is the one over images, or over images and seeds where both sides have several.
+    """
+    group = comparison.groups[0]
+    found = group.metrics["AP"]
+    low, high = bounds = found.images_and_seeds or found.images
+    numbers = f"(AP {signed(found.difference)}, {_bounds(bounds)})"
+    if group.num_images < FEW_IMAGES:
+        return f"Fewer than {FEW_IMAGES} images do not decide between a and b {numbers}."
+    if low > 0 or high < 0:
+        first, second = ("b", "a") if low > 0 else ("a", "b")
+        seeds = ", with other seeds too" if comparison.has_seeds else ""
+        return f"{first} is ahead of {second} on images of this kind{seeds} {numbers}."
+    seeds = " and seeds" if comparison.has_seeds else ""
+    return f"The images{seeds} do not decide between a and b {numbers}."
+
+
 def explain(comparison: Comparison) -> str:
     """Return what the intervals mean and what they do not cover, in words."""
     text = (
@@ -66,6 +85,8 @@ def render_text(comparison: Comparison) -> str:
         "",
         tabulate(list(_rows(comparison)), _columns(comparison), disable_numparse=True),
         "",
+        conclude(comparison),
+        "",
         explain(comparison),
         "",
         count_images(comparison),
@@ -89,6 +110,7 @@ def render_markdown(
     """
     sides = [f"- **{side}**: {escape(', '.join(names))}" for side, names in _sides(comparison)]
     blocks = ["# Two detectors on the same images", "\n".join(sides)]
+    blocks += [f"**{escape(conclude(comparison))}**"]
     blocks += [f"> {escape(explain(comparison))}", "## Differences in AP"]
     blocks.append(_table(_columns(comparison), _rows(comparison)))
     for metric in METRICS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,9 @@ MAX_DOUBTS = 8
 
 BOX = "box (x, y, width, height)"
 DOUBT_COLUMNS = {
-    "unlabelled": {
-        "image_id": "image",
-        "detected": "detected as",
-        "score": "score",
-        "detected_bbox": BOX,
-    },
-    "unfound": {"image_id": "image", "annotation_id": "annotation", "label": "label", "bbox": BOX},
+    "unlabelled": {"detected": "detected as", "score": "score", "detected_bbox": BOX},
+    "unfound": {"annotation_id": "annotation", "label": "label", "bbox": BOX},
     "class": {
-        "image_id": "image",
         "annotation_id": "annotation",
         "label": "label",
         "detected": "detected as",
@@ -56,6 +51,7 @@ class Source:
     Attributes:
         title: heading of the page
         facts: what -> text, such as the files
+        file_names: image id -> file name in the annotations; empty where there is none
         images: image id -> file; empty where there are no pictures
         reader: reads the images
         max_detections: per image and class
@@ -63,6 +59,7 @@ class Source:
 
     title: str
     facts: Mapping[str, str]
+    file_names: Mapping[Any, str]
     images: Mapping[Any, str]
     reader: ImageReader
     max_detections: int = COCO_MAX_DETECTIONS
@@ -86,6 +83,8 @@ def write_evaluation(
     """
     matches, report = evaluate_detections(data, criterion, source.max_detections)
     report = {"source": dict(source.facts), **report}
+    for each in chain(report["worst_images"], *report["label_doubts"].values()):
+        each["file_name"] = source.file_names[each["image_id"]]
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         figures = draw_evaluation(matches, report)
@@ -276,14 +275,14 @@ def _worst_images(report: Report, shown: set[str]) -> Iterator[str]:
     yield markdown_table(
         head,
         [
-            [_escape(str(each["image_id"])), _fraction(each["f1"]), *(str(each[k]) for k in keys)]
+            [_escape(_image(each)), _fraction(each["f1"]), *(str(each[k]) for k in keys)]
             for each in report["worst_images"]
         ],
     )
     for number, each in enumerate(report["worst_images"]):
         if f"worst_{number}" in shown:
-            what = f"Image {each['image_id']}: ground truth at the left, detections at the right."
-            yield _figure(f"worst_{number}", what, "png")
+            what = "ground truth at the left, detections at the right."
+            yield _figure(f"worst_{number}", f"Image {_image(each)}: {what}", "png")
 
 
 def _label_doubts(report: Report, shown: set[str]) -> Iterator[str]:
@@ -295,10 +294,19 @@ def _label_doubts(report: Report, shown: set[str]) -> Iterator[str]:
         yield f"**{what[0].upper()}{what[1:]}**: {len(doubts) or 'none'}{more}."
         if doubts:
             columns = DOUBT_COLUMNS[name]
-            rows = [[_cell(each[key]) for key in columns] for each in doubts[:MAX_DOUBTS]]
-            yield markdown_table(list(columns.values()), rows)
+            rows = [
+                [_escape(_image(each)), *(_cell(each[key]) for key in columns)]
+                for each in doubts[:MAX_DOUBTS]
+            ]
+            yield markdown_table(["image", *columns.values()], rows)
         if f"doubts_{name}" in shown:
             yield _figure(f"doubts_{name}", "The surroundings of the first.", "png")
+
+
+def _image(each: Mapping[str, Any]) -> str:
+    """Return the id of an image, and its file name in brackets."""
+    name = each["file_name"]
+    return f"{each['image_id']} ({name})" if name else str(each["image_id"])
 
 
 def _cell(value: Any) -> str:

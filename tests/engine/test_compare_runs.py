@@ -161,3 +161,12 @@ def test_detections_of_any_detector(files, tmp_path):
     assert compare("--gt", gt, "--a", good, "--b", tmp_path / "nothing.json") == 0
     written = json.loads((tmp_path / "compare_good_nothing/comparison.json").read_text())
     assert written["groups"][0]["metrics"]["AP"]["b"] == 0
+
+
+@pytest.mark.parametrize("sides", [("--a", "--b"), ()])
+def test_files_of_detections_need_their_annotations(sides, files, capsys):
+    _, good, worse = files
+    arguments = [worse, good] if not sides else [sides[0], worse, sides[1], good]
+    assert f"{worse} is not a run; to compare files of detections, add --gt" in refuse(
+        capsys, *arguments
+    )

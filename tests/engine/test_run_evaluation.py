@@ -15,7 +15,6 @@ from retinanet_ext.cli import main
 from retinanet_ext.engine import Predictor
 from retinanet_ext.engine.run_evaluation import evaluate_files, evaluate_run
 from retinanet_ext.engine.run_folder import load_run
-from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation.detection_matches import ERROR_KINDS
 from retinanet_ext.evaluation.thresholds import THRESHOLDS
 from runs import CLASS_NAMES, FIXTURE, make_run
@@ -99,6 +98,9 @@ def test_figures_of_two_files(evaluated, files, tmp_path):
     of_first = sum(a["image_id"] == first for a in content["annotations"])
     worst = report["worst_images"]
     assert [each["image_id"] for each in worst] == [first] and worst[0]["missed"] == of_first
+    doubts = [each for found in report["label_doubts"].values() for each in found]
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    assert doubts and all(e["file_name"] == names[e["image_id"]] for e in (*worst, *doubts))
     assert sum(each["count"] for each in report["errors"].values()) >= of_first
     assert report["num_objects"] == len(content["annotations"])
     # The score of the first image's detections is above .5, where they count as wrong.
@@ -114,6 +116,7 @@ def test_figures_of_two_files(evaluated, files, tmp_path):
                   "Calibration", "Worst images", "Labels to look at"):  # fmt: skip
         assert re.search(rf"<h2[^>]*>{title}", text)
     assert all(kind in text for kind in ERROR_KINDS)
+    assert f"<td>{first} ({names[first]})</td>" in text
     assert text.count("data:image/jpeg") >= 2 and text.count("data:image/svg+xml") == 6
     (other,) = evaluate_files(*files, criterion="recall=.1", out=tmp_path)
     assert other.name == f"{page.stem}_recall0.1.html"
@@ -231,14 +234,16 @@ def test_files_that_cannot_be_used(name, files, tmp_path, capsys):
         assert re.search(message, line) and not out.exists()
 
 
-def test_images_that_are_not_there_leave_no_page(files, tmp_path):
-    with pytest.raises(InputError, match=content_name()):
-        evaluate_files(*files, images=tmp_path, out=tmp_path / "out")
+def test_images_that_are_not_there_leave_no_page(files, tmp_path, capsys):
+    content = json.loads(VAL.read_text())
+    names = [image["file_name"] for image in content["images"]]
+    images = shutil.copytree(FIXTURE / "images", tmp_path / "images")
+    (images / names[1]).unlink()
+    command = ["evaluate", "--gt", files[0], "--dt", files[1], "--images", images]
+    assert main([*map(str, command), "--output", str(tmp_path / "out")]) == 2
+    message = f"1 of {len(names)} images are missing in {images}, the first of them: {names[1]}\n"
+    assert capsys.readouterr().err.endswith(message)
     assert not (tmp_path / "out").exists()
-
-
-def content_name():
-    return json.loads(VAL.read_text())["images"][0]["file_name"]
 
 
 @pytest.mark.parametrize(

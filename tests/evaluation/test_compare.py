@@ -16,7 +16,7 @@ from retinanet_ext.evaluation.compare import (
     compare,
     compare_images,
 )
-from retinanet_ext.evaluation.compare_report import explain, render_markdown, render_text
+from retinanet_ext.evaluation.compare_report import conclude, explain, render_markdown, render_text
 from retinanet_ext.evaluation.weighted_ap import Matchings
 from retinanet_ext.page import render_page
 
@@ -126,6 +126,42 @@ def test_text_says_what_the_interval_means():
     assert "5 better in b, 8 worse, 1 equal, 6 without objects" in text
     assert text.index("  +5.0  50.0 to 55.0") < text.index("  −8.0  50.0 to 42.0")
     assert "cannot be relied on" in text
+
+
+@pytest.mark.parametrize(
+    ("num_images", "num_seeds", "images", "images_and_seeds", "expected"),
+    [
+        (20, 1, (-0.84, 3.2), None, "The images do not decide between a and b (AP +1.4, −0.8 to"),
+        (
+            20,
+            1,
+            (0.1, 3.2),
+            None,
+            "b is ahead of a on images of this kind (AP +1.4, +0.1 to +3.2).",
+        ),
+        (20, 1, (-3.2, -0.1), None, "a is ahead of b on images of this kind (AP"),
+        (20, 2, (0.1, 3.2), (-1.0, 4.0), "The images and seeds do not decide between a and b (AP"),
+        (
+            20,
+            2,
+            (-1.0, 2.0),
+            (0.2, 4.0),
+            "b is ahead of a on images of this kind, with other seeds",
+        ),
+        (20, 1, (0.0, 0.0), None, "The images do not decide"),
+        (19, 1, (0.1, 3.2), None, "Fewer than 20 images do not decide between a and b (AP"),
+    ],
+)
+def test_conclusion_is_that_of_the_interval(
+    num_images, num_seeds, images, images_and_seeds, expected, tmp_path
+):
+    metric = Difference(50.0, 51.4, 1.4, images, images_and_seeds, (0.5, 1.0))
+    group = Group("all", "all", num_images, dict.fromkeys(("AP", "AP50", "AP75"), metric))
+    comparison = Comparison(["a"] * num_seeds, ["b"] * num_seeds, num_images, 1000, [group], [])
+    conclusion = conclude(comparison)
+    assert conclusion.startswith(expected)
+    assert f"\n{conclusion}\n\n{explain(comparison)}" in render_text(comparison)
+    assert f"**{conclusion}**" in render_markdown(comparison, tmp_path)
 
 
 @pytest.mark.browser
