@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from retinanet_ext.errors import InputError
+
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
     """Parse the options and, as ``args.opts``, the config's KEY VALUE pairs after them.
@@ -55,7 +57,7 @@ def predict(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     if args.overlap is None:
         args.overlap = detection.DetectionOptions.overlap
     elif not args.tile:
-        parser.error("--overlap counts only with --tile")
+        raise InputError("--overlap counts only with --tile")
     detection.keep_freed_memory()
     summary = job.predict(
         args.run,
@@ -126,7 +128,7 @@ def compare(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("--gt", metavar="JSON", help="annotations in COCO's format")
     parser.add_argument("--resamples", type=int, default=1000, metavar="N", help="default: 1000")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="default: evaluation/compare_... of run b"
+        "--output", type=Path, metavar="FOLDER", help="default: a new one beside b's evaluation"
     )
     parser.usage = "%(prog)s [-h] RUN RUN | --a RUN ... --b RUN ... [options] [KEY VALUE ...]"
     args = _parse(parser, argv)

@@ -207,6 +207,7 @@ def test_keys_and_values_may_follow():
         (["RUN", "IMAGE", "--thresholds", "others.json", "--score", "1"], "are two cuts"),
         (["RUN", "IMAGE", "--score", "1.5"], "--score must be a number in [0, 1]"),
         (["RUN", "IMAGE", "--tile", "9", "--overlap", "1"], "--overlap must be a number in [0, 1)"),
+        (["RUN", "IMAGE", "--overlap", "0.3"], "--overlap counts only with --tile"),
         (["RUN", "IMAGE", "--batch", "0"], "--batch must be a number in [1, inf)"),
         (["RUN", "IMAGE", "--weights", "none.pth"], "MODEL.WEIGHTS is none.pth, which is not"),
         (["RUN", "IMAGE", "--classes", "RBC", "MODEL.DEVICES", "cpu"], "did you mean MODEL.DEVICE"),
