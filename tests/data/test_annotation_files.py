@@ -276,6 +276,23 @@ def test_boxes_given_by_their_corner_are_noticed(eight: Eight) -> None:
     assert trained_on()[0][1][0][1] == pytest.approx(eight.content["annotations"][0]["bbox"])
 
 
+def test_label_files_without_image_are_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An image outside the list of a split is an image; a list of classes is no label."""
+    labels = dict.fromkeys(["a.jpg", "b.jpg", "c.jpg"], "0 .5 .5 .5 .5")
+    path = yolo_folder(tmp_path, labels=labels, train="train.txt")
+    (tmp_path / "train.txt").write_text("images/train/a.jpg")
+    (tmp_path / "labels/train/classes.txt").write_text("zebra")
+    (tmp_path / "images/train/b.jpg").unlink()
+    cfg = load_config("configs/quickstart.yaml", both(path))
+    for data in check_data(cfg).content["data_sets"]:
+        assert data["notes"][-1] == "1 label file has no image: labels/train/b.txt"
+    with caplog.at_level("INFO"):
+        prepare(*both(path))
+    assert f"{path}: 1 label file has no image: labels/train/b.txt" in caplog.messages
+
+
 def test_difficult_objects_are_regions_to_ignore(eight: Eight) -> None:
     eight.content["annotations"][1]["ignore"] = 1
     path = write_voc(eight.folder / "voc", eight.images, eight.content)
