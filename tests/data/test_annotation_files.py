@@ -306,8 +306,9 @@ def test_image_sets_split_a_voc_folder_and_its_classes_are_shared(eight: Eight) 
     (path / "ImageSets/Main").mkdir(parents=True)
     (path / "ImageSets/Main/train.txt").write_text("a1\na2\na3\n")
     (path / "ImageSets/Main/val.txt").write_text("a4\na6\n")  # no dog
-    prepare(*both(path))
-    assert [name for name, _ in trained_on()] == ["a1.jpg", "a2.jpg", "a3.jpg"]
+    for named in (path / "Annotations", path):
+        prepare(*both(named))
+        assert [name for name, _ in trained_on()] == ["a1.jpg", "a2.jpg", "a3.jpg"]
     assert [name for name, _ in trained_on("custom_test")] == ["a4.jpg", "a6.jpg"]
     assert MetadataCatalog.get("custom_test").thing_classes == ["cat", "dog"]
     (path / "ImageSets/Main/train.txt").write_text("a1\na9\n")
