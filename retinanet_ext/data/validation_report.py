@@ -36,7 +36,7 @@ from retinanet_ext.data.register import compare_classes, resolve_pixel_range, se
 from retinanet_ext.data.shared_files import describe_shared_files
 from retinanet_ext.data.sources import Source, check_source, find_sources
 from retinanet_ext.errors import InputError
-from retinanet_ext.files import to_json, write_file
+from retinanet_ext.files import make_folder, to_json, write_file
 
 FORMAT = 1
 SHOWN = 5  # findings of a kind in the text; the JSON has all
@@ -66,14 +66,19 @@ class Report:
         Raises:
             InputError: the file exists or cannot be written.
         """
-        refuse_existing(path)
+        prepare_output(path)
         write_file(path, to_json(self.content, indent=1) + "\n")
 
 
-def refuse_existing(path: Path, option: str = "--output") -> None:
-    """Refuse to overwrite an earlier report."""
+def prepare_output(path: Path, option: str = "--output") -> None:
+    """Refuse to overwrite an earlier report, and make the folder of a new one.
+
+    Raises:
+        InputError: the file exists, or its folder cannot be made.
+    """
     if path.exists():
         raise InputError(f"{path} exists; {option} takes the name of a new file")
+    make_folder(path.parent)
 
 
 def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
