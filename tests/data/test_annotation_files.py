@@ -293,6 +293,15 @@ def test_label_files_without_image_are_noted(
     assert f"{path}: 1 label file has no image: labels/train/b.txt" in caplog.messages
 
 
+def test_boxes_in_messages_have_three_decimals(tmp_path: Path) -> None:
+    lines = "0 .5 .3333333 .3333333 .3333333\n" * 2 + "0 .1 .5 .3333333 .5\n"
+    path = yolo_folder(tmp_path, labels={"a.jpg": lines})
+    data = check_data(load_config("configs/quickstart.yaml", both(path))).content["data_sets"][0]
+    messages = {f["kind"]: f["items"][0]["message"] for f in data["findings"]}
+    assert "bbox [-5.333, 15.0, 26.667, 30.0], conv" in messages["clipped_box"]
+    assert "bbox [26.667, 10.0, 26.667, 20.0] and [26.667, 10" in messages["duplicate_box"]
+
+
 def test_difficult_objects_are_regions_to_ignore(eight: Eight) -> None:
     eight.content["annotations"][1]["ignore"] = 1
     path = write_voc(eight.folder / "voc", eight.images, eight.content)
