@@ -24,6 +24,7 @@ from retinanet_ext.data.anchor_coverage import (
 )
 from retinanet_ext.data.coco_json import (
     class_names,
+    count,
     id_order,
     join_some,
     printable,
@@ -258,12 +259,14 @@ def _format_data(source: Source, content: dict[str, Any]) -> str:
     facts = content["facts"]
     an_image = facts["boxes_an_image"]
     sizes = list(facts["image_sizes"])
+    images, boxes = count(facts["images"], "image"), count(facts["boxes"], "box", "boxes")
+    regions = count(facts["regions_to_ignore"], "region")
     lines = [
         f"{source.name}: {source.json_file}, images in {source.image_root}",
         "",
-        f"{facts['images']} images ({join_some(sizes, 3)}), {facts['empty_images']} without boxes; "
-        f"{facts['boxes']} boxes, {an_image['min']} to {an_image['max']} an image, "
-        f"{an_image['mean']:.1f} on average; {facts['regions_to_ignore']} regions to ignore",
+        f"{images} ({join_some(sizes, 3)}), {facts['empty_images']} without boxes; "
+        f"{boxes}, {an_image['min']} to {an_image['max']} an image, "
+        f"{an_image['mean']:.1f} on average; {regions} to ignore",
         "",
         _table(
             ["class", "boxes", "images", *SIZES],
@@ -316,14 +319,16 @@ def _format_coverage(coverage: dict[str, Any]) -> str:
         coverage["all"]["reached"] * coverage["all"]["boxes"]
     )
     if unreached:
+        are, their = ("is", "its") if unreached == 1 else ("are", "their")
         kept = {
-            "all": "learned by their best anchor alone",
-            "ignored_band": f"learned by their best anchor alone, and below {low} not at all",
+            "all": f"learned by {their} best anchor alone",
+            "ignored_band": f"learned by {their} best anchor alone, and below {low} not at all",
             "none": "not learned",
         }[coverage["low_quality_matches"]]
+        boxes = count(unreached, "box", "boxes")
         lines += [
             "",
-            f"{unreached} boxes that no anchor reaches at {high} are {kept} "
+            f"{boxes} that no anchor reaches at {high} {are} {kept} "
             f"(MODEL.RETINANET.LOW_QUALITY_MATCHES {coverage['low_quality_matches']}).",
         ]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from retinanet_ext.analysis.plots import COLOURS, LABEL_SIZE, save_figure
-from retinanet_ext.data.coco_json import printable
+from retinanet_ext.data.coco_json import count, printable
 from retinanet_ext.data.validation_report import Report
 from retinanet_ext.evaluation.pictures import draw_ground_truth
 from retinanet_ext.files import write_file
@@ -108,7 +108,7 @@ def _class_cell(facts: Mapping[str, Any], name: str) -> str:
     if row is None:
         return "not listed"
     share = 100 * row["boxes"] / max(facts["boxes"], 1)
-    return f"{row['boxes']} in {row['images']} images, {share:.1f} %"
+    return f"{row['boxes']} in {count(row['images'], 'image')}, {share:.1f} %"
 
 
 def _duplicates(report: Report, folder: Path) -> list[str]:

@@ -290,6 +290,7 @@ def test_label_files_without_image_are_noted(
         assert data["notes"][-1] == "1 label file has no image: labels/train/b.txt"
     with caplog.at_level("INFO"):
         prepare(*both(path))
+    assert any("custom_train: 1 image, 1 box, 0 regions to ignore, 2" in m for m in caplog.messages)
     assert f"{path}: 1 label file has no image: labels/train/b.txt" in caplog.messages
 
 

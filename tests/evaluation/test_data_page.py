@@ -53,7 +53,7 @@ def test_page_shows_counts_leaks_and_findings(page):
     text = re.sub(r"<[^>]+>", " ", page)
     for expected in (
         "*cell* | &lt;b&gt;",
-        "custom_test: 1 of 2 test images are training images too",
+        "custom_test: 1 of 2 test images is a training image too",
         "[a](b).jpg",
         "copy",
         "Training takes these data; left out: 1, kept: 0.",
