@@ -48,6 +48,7 @@ def write_data_page(report: Report, path: Path) -> None:
         parts = [
             "# Data",
             f"> {_escape(content['conclusion'])}",
+            *_first_refused(content["data_sets"]),
             "## Counts",
             *_counts(content["data_sets"]),
             "## Images that look alike",
@@ -65,6 +66,13 @@ def write_data_page(report: Report, path: Path) -> None:
         ]
         names = ", ".join(content["name"] for content in content["data_sets"])
         write_file(path, render_page("\n\n".join(parts) + "\n", folder, title=f"Data: {names}"))
+
+
+def _first_refused(data_sets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence that names the first finding that is refused, if there is one."""
+    findings = [found for content in data_sets for found in content["findings"]]
+    refused = [found["items"][0]["message"] for found in findings if found["policy"] == "refuse"]
+    return [f"The first fault: {_escape(message)}." for message in refused[:1]]
 
 
 def _escape(text: Any) -> str:

@@ -93,6 +93,19 @@ def test_histograms_hold_every_box():
     assert found["sides"]["anchors"] == pytest.approx(octave, abs=0.01)
 
 
+def test_refusal_names_its_first_finding(folder, tmp_path):
+    content = json.loads((folder / "instances_train_raw.json").read_text())
+    content["annotations"][0]["bbox"][2] *= -1
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    argv = ["check-data", "--config-file", "configs/small_R18_FPN.yaml"]
+    argv += ["--report", str(tmp_path / "page.html")]
+    argv += ["DATASETS.CUSTOM.TRAIN_JSON", str(tmp_path / "train.json")]
+    assert main([*argv, "DATASETS.CUSTOM.TRAIN_IMAGES", str(folder / "images")]) == 1
+    text = (tmp_path / "page.html").read_text()
+    first = f"The first fault: annotation {content['annotations'][0]['id']} of image"
+    assert 0 < text.index("Training refuses these data") < text.index(first) < text.index("<h2")
+
+
 def test_report_is_written_for_data_without_a_box_to_learn(folder, tmp_path, capsys):
     content = json.loads((folder / "instances_train_raw.json").read_text())
     content["annotations"] = []
