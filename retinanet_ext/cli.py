@@ -70,9 +70,9 @@ def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config values")
     args = parser.parse_args(argv)
     if args.output:
-        report.refuse_existing(args.output)
+        report.prepare_output(args.output)
     if args.report:
-        report.refuse_existing(args.report, "--report")
+        report.prepare_output(args.report, "--report")
     cfg = load_config(args.config_file, args.opts)
     result = report.check_data(cfg, search_anchors=args.search_anchors)
     print(result.text)

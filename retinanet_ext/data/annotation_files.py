@@ -13,9 +13,9 @@ from typing import Any
 
 from retinanet_ext.data import yolo_labels
 from retinanet_ext.data.box_format import is_relative
-from retinanet_ext.data.coco_json import read_coco_json
+from retinanet_ext.data.coco_json import join_some, printable, read_coco_json
 from retinanet_ext.data.voc_xml import VocFolder, read_voc
-from retinanet_ext.data.yolo_labels import find_yolo_root, read_yolo
+from retinanet_ext.data.yolo_labels import find_orphan_labels, find_yolo_root, read_yolo
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import sha256_of
 
@@ -79,6 +79,22 @@ def read_annotations(
             raise InputError(f"the image folder {image_root} does not exist")
         return read_voc(path, image_root, split, related=filter(is_voc, related))
     return read_coco_json(path, needs_annotations=split == "TRAIN")
+
+
+def describe_orphan_labels(path: str, content: dict[str, Any], image_root: str) -> list[str]:
+    """Return a note about the YOLO label files without image, if there are any.
+
+    Args:
+        path, image_root: as for :func:`read_annotations`.
+        content: what it returned.
+    """
+    if not is_yolo(path):
+        return []
+    orphans = find_orphan_labels((image["file_name"] for image in content["images"]), image_root)
+    if not orphans:
+        return []
+    what = "1 label file has" if len(orphans) == 1 else f"{len(orphans)} label files have"
+    return [f"{what} no image: {join_some(map(printable, orphans), 3)}"]
 
 
 def digest_annotations(path: str, content: dict[str, Any] | None) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from retinanet_ext.data.box_format import BOX_FORMATS, find_format_fault, is_box
+from retinanet_ext.data.box_format import BOX_FORMATS, find_format_fault, format_box, is_box
 from retinanet_ext.data.coco_json import id_order, is_ignore_region, join_some, printable
 from retinanet_ext.data.entries import annotation_name, describe_fault, field_faults, id_of
 from retinanet_ext.data.findings import SAME_IOU, ValidationResult
@@ -137,8 +137,9 @@ def _box_faults(normalized: Normalized, box_format: str) -> dict[str, list[tuple
     for row in np.flatnonzero(first >= 0).tolist():
         kind, _, text = rules[first[row]]
         index = boxes.indices[row]
-        box = f"bbox {normalized.annotations[index]['bbox']}{origins.get(index, converted)}"
-        faults[kind].append((index, box + text.format(*boxes.sizes[row].astype(int))))
+        box = format_box(normalized.annotations[index]["bbox"])
+        fault = f"bbox {box}{origins.get(index, converted)}{text}"
+        faults[kind].append((index, fault.format(*boxes.sizes[row].astype(int))))
     return faults
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,11 @@ def is_box(value: Any) -> bool:
     # The usual case, decided fast: a sum of floats is only finite if all of them are.
     all_floats = set(map(type, value)) == {float} and math.isfinite(sum(value))
     return all_floats or all(map(is_number, value))
+
+
+def format_box(box: Sequence[float]) -> str:
+    """Return a box as text, to three decimals, because a converted number may have many."""
+    return str([round(number, 3) for number in box])
 
 
 @dataclass(frozen=True)

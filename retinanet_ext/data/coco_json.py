@@ -140,6 +140,11 @@ def join_some(items: Iterable[Any], limit: int = 10, *, separator: str = ", ") -
     return separator.join([*map(str, items[:limit]), *more])
 
 
+def count(number: int, noun: str, plural: str = "") -> str:
+    """Return "1 seed", "2 seeds"; the plural is given if it does not only add an s."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def printable(value: Any) -> str:
     """Return a value as text in one line, with characters that cannot be printed escaped."""
     text = str(value)

@@ -86,15 +86,22 @@ def describe_near_duplicates(
         groups.setdefault((pair["data_set"], pair["other_data_set"]), []).append(pair)
     sentences = []
     for (name, other), pairs in groups.items():
-        example = " and ".join(printable(pairs[0][key]) for key in ("image", "other"))
+        image, lookalike = (printable(pairs[0][key]) for key in ("image", "other"))
         count = f"{len(pairs)} of {num_images[name]}"
+        is_one = len(pairs) == 1
         if name == other:
             data = "training" if name == "train" else name
-            sentences.append(f"{count} {data} images look like another of them, such as {example}")
-        else:
+            look = "looks" if is_one else "look"
             sentences.append(
-                f"{name}: {count} test images look like training images, such as {example}; AP on "
-                "them says little about new images"
+                f"{count} {data} images {look} like another of them, such as {image} and "
+                f"{lookalike}"
+            )
+        else:
+            look = "looks like a training image" if is_one else "look like training images"
+            sentences.append(
+                f"{name}: {count} test images {look}, such as test image {image} and training "
+                f"image {lookalike}; AP on {'it' if is_one else 'them'} says little about new "
+                "images"
             )
     return sentences
 

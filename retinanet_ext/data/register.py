@@ -24,7 +24,7 @@ from detectron2.data.datasets.coco import convert_to_coco_dict
 from retinanet_ext.config_keys import resolve_class_alpha
 from retinanet_ext.data import coco_json, images
 from retinanet_ext.data.class_balance import balance_class_alpha
-from retinanet_ext.data.coco_json import join_some, printable
+from retinanet_ext.data.coco_json import count, join_some, printable
 from retinanet_ext.data.file_names import MisnamedFiles
 from retinanet_ext.data.findings import DONE, KINDS, ValidationResult
 from retinanet_ext.data.shared_files import describe_shared_files
@@ -182,12 +182,12 @@ def _log_content(source: Source, checked: ValidationResult) -> None:
     labels = coco_json.contiguous_category_ids(content)
     per_class = zip(coco_json.class_names(content), labels, strict=True)
     logger.info(
-        "%s: %d images, %d boxes, %d regions to ignore, %d classes (%s) from %s",
+        "%s: %s, %s, %s to ignore, %s (%s) from %s",
         source.name,
-        len(content["images"]),
-        len(objects),
-        len(content["annotations"]) - len(objects),
-        len(labels),
+        count(len(content["images"]), "image"),
+        count(len(objects), "box", "boxes"),
+        count(len(content["annotations"]) - len(objects), "region"),
+        count(len(labels), "class", "classes"),
         join_some(f"{printable(name)} {counts[category_id]}" for name, category_id in per_class),
         source.json_file,
     )

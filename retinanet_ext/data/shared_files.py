@@ -28,10 +28,14 @@ def describe_shared_files(train: Sequence[str], tests: Mapping[str, Sequence[str
         if not (shared := _find_shared_files(train, test)):
             continue
         first = next(iter(shared))
-        other = "" if shared[first] == first else f", which is {printable(shared[first])}"
+        other = printable(shared[first])
+        other = "" if shared[first] == first else f", which is training image {other}"
+        is_one = len(shared) == 1
+        are = "is a training image" if is_one else "are training images"
         sentences.append(
-            f"{name}: {len(shared)} of {len(test)} test images are training images too, such as "
-            f"{printable(first)}{other}; AP on them says little about new images"
+            f"{name}: {len(shared)} of {len(test)} test images {are} too, such as test image "
+            f"{printable(first)}{other}; AP on {'it' if is_one else 'them'} says little about new "
+            "images"
         )
     return sentences
 

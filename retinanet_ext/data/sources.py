@@ -14,6 +14,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from retinanet_ext.data.annotation_files import (
     box_format_of,
+    describe_orphan_labels,
     digest_annotations,
     find_image_root,
     is_json,
@@ -221,6 +222,9 @@ def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> V
         )
         for json_file, image_root in zip(source.json_files, source.image_roots, strict=True)
     ]
+    for part in parts:
+        content = contents[part.json_file]
+        part.notes.extend(describe_orphan_labels(part.json_file, content, part.image_root))
     result = parts[0] if len(parts) == 1 else _merge(parts, source.classes)
     result = check_data_set(result)
     if source.is_converted:

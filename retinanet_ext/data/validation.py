@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from retinanet_ext.data.annotations import check_annotations, find_duplicate_boxes
-from retinanet_ext.data.box_format import check_box_format_name
+from retinanet_ext.data.box_format import check_box_format_name, format_box
 from retinanet_ext.data.class_choice import choose_classes, explain_unused_classes
 from retinanet_ext.data.coco_json import is_ignore_region, join_some, printable, read_coco_json
 from retinanet_ext.data.entries import entry_name, field_faults, id_of, image_name, leaves_folder
@@ -167,7 +167,7 @@ def check_data_set(result: ValidationResult) -> ValidationResult:
         result.add(
             "duplicate_box",
             f"annotations {names} of {image_name(images[second['image_id']])}: bbox "
-            f"{first['bbox']} and {second['bbox']}, IoU {iou:.2f}",
+            f"{format_box(first['bbox'])} and {format_box(second['bbox'])}, IoU {iou:.2f}",
             image_id=second["image_id"],
             annotation_id=second.get("id"),
         )

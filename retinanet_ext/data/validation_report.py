@@ -24,6 +24,7 @@ from retinanet_ext.data.anchor_coverage import (
 )
 from retinanet_ext.data.coco_json import (
     class_names,
+    count,
     id_order,
     join_some,
     printable,
@@ -36,7 +37,7 @@ from retinanet_ext.data.register import compare_classes, resolve_pixel_range, se
 from retinanet_ext.data.shared_files import describe_shared_files
 from retinanet_ext.data.sources import Source, check_source, find_sources
 from retinanet_ext.errors import InputError
-from retinanet_ext.files import to_json, write_file
+from retinanet_ext.files import make_folder, to_json, write_file
 
 FORMAT = 1
 SHOWN = 5  # findings of a kind in the text; the JSON has all
@@ -66,14 +67,19 @@ class Report:
         Raises:
             InputError: the file exists or cannot be written.
         """
-        refuse_existing(path)
+        prepare_output(path)
         write_file(path, to_json(self.content, indent=1) + "\n")
 
 
-def refuse_existing(path: Path, option: str = "--output") -> None:
-    """Refuse to overwrite an earlier report."""
+def prepare_output(path: Path, option: str = "--output") -> None:
+    """Refuse to overwrite an earlier report, and make the folder of a new one.
+
+    Raises:
+        InputError: the file exists, or its folder cannot be made.
+    """
     if path.exists():
         raise InputError(f"{path} exists; {option} takes the name of a new file")
+    make_folder(path.parent)
 
 
 def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
@@ -253,12 +259,14 @@ def _format_data(source: Source, content: dict[str, Any]) -> str:
     facts = content["facts"]
     an_image = facts["boxes_an_image"]
     sizes = list(facts["image_sizes"])
+    images, boxes = count(facts["images"], "image"), count(facts["boxes"], "box", "boxes")
+    regions = count(facts["regions_to_ignore"], "region")
     lines = [
         f"{source.name}: {source.json_file}, images in {source.image_root}",
         "",
-        f"{facts['images']} images ({join_some(sizes, 3)}), {facts['empty_images']} without boxes; "
-        f"{facts['boxes']} boxes, {an_image['min']} to {an_image['max']} an image, "
-        f"{an_image['mean']:.1f} on average; {facts['regions_to_ignore']} regions to ignore",
+        f"{images} ({join_some(sizes, 3)}), {facts['empty_images']} without boxes; "
+        f"{boxes}, {an_image['min']} to {an_image['max']} an image, "
+        f"{an_image['mean']:.1f} on average; {regions} to ignore",
         "",
         _table(
             ["class", "boxes", "images", *SIZES],
@@ -311,14 +319,16 @@ def _format_coverage(coverage: dict[str, Any]) -> str:
         coverage["all"]["reached"] * coverage["all"]["boxes"]
     )
     if unreached:
+        are, their = ("is", "its") if unreached == 1 else ("are", "their")
         kept = {
-            "all": "learned by their best anchor alone",
-            "ignored_band": f"learned by their best anchor alone, and below {low} not at all",
+            "all": f"learned by {their} best anchor alone",
+            "ignored_band": f"learned by {their} best anchor alone, and below {low} not at all",
             "none": "not learned",
         }[coverage["low_quality_matches"]]
+        boxes = count(unreached, "box", "boxes")
         lines += [
             "",
-            f"{unreached} boxes that no anchor reaches at {high} are {kept} "
+            f"{boxes} that no anchor reaches at {high} {are} {kept} "
             f"(MODEL.RETINANET.LOW_QUALITY_MATCHES {coverage['low_quality_matches']}).",
         ]
     return "\n".join(lines)

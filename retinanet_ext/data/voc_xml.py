@@ -38,7 +38,7 @@ class VocFolder:
         """Return the parts of a folder.
 
         The folder has ``Annotations/``, or one folder in it has, as in ``VOCdevkit``, or it holds
-        the XML files itself.
+        the XML files itself. ``Annotations`` with the images beside it means the folder above.
 
         Raises:
             InputError: there are no annotations, or several folders in it have some.
@@ -49,14 +49,20 @@ class VocFolder:
             names = join_some(place.parent for place in found)
             raise InputError(f"{path} holds several data sets: {names}; name one, or give a list")
         root = found[0].parent if found else folder
+        if root.name == "Annotations" and _image_folders(root.parent):
+            root = root.parent
         xml = root / "Annotations" if (root / "Annotations").is_dir() else root
         if next(xml.glob("*.xml"), None) is None:
             raise InputError(
                 f"{xml} is a folder without Pascal VOC annotations (*.xml); for YOLO labels give "
                 "their data.yaml"
             )
-        images = (root / name for name in _IMAGE_FOLDERS if (root / name).is_dir())
-        return cls(xml, next(images, root), root / "ImageSets" / "Main")
+        images = [*_image_folders(root), root][0]
+        return cls(xml, images, root / "ImageSets" / "Main")
+
+
+def _image_folders(root: Path) -> list[Path]:
+    return [root / name for name in _IMAGE_FOLDERS if (root / name).is_dir()]
 
 
 def read_voc(

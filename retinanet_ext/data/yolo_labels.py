@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,27 @@ def read_yolo(path: str, root: str, split: str, *, box_format: str = BOX_FORMAT)
             )
         del content["annotations"]
     return content
+
+
+def find_orphan_labels(files: Iterable[str], root: str) -> list[str]:
+    """Return the label files in ``labels`` folders that have no image; ``classes.txt`` is none.
+
+    Args:
+        files: file names of the images, of :func:`read_yolo`.
+        root: folder that they start from.
+    """
+    folders = {os.path.dirname(os.path.join(root, file)) for file in files}
+    orphans = []
+    for folder in sorted(filter(os.path.isdir, folders)):
+        labels = os.path.dirname(_label_file(os.path.join(folder, "any")))
+        if labels == folder or not os.path.isdir(labels):
+            continue
+        stems = {os.path.splitext(name)[0] for name in os.listdir(folder)} | {"classes"}
+        for name in sorted(os.listdir(labels)):
+            stem, suffix = os.path.splitext(name)
+            if suffix == ".txt" and stem not in stems:
+                orphans.append(_short(os.path.join(labels, name), root))
+    return orphans
 
 
 def _read_yaml(path: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from retinanet_ext.analysis.plots import COLOURS, LABEL_SIZE, save_figure
-from retinanet_ext.data.coco_json import printable
+from retinanet_ext.data.coco_json import count, printable
 from retinanet_ext.data.validation_report import Report
 from retinanet_ext.evaluation.pictures import draw_ground_truth
 from retinanet_ext.files import write_file
@@ -48,6 +48,7 @@ def write_data_page(report: Report, path: Path) -> None:
         parts = [
             "# Data",
             f"> {_escape(content['conclusion'])}",
+            *_first_refused(content["data_sets"]),
             "## Counts",
             *_counts(content["data_sets"]),
             "## Images that look alike",
@@ -65,6 +66,13 @@ def write_data_page(report: Report, path: Path) -> None:
         ]
         names = ", ".join(content["name"] for content in content["data_sets"])
         write_file(path, render_page("\n\n".join(parts) + "\n", folder, title=f"Data: {names}"))
+
+
+def _first_refused(data_sets: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a sentence that names the first finding that is refused, if there is one."""
+    findings = [found for content in data_sets for found in content["findings"]]
+    refused = [found["items"][0]["message"] for found in findings if found["policy"] == "refuse"]
+    return [f"The first fault: {_escape(message)}." for message in refused[:1]]
 
 
 def _escape(text: Any) -> str:
@@ -108,7 +116,7 @@ def _class_cell(facts: Mapping[str, Any], name: str) -> str:
     if row is None:
         return "not listed"
     share = 100 * row["boxes"] / max(facts["boxes"], 1)
-    return f"{row['boxes']} in {row['images']} images, {share:.1f} %"
+    return f"{row['boxes']} in {count(row['images'], 'image')}, {share:.1f} %"
 
 
 def _duplicates(report: Report, folder: Path) -> list[str]:

@@ -11,13 +11,13 @@ from typing import Any
 
 import yaml
 
+from retinanet_ext.data.coco_json import count
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.record import UNFINISHED, Record, read_json, read_records
 from retinanet_ext.experiments.statistics import (
     WORDS,
     RowResult,
     TableResult,
-    count,
     duration,
 )
 from retinanet_ext.experiments.tables import TABLES

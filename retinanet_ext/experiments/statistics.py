@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from statistics import fmean, stdev
 
+from retinanet_ext.data.coco_json import count
 from retinanet_ext.evaluation.bootstrap import welch_interval
 from retinanet_ext.experiments.record import DIVERGED, FAILED, FINISHED, Record
 from retinanet_ext.experiments.tables import Claim, Row, Table
@@ -228,8 +229,3 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min"
-
-
-def count(number: int, noun: str) -> str:
-    """Return "1 seed", "2 seeds"."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -276,6 +276,33 @@ def test_boxes_given_by_their_corner_are_noticed(eight: Eight) -> None:
     assert trained_on()[0][1][0][1] == pytest.approx(eight.content["annotations"][0]["bbox"])
 
 
+def test_label_files_without_image_are_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An image outside the list of a split is an image; a list of classes is no label."""
+    labels = dict.fromkeys(["a.jpg", "b.jpg", "c.jpg"], "0 .5 .5 .5 .5")
+    path = yolo_folder(tmp_path, labels=labels, train="train.txt")
+    (tmp_path / "train.txt").write_text("images/train/a.jpg")
+    (tmp_path / "labels/train/classes.txt").write_text("zebra")
+    (tmp_path / "images/train/b.jpg").unlink()
+    cfg = load_config("configs/quickstart.yaml", both(path))
+    for data in check_data(cfg).content["data_sets"]:
+        assert data["notes"][-1] == "1 label file has no image: labels/train/b.txt"
+    with caplog.at_level("INFO"):
+        prepare(*both(path))
+    assert any("custom_train: 1 image, 1 box, 0 regions to ignore, 2" in m for m in caplog.messages)
+    assert f"{path}: 1 label file has no image: labels/train/b.txt" in caplog.messages
+
+
+def test_boxes_in_messages_have_three_decimals(tmp_path: Path) -> None:
+    lines = "0 .5 .3333333 .3333333 .3333333\n" * 2 + "0 .1 .5 .3333333 .5\n"
+    path = yolo_folder(tmp_path, labels={"a.jpg": lines})
+    data = check_data(load_config("configs/quickstart.yaml", both(path))).content["data_sets"][0]
+    messages = {f["kind"]: f["items"][0]["message"] for f in data["findings"]}
+    assert "bbox [-5.333, 15.0, 26.667, 30.0], conv" in messages["clipped_box"]
+    assert "bbox [26.667, 10.0, 26.667, 20.0] and [26.667, 10" in messages["duplicate_box"]
+
+
 def test_difficult_objects_are_regions_to_ignore(eight: Eight) -> None:
     eight.content["annotations"][1]["ignore"] = 1
     path = write_voc(eight.folder / "voc", eight.images, eight.content)
@@ -289,8 +316,9 @@ def test_image_sets_split_a_voc_folder_and_its_classes_are_shared(eight: Eight) 
     (path / "ImageSets/Main").mkdir(parents=True)
     (path / "ImageSets/Main/train.txt").write_text("a1\na2\na3\n")
     (path / "ImageSets/Main/val.txt").write_text("a4\na6\n")  # no dog
-    prepare(*both(path))
-    assert [name for name, _ in trained_on()] == ["a1.jpg", "a2.jpg", "a3.jpg"]
+    for named in (path / "Annotations", path):
+        prepare(*both(named))
+        assert [name for name, _ in trained_on()] == ["a1.jpg", "a2.jpg", "a3.jpg"]
     assert [name for name, _ in trained_on("custom_test")] == ["a4.jpg", "a6.jpg"]
     assert MetadataCatalog.get("custom_test").thing_classes == ["cat", "dog"]
     (path / "ImageSets/Main/train.txt").write_text("a1\na9\n")

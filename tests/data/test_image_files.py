@@ -105,7 +105,9 @@ def test_test_images_that_are_training_images_are_counted(
     assert line.startswith("custom_test: 8 of 8 test images are training images too, such as ")
     first = eight.images / "a1.jpg"
     assert (
-        f"{first}; AP" in line if case == "same folder" else f"b1.jpg, which is {first}; " in line
+        f"{first}; AP" in line
+        if case == "same folder"
+        else f"b1.jpg, which is training image {first}; " in line
     )
 
 

@@ -81,5 +81,6 @@ def test_a_leak_is_told_before_training(bccd: Bccd) -> None:
     report = check_data(bccd.use(small()))
     (pair,) = report.content["near_duplicates"]
     assert pair["data_set"] == "custom_test" and pair["other_data_set"] == "train"
-    assert "custom_test: 1 of 2 test images look like training images, such as " in report.text
+    images = f"test image {pair['image']} and training image {pair['other']}"
+    assert f"1 of 2 test images looks like a training image, such as {images}; AP" in report.text
     assert report.exit_code == 0

@@ -46,7 +46,7 @@ def test_command_ends_with_what_training_would_do(bccd: Bccd, tmp_path: Path) ->
         *("DATASETS.CUSTOM.TRAIN_JSON", str(bccd.train_json)),
         *("DATASETS.CUSTOM.TRAIN_IMAGES", str(bccd.images)),
     ]
-    output = tmp_path / "report.json"
+    output = tmp_path / "new" / "report.json"
     code, text, _ = run("--output", str(output), *keys)
     assert code == 0
     assert text.endswith(f"left out: 1, kept: 0.\n\nWrote {output}\n")
@@ -59,6 +59,9 @@ def test_command_ends_with_what_training_would_do(bccd: Bccd, tmp_path: Path) ->
     code, _, errors = run("--output", str(output), *keys)
     assert code == 2 and errors.startswith(f"retinanet-ext check-data: error: {output} exists")
     assert output.read_bytes() == before
+    nowhere = str(output / "page.html")
+    code, text, errors = run("--report", nowhere, *keys)
+    assert code == 2 and not text and f"folder {output} cannot be made" in errors
     code, text, errors = run(*keys)
     assert code == 1 and not errors
     assert "REFUSED  boxes of negative width or height: 1" in text

@@ -53,7 +53,7 @@ def test_page_shows_counts_leaks_and_findings(page):
     text = re.sub(r"<[^>]+>", " ", page)
     for expected in (
         "*cell* | &lt;b&gt;",
-        "custom_test: 1 of 2 test images are training images too",
+        "custom_test: 1 of 2 test images is a training image too",
         "[a](b).jpg",
         "copy",
         "Training takes these data; left out: 1, kept: 0.",
@@ -91,6 +91,19 @@ def test_histograms_hold_every_box():
     assert found["aspect_ratios"]["anchors"] == [0.5, 1.0, 2.0]
     octave = 32 * 2 ** (np.arange(6) / 3)
     assert found["sides"]["anchors"] == pytest.approx(octave, abs=0.01)
+
+
+def test_refusal_names_its_first_finding(folder, tmp_path):
+    content = json.loads((folder / "instances_train_raw.json").read_text())
+    content["annotations"][0]["bbox"][2] *= -1
+    (tmp_path / "train.json").write_text(json.dumps(content))
+    argv = ["check-data", "--config-file", "configs/small_R18_FPN.yaml"]
+    argv += ["--report", str(tmp_path / "page.html")]
+    argv += ["DATASETS.CUSTOM.TRAIN_JSON", str(tmp_path / "train.json")]
+    assert main([*argv, "DATASETS.CUSTOM.TRAIN_IMAGES", str(folder / "images")]) == 1
+    text = (tmp_path / "page.html").read_text()
+    first = f"The first fault: annotation {content['annotations'][0]['id']} of image"
+    assert 0 < text.index("Training refuses these data") < text.index(first) < text.index("<h2")
 
 
 def test_report_is_written_for_data_without_a_box_to_learn(folder, tmp_path, capsys):
