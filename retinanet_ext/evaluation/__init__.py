@@ -2,7 +2,6 @@
 
 from retinanet_ext.evaluation.coco import BoxEvaluator
 from retinanet_ext.evaluation.detection_metrics import COCO_MAX_DETECTIONS
-from retinanet_ext.evaluation.pictures import draw_detection_grid
 from retinanet_ext.evaluation.timing import InferenceTime
 from retinanet_ext.evaluation.validation_loss import ValidationLoss
 
@@ -11,5 +10,4 @@ __all__ = [
     "BoxEvaluator",
     "InferenceTime",
     "ValidationLoss",
-    "draw_detection_grid",
 ]

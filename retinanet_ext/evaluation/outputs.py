@@ -9,7 +9,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from retinanet_ext.data.images import ImageReader
-from retinanet_ext.evaluation.pictures import draw_detection_grid
 
 DETECTIONS = "coco_instances_results.json"
 """The file of detections that Detectron2's ``COCOEvaluator`` writes, in COCO's format."""
@@ -35,6 +34,8 @@ def draw_detections(cfg: CfgNode, dataset_name: str) -> None:
     file = inference_dir(cfg, dataset_name) / DETECTIONS
     if not file.exists():
         return
+    from retinanet_ext.evaluation.pictures import draw_detection_grid  # matplotlib loads slowly
+
     predictions = json.loads(file.read_text())
     metadata = MetadataCatalog.get(dataset_name)
     class_ids = metadata.get("thing_dataset_id_to_contiguous_id")

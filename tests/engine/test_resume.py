@@ -215,7 +215,7 @@ def test_sigterm_to_all_processes_saves_and_says_how_to_go_on(num_processes, tmp
 
 def test_kills_at_random_moments_change_nothing(tmp_path):
     """A small form of ``stress_kills.py``: one run of two processes, killed once."""
-    iterations = 25
+    iterations = 18
 
     def finish(folder):
         with no_cuda():
@@ -224,7 +224,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path):
 
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish(whole)
-    delay = random.uniform(0, 0.5)
+    delay = random.uniform(0, 0.4)
     stress_kills.kill(killed, 5, delay, in_writing=True, iterations=iterations)
     finish(killed)
     assert stress_kills.differences(whole / "model_final.pth", killed / "model_final.pth") == []

@@ -6,8 +6,13 @@ from detectron2.structures import BoxMode
 from PIL import Image
 
 from retinanet_ext.data.images import ImageReader
-from retinanet_ext.evaluation import draw_detection_grid
-from retinanet_ext.evaluation.pictures import COLORS, GAP, IMAGE_WIDTH, TITLE_HEIGHT
+from retinanet_ext.evaluation.pictures import (
+    COLORS,
+    GAP,
+    IMAGE_WIDTH,
+    TITLE_HEIGHT,
+    draw_detection_grid,
+)
 
 GREY = (128, 128, 128)
 NAMES = ["one", "$two$", "three"]

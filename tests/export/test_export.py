@@ -77,9 +77,9 @@ def test_file_says_what_it_needs(exported, run):
 @pytest.mark.parametrize(
     ("file_format", "form"),
     [
-        ("onnx", "raw"),  # ``detections`` is the fixture's
-        ("pt2", "detections"),
+        ("pt2", "detections"),  # of ONNX they are the fixture's
         ("torchscript", "boxes"),
+        ("torchscript", "raw"),
     ],
 )
 def test_every_form_and_format_equals_the_model(file_format, form, run, tmp_path):
