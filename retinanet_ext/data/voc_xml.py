@@ -44,7 +44,8 @@ class VocFolder:
             InputError: there are no annotations, or several folders in it have some.
         """
         folder = Path(path)
-        found = sorted(folder.glob("*/Annotations"))
+        has_own = (folder / "Annotations").is_dir()
+        found = [] if has_own else sorted(folder.glob("*/Annotations"))
         if len(found) > 1:
             names = join_some(place.parent for place in found)
             raise InputError(f"{path} holds several data sets: {names}; name one, or give a list")

@@ -183,8 +183,9 @@ def _images_of(path: str, key: str, entry: str, root: str) -> Iterator[str]:
 
 def _label_file(image: str) -> str:
     """Return the label file of an image, by the rule of Ultralytics."""
-    before, images, after = os.path.splitext(image)[0].rpartition("/images/")
-    return f"{before}/labels/{after}.txt" if images else f"{after}.txt"
+    # With a slash before it, because a relative path may begin with the folder.
+    before, images, after = f"/{os.path.splitext(image)[0]}".rpartition("/images/")
+    return f"{before}/labels/{after}.txt"[1:] if images else f"{after}.txt"[1:]
 
 
 def _read_labels(

@@ -114,8 +114,14 @@ def export_run(
             quantization = quantize(written, Path(file.name), metadata, cfg, calibration_images)
     images = "the run's test images" if has_data else "drawn images, because it has no test data"
     exported = Exported(path, metadata, comparisons, images, quantization)
-    write_file(path.with_suffix(".json"), to_json(asdict(exported), indent=1, default=str) + "\n")
+    _write_report(exported)
     return exported
+
+
+def _write_report(exported: Exported) -> None:
+    """Write what was exported and compared beside the file, under its name and ``.json``."""
+    path = exported.path.with_name(f"{exported.path.name}.json")
+    write_file(path, to_json(asdict(exported), indent=1, default=str) + "\n")
 
 
 def _write_verified(

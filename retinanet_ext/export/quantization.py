@@ -93,7 +93,7 @@ def quantize(
     onnx.save(model, target)
     before, num_images = average_precision(predictor, cfg)
     after, _ = average_precision(OnnxPredictor(target), cfg)
-    if after < (1 - LARGEST_LOSS) * before:
+    if not after >= (1 - LARGEST_LOSS) * before:  # NaN neither
         raise UnexpectedResultsError(
             f"in int8 the AP falls from {before:.2f} to {after:.2f}, by more than a tenth; more "
             "--calibration-images may help; no file is left"

@@ -244,8 +244,9 @@ def largest_differences(
     rows = []
     for box, score, label in zip(*one, strict=True):
         same = other.classes == label
-        scores = np.abs(other.scores[same] - score)
-        pixels = np.abs(other.boxes[same] - box).max(axis=1, initial=0)
+        # What is no number is infinitely far, so that it does not pass as equal.
+        scores = np.nan_to_num(np.abs(other.scores[same] - score), nan=np.inf)
+        pixels = np.nan_to_num(np.abs(other.boxes[same] - box).max(axis=1, initial=0), nan=np.inf)
         distance = np.maximum(scores / SCORE, pixels / PIXELS)
         nearest = distance.argmin() if same.any() else None
         if (nearest is None or distance[nearest] > 1) and abs(score - lowest[label]) <= SCORE:

@@ -156,7 +156,7 @@ def _describe(
     """Return all that the detections depend on."""
     cfg = cfg.clone()
     weights, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = cfg.MODEL.WEIGHTS, "", ""
-    names = "\n".join(file.path for file in files)
+    names = "\n".join(map(_identify, files))
     thresholds = predictor.thresholds
     return {
         **asdict(options),
@@ -165,6 +165,14 @@ def _describe(
         "config": _checksum(cfg.dump()),
         "thresholds": None if thresholds is None else [round(t, 6) for t in thresholds.tolist()],
     }
+
+
+def _identify(file: SourceFile) -> str:
+    """Return a file's path, size and time, so that another image under its name is another job."""
+    path = Path(file.path).absolute()
+    if not path.exists():
+        return f"{path} is missing"
+    return f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}"
 
 
 def _checksum(text: str) -> str:

@@ -181,6 +181,13 @@ def test_where_a_data_yaml_finds_its_images(
     )
 
 
+def test_a_data_yaml_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yolo_folder(tmp_path, labels={"a.jpg": "0 0.5 0.5 0.2 0.2"})
+    monkeypatch.chdir(tmp_path)
+    prepare(TRAIN, "data.yaml")
+    assert [len(objects) for objects in registered("custom_train").values()] == [1]
+
+
 def test_labels_are_of_the_upright_image(tmp_path: Path) -> None:
     path = yolo_folder(tmp_path, labels={"a.jpg": "0 .25 .5 .5 .2"})
     image = Image.open(tmp_path / "images/train/a.jpg")
@@ -345,6 +352,15 @@ def test_what_a_voc_folder_may_lack(eight: Eight) -> None:
             eight.content["images"], eight.content["annotations"], strict=True
         )
     ]
+
+
+def test_a_voc_folder_uses_its_own_annotations(eight: Eight) -> None:
+    """And not those of a folder in it, such as an earlier state of them."""
+    path = write_voc(eight.folder / "voc", eight.images, eight.content)
+    shutil.copytree(path / "Annotations", path / "backup/Annotations")
+    (path / "backup/Annotations/a1.xml").unlink()
+    prepare(*both(path))
+    assert len(registered("custom_train")) == len(eight.content["images"])
 
 
 @pytest.mark.parametrize(

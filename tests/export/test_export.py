@@ -65,7 +65,7 @@ def test_file_says_what_it_needs(exported, run):
     assert np.allclose(metadata.thresholds, (0.15, 0.17, 0.155))
     assert (metadata.input_format, metadata.size_divisibility, metadata.strides) == ("RGB", 32, [8])
     assert metadata.weights_sha256 == sha256_of(run / "model_0000009.pth")
-    report = json.loads((run / "export/detections.json").read_text())
+    report = json.loads((run / "export/detections.onnx.json").read_text())
     assert report["metadata"]["form"] == "detections"
     counts = {row["case"].partition(" (")[0]: row["detections"] for row in report["comparisons"]}
     assert counts["landscape"] > 0 and counts["plain"] == 0 and "thumbnail" in counts
@@ -235,10 +235,11 @@ def detections(*rows):
         ([(5, 5, 8, 8, 0.6, 1), (0, 0, 9, 9.05, 0.9, 0)], (0, 0.05)),
         ([(0, 0, 9, 9, 0.9, 0)], (0.6, np.inf)),
         ([(0, 0, 9, 9, 0.9, 0), (5, 5, 8, 8, 0.6, 2)], (0.6, np.inf)),
+        ([(np.nan, 0, 9, 9, 0.9, 0), (5, 5, 8, 8, 0.6, 1)], (0, np.inf)),
     ],
 )
 def test_differences_are_of_sets(rows, expected):
-    """Equal, in another order and moved, one missing, and one of another class."""
+    """Equal, in another order and moved, one missing, one of another class, and one of NaN."""
     wanted = detections((0, 0, 9, 9, 0.9, 0), (5, 5, 8, 8, 0.6, 1), (1, 1, 2, 2, 0.3005, 0))
     found = largest_differences(wanted, detections(*rows), np.full(3, 0.3))
     assert np.allclose(found, expected)

@@ -111,6 +111,15 @@ def test_a_job_of_something_else_is_not_continued(run, images, tmp_path, capsys)
     assert predict(run, PATHS[0], "--output", out, "--format", "coco") == 0  # from the same log
 
 
+def test_another_image_under_the_same_name_is_another_job(run, tmp_path, capsys):
+    image, out = tmp_path / "image.jpg", tmp_path / "out"
+    image.write_bytes(PATHS[0].read_bytes())
+    assert predict(run, image, "--output", out) == 0
+    image.write_bytes(PATHS[1].read_bytes())
+    assert predict(run, image, "--output", out) == 2
+    assert "detections of other sources" in capsys.readouterr().err
+
+
 def test_unreadable_images_are_named_and_the_others_done(run, tmp_path, capsys):
     Path(tmp_path / "cut.jpg").write_bytes(PATHS[0].read_bytes()[:3000])
     (tmp_path / "list.txt").write_text(f"{PATHS[0]}\ncut.jpg\nnone.png\n{PATHS[1]}\n")
