@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from torchvision.ops import clip_boxes_to_image
 
 from retinanet_ext.errors import UnexpectedResultsError
 from retinanet_ext.export.formats import Run
 from retinanet_ext.modeling import RetinaNetExt
-from retinanet_ext.modeling.inference import Candidates, decode_candidates
+from retinanet_ext.modeling.inference import Candidates
 
 LOGIT, SCORE, PIXELS = 1e-3, 1e-3, 0.1
 """Largest differences that are allowed: of logits and deltas (of the largest of them, if that is
@@ -194,20 +195,10 @@ def _compare_sets(
 
 
 def _candidates(model: RetinaNetExt, images: np.ndarray) -> list[Candidates]:
-    features, predictions = _predict(model, images)
-    candidates = decode_candidates(
-        *predictions,
-        model.anchor_generator(features),
-        num_classes=model.num_classes,
-        score_thresh=model.test_score_thresh,
-        topk=model.test_topk_candidates,
-        box2box_transform=model.box2box_transform,
-    )
-    height, width = images.shape[2:]
-    limits = torch.tensor([width, height, width, height])
+    candidates = model.decode(*_predict(model, images))
+    size = images.shape[2:]
     return [
-        _to_numpy(each._replace(boxes=each.boxes.clamp(min=0).minimum(limits)))
-        for each in candidates
+        _to_numpy(each._replace(boxes=clip_boxes_to_image(each.boxes, size))) for each in candidates
     ]
 
 

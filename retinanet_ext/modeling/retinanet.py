@@ -301,13 +301,9 @@ class RetinaNetExt(DenseDetector):
             )
         ]
 
-    def _detections(
-        self,
-        features: list[Tensor],
-        predictions: list[list[Tensor]],
-        image_sizes: Sequence[tuple[int, int]],
-    ) -> list[Candidates]:
-        candidates = decode_candidates(
+    def decode(self, features: list[Tensor], predictions: list[list[Tensor]]) -> list[Candidates]:
+        """Return the candidates of each image: decoded, but neither suppressed nor clipped."""
+        return decode_candidates(
             *predictions,
             self.anchor_generator(features),
             num_classes=self.num_classes,
@@ -315,6 +311,14 @@ class RetinaNetExt(DenseDetector):
             topk=self.test_topk_candidates,
             box2box_transform=self.box2box_transform,
         )
+
+    def _detections(
+        self,
+        features: list[Tensor],
+        predictions: list[list[Tensor]],
+        image_sizes: Sequence[tuple[int, int]],
+    ) -> list[Candidates]:
+        candidates = self.decode(features, predictions)
         if self.clip_before_nms:
             candidates = [
                 found._replace(boxes=clip_boxes_to_image(found.boxes, size))
