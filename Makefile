@@ -1,15 +1,16 @@
 override VENV := $(or $(VENV),.venv)
-export VENV PYTHON DETECTRON2 PURE
+export VENV PYTHON DETECTRON2 PURE PYTHONS TORCHES TESTS
 
 RUN := "$(VENV)/bin/python"
 DEMO := output/demo-$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: help demo test lint env
+.PHONY: help demo test lint matrix env
 
 help:
-	@echo "make demo   train the quick start, evaluate it and draw its detections"
-	@echo "make test   run the tests"
-	@echo "make lint   check style (ruff) and types (mypy)"
+	@echo "make demo    train the quick start, evaluate it and draw its detections"
+	@echo "make test    run the tests"
+	@echo "make lint    check style (ruff) and types (mypy)"
+	@echo "make matrix  run the core tests on several versions of Python and PyTorch (tools/matrix.sh)"
 	@echo
 	@echo "Each sets up .venv at its first call (PyTorch and Detectron2: some minutes, 6 GB). Or:"
 	@echo "  PYTHON=python3.12      the interpreter that makes .venv"
@@ -28,6 +29,9 @@ lint: env
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+matrix:
+	@bash tools/matrix.sh
 
 env:
 	@bash tools/setup_env.sh
