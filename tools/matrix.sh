@@ -10,7 +10,7 @@ cd "${BASH_SOURCE[0]%/*}/.."
 
 TORCHES=${TORCHES:-2.11.0+0.26.0 2.14.1+0.29.1}
 TESTS=${TESTS:-tests/losses tests/modeling tests/test_sampling.py tests/test_plugin.py
-  tests/test_without_compiler.py tests/engine/test_train_step.py tests/engine/test_predictor.py}
+  tests/test_without_extension.py tests/engine/test_train_step.py tests/engine/test_predictor.py}
 if [[ -z ${PYTHONS:-} ]]; then
   for python in python3.{10..13}; do
     "$python" --version >/dev/null 2>&1 && PYTHONS+=" $python"

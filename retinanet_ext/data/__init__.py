@@ -1,5 +1,6 @@
 """The data that a config names: checked, registered in Detectron2's catalogs, or drawn."""
 
+import retinanet_ext.torch_jit  # noqa: F401
 from retinanet_ext.data.findings import Finding, ValidationResult
 from retinanet_ext.data.mapper import CheckedDatasetMapper
 from retinanet_ext.data.register import prepare_datasets

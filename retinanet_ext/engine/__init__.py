@@ -1,5 +1,6 @@
 """Training and evaluation: what Detectron2's engine lacks."""
 
+import retinanet_ext.torch_jit  # noqa: F401
 from retinanet_ext.engine.checkpoint import Checkpointer, export_weights
 from retinanet_ext.engine.config_load import load_config
 from retinanet_ext.engine.launch import argument_parser, launch

@@ -1,5 +1,6 @@
 """Evaluation: what Detectron2's ``COCOEvaluator`` lacks."""
 
+import retinanet_ext.torch_jit  # noqa: F401
 from retinanet_ext.evaluation.coco import BoxEvaluator
 from retinanet_ext.evaluation.detection_metrics import COCO_MAX_DETECTIONS
 from retinanet_ext.evaluation.timing import InferenceTime

@@ -1,5 +1,6 @@
 """The detector. Importing this package registers its classes in Detectron2's registries."""
 
+import retinanet_ext.torch_jit  # noqa: F401
 from retinanet_ext.modeling.anchor_generator import (
     OctaveAnchorGenerator,
     TorchvisionAnchorGenerator,
