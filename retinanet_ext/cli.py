@@ -128,6 +128,7 @@ def experiments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     run.add_argument("--preset", required=True, metavar="NAME", help=presets)
     run.add_argument("--seeds", type=int, metavar="N", help="default: the preset's")
     run.add_argument("--num-gpus", type=int, default=1, metavar="N", help="of each row")
+    run.add_argument("--jobs", type=int, default=1, metavar="N", help="rows at a time")
     run.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for all rows")
     report = commands.add_parser("report", help="write the reports anew")
     for command in (run, report):
@@ -166,7 +167,7 @@ def _run_rows(args: argparse.Namespace) -> int:
         root=ROOT,
         output=args.output,
     )
-    records = run_campaign(campaign, runs, root=ROOT)
+    records = run_campaign(campaign, runs, root=ROOT, jobs=args.jobs)
     print(*write_report(campaign.folder), sep="\n")
     return int(len(records) < len(runs) or any(run.status == FAILED for run in records))
 

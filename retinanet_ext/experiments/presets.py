@@ -55,6 +55,17 @@ _SMALL_OVERRIDES = {
     "SOLVER.MAX_ITER": 350,
     "SOLVER.CHECKPOINT_PERIOD": 100,
 }
+_GPU_OVERRIDES = {
+    **_SMALL_OVERRIDES,
+    "INPUT.MIN_SIZE_TRAIN": (320,),
+    "INPUT.MIN_SIZE_TEST": 320,
+    "MODEL.ANCHOR_GENERATOR.BASE_SCALE": 4.0,
+    "DATALOADER.NUM_WORKERS": 1,
+    "SOLVER.IMS_PER_BATCH": 8,
+    "SOLVER.MAX_ITER": 450,
+    "SOLVER.CHECKPOINT_PERIOD": 150,
+    "TEST.DETECTION_GRID.NUM_IMAGES": 0,
+}
 _QUICK_OVERRIDES = {
     **_SMALL_OVERRIDES,
     "INPUT.MIN_SIZE_TRAIN": (128,),
@@ -77,6 +88,13 @@ PRESETS = {
         _SMALL,
         _SMALL_OVERRIDES,
         seeds=2,
+    ),
+    "gpu": Preset(
+        "gpu",
+        "the small preset at 320 pixels and 450 x 8 images: with --jobs several rows at a time",
+        _SMALL,
+        _GPU_OVERRIDES,
+        seeds=3,
     ),
     "quick": Preset(
         "quick",

@@ -1,8 +1,9 @@
-"""Run rows of the tables one after another, each in its own process; resume what was cut off."""
+"""Run rows of the tables, each in its own process; resume what was cut off."""
 
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import IO, Any
@@ -40,19 +41,22 @@ def run_campaign(
     runs: Sequence[Run],
     *,
     root: Path,
+    jobs: int = 1,
     log: Callable[[str], None] = print,
 ) -> list[Record]:
-    """Run what is not finished, one run after another, and return the records of ``runs``.
+    """Run what is not finished, ``jobs`` runs at a time, and return the records of ``runs``.
 
     A run that finished or diverged is skipped, one that was cut off is resumed, and one that
     failed is tried again. A run that could not be started has no record. On SIGINT or SIGTERM the
-    current run saves a checkpoint, and KeyboardInterrupt is raised.
+    runs that are going on save a checkpoint, and KeyboardInterrupt is raised.
 
     Raises:
         InputError: a config or data that no row could be run with, another runner in the same
             folder, a folder that cannot be written
     """
-    hardware = _check(runs, campaign.content["num_gpus"])
+    if jobs < 1:
+        raise InputError(f"--jobs must be at least 1, got {jobs}")
+    hardware = _check(runs, campaign.content["num_gpus"], jobs)
     with _open_campaign(campaign) as lock, _interrupt_on_sigterm():
         records = {(run.key, run.seed): run for run in record.read_records(campaign.folder)}
         waiting = []
@@ -65,22 +69,31 @@ def run_campaign(
                 found.write()
         done = len(runs) - len(waiting)
         log(f"{done} of {len(runs)} runs are done; results in {campaign.folder}")
-        for number, run in enumerate(waiting, start=done + 1):
-            found = records.get((run.key, run.seed))
-            left = _time_left(records.values(), len(runs) - number + 1)
-            log(f"[{number}/{len(runs)}] {run.label} {'resumed' if found else 'started'}{left}")
-            try:
-                ended = _run(found or _new_record(campaign.folder, run), run, root, hardware, lock)
-            except (InputError, OSError) as error:
-                log(f"{run.label} cannot be run: {error}")
-            else:
-                records[run.key, run.seed] = ended
-                log(f"{run.label}: {_result(ended)} ({duration(ended.wall_seconds)})")
+        going: list[_Process] = []
+        try:
+            for number, run in enumerate(waiting, start=done + 1):
+                while len(going) >= jobs:
+                    _wait_for_one(going, records, log)
+                found = records.get((run.key, run.seed))
+                left = _time_left(records.values(), len(runs) - number + 1, jobs)
+                log(f"[{number}/{len(runs)}] {run.label} {'resumed' if found else 'started'}{left}")
+                try:
+                    current = found or _new_record(campaign.folder, run)
+                    going.append(_start(current, run, root, hardware, lock))
+                except (InputError, OSError) as error:
+                    log(f"{run.label} cannot be run: {error}")
+            while going:
+                _wait_for_one(going, records, log)
+        finally:  # of Ctrl-C, for example
+            for process in going:
+                process.popen.terminate()  # it saves a checkpoint
+            for process in going:
+                process.popen.wait()
     found = [records[run.key, run.seed] for run in runs if (run.key, run.seed) in records]
     return [run for run in found if run.status != record.UNFINISHED]
 
 
-def _check(runs: Sequence[Run], num_gpus: int) -> dict[str, Any]:
+def _check(runs: Sequence[Run], num_gpus: int, jobs: int) -> dict[str, Any]:
     """Refuse what every process would refuse, and return the hardware that they will use.
 
     The config of every row is checked; the data and the model only of the first.
@@ -99,7 +112,7 @@ def _check(runs: Sequence[Run], num_gpus: int) -> dict[str, Any]:
         "cpu": cpu_name(),
         "gpus": [torch.cuda.get_device_name(gpu) for gpu in gpus],
         "num_processes": num_gpus,
-        "threads": max(1, torch.get_num_threads() // num_gpus),
+        "threads": max(1, torch.get_num_threads() // (num_gpus * jobs)),
     }
 
 
@@ -143,37 +156,58 @@ def _new_record(campaign: Path, run: Run) -> Record:
     return Record(list(run.rows), run.seed, record.UNFINISHED, run.key, num_starts=0, folder=folder)
 
 
-def _run(
+@dataclass(frozen=True)
+class _Process:
+    """A run that is going on."""
+
+    run: Run
+    record: Record
+    popen: subprocess.Popen[bytes]
+    started: float
+
+
+def _start(
     current: Record, run: Run, root: Path, hardware: dict[str, Any], lock: IO[bytes]
-) -> Record:
-    """Run ``train_net.py``, resuming what is there, and return the record of how it ended."""
+) -> _Process:
+    """Start ``train_net.py``, which resumes what is there."""
     folder = current.folder
     folder.mkdir(exist_ok=True)
     command = [sys.executable, str(root / "train_net.py"), "--config-file", str(run.config_file)]
     command += ["--num-gpus", str(hardware["num_processes"])]
     command += ["--resume"] if current.num_starts else []
-    current = _begin(current, run, hardware)
+    begun = _begin(current, run, hardware)
     started = time.time()
-    with (
-        open(folder / OUTPUT, "ab") as output,
-        subprocess.Popen(
+    with open(folder / OUTPUT, "ab") as output:
+        popen = subprocess.Popen(
             [*command, *run.arguments, "OUTPUT_DIR", str(folder)],
             stdout=output,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            env={
+                "OMP_NUM_THREADS": str(hardware["threads"]),
+                **os.environ,
+                "PYTHONUNBUFFERED": "1",
+            },
             start_new_session=True,  # Ctrl-C reaches the runner alone
             pass_fds=(lock.fileno(),),  # the folder is locked until both have ended
             preexec_fn=end_with_parent,
-        ) as process,
-    ):
-        try:
-            process.wait()
-        except KeyboardInterrupt:
-            process.terminate()  # it saves a checkpoint
-            process.wait()
-            raise
-    return _end(current, process.returncode, time.time() - started)
+        )
+    return _Process(run, begun, popen, started)
+
+
+def _wait_for_one(
+    going: list[_Process],
+    records: dict[tuple[str, int], Record],
+    log: Callable[[str], None],
+) -> None:
+    """Wait until one of the runs has ended, and move it from ``going`` to ``records``."""
+    while all(process.popen.poll() is None for process in going):
+        time.sleep(0.1)
+    ended = next(process for process in going if process.popen.poll() is not None)
+    going.remove(ended)
+    found = _end(ended.record, ended.popen.returncode, time.time() - ended.started)
+    records[ended.run.key, ended.run.seed] = found
+    log(f"{ended.run.label}: {_result(found)} ({duration(found.wall_seconds)})")
 
 
 def _begin(current: Record, run: Run, hardware: dict[str, Any]) -> Record:
@@ -245,10 +279,11 @@ def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
 
 
-def _time_left(records: Iterable[Record], num_left: int) -> str:
+def _time_left(records: Iterable[Record], num_left: int, jobs: int) -> str:
     """Return how many runs are left, and for how long, judging by those that finished."""
     seconds = [run.wall_seconds for run in records if run.status == record.FINISHED]
-    about = f", about {duration(sum(seconds) / len(seconds) * num_left)}" if seconds else ""
+    rounds = math.ceil(num_left / jobs)
+    about = f", about {duration(sum(seconds) / len(seconds) * rounds)}" if seconds else ""
     return f"; {num_left} left{about}"
 
 

@@ -74,7 +74,7 @@ class Table:
     rows: tuple[Row, ...]
     claims: tuple[Claim, ...] = ()
     note: str = ""
-    presets: tuple[str, ...] = ("paper", "small", "quick")
+    presets: tuple[str, ...] = ("paper", "small", "gpu", "quick")
 
     def __getitem__(self, row: str) -> Row:
         return next(candidate for candidate in self.rows if candidate.name == row)
@@ -151,8 +151,14 @@ def _sides(train: Sequence[int], longest: int = 0) -> dict[str, Any]:
 
 
 def _image_side(depth: int, side: int) -> dict[str, dict[str, Any]]:
-    small = {**_sides([SHORT_SIDES[side]]), **SMALL_BACKBONES[f"R{depth}"]}
-    return {"paper": _sides([side], round(side * 5 / 3)), "small": small, "quick": small}
+    backbone = SMALL_BACKBONES[f"R{depth}"]
+    small = {**_sides([SHORT_SIDES[side]]), **backbone}
+    return {
+        "paper": _sides([side], round(side * 5 / 3)),
+        "small": small,
+        "gpu": {**_sides([2 * SHORT_SIDES[side]]), **backbone},
+        "quick": small,
+    }
 
 
 def _longer(model: str) -> dict[str, dict[str, Any]]:
@@ -162,6 +168,7 @@ def _longer(model: str) -> dict[str, dict[str, Any]]:
     return {
         "paper": {**steps, **_sides([640, 672, 704, 736, 768, 800], 1333)},
         "small": {"SOLVER.MAX_ITER": 525, **_sides([128, 144, 160]), **small},
+        "gpu": {"SOLVER.MAX_ITER": 675, **_sides([256, 288, 320]), **small},
         "quick": {"SOLVER.MAX_ITER": 45, **_sides([96, 112, 128]), **small},
     }
 
@@ -254,7 +261,7 @@ IMBALANCE = Table(
     note="Not in the paper, but its reasoning predicts that the lead of the focal loss grows with "
     "the imbalance. Fewer objects also mean fewer positives in the same number of iterations: "
     "compare losses at one point, not points with each other.",
-    presets=("small", "quick"),
+    presets=("small", "gpu", "quick"),
 )
 
 TABLES: dict[str, Table] = {**_read_tables(), "imbalance": IMBALANCE}

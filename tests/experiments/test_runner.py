@@ -189,6 +189,30 @@ def test_interrupted_run_is_resumed_and_its_time_counted(number, root, tmp_path)
     assert not (folder / "model_0000001.pth").exists() and (folder / "model_final.pth").exists()
 
 
+def test_jobs_run_side_by_side_and_end_together(root, tmp_path):
+    campaign, runs = plan(root, tmp_path / "out", "alpha.99", seeds=3)
+    folders = [campaign.folder / "runs" / f"1a_alpha.99_seed{seed}" for seed in (1, 2, 3)]
+
+    def stop():
+        while not all((folder / "model_0000001.pth").exists() for folder in folders[:2]):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_campaign(campaign, runs, root=root, jobs=2, log=lambda line: None)
+    thread.join()
+    assert [(folder / "saved").exists() for folder in folders] == [True, True, False]
+    (tmp_path / "go").touch()
+    lines = []
+    records = runner.run_campaign(campaign, runs, root=root, jobs=2, log=lines.append)
+    assert [one.status for one in records] == ["finished"] * 3
+    assert [one.num_starts for one in records] == [2, 2, 1]
+    with pytest.raises(InputError, match="--jobs must be at least 1"):
+        runner.run_campaign(campaign, runs, root=root, jobs=0)
+
+
 def test_second_runner_is_refused_until_the_first_and_its_run_have_ended(root, tmp_path):
     campaign, runs = plan(root, tmp_path / "out", "alpha.99")
     refused = pytest.raises(InputError, match=r"another runner is using .*quick-")

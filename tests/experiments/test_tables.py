@@ -293,7 +293,7 @@ def test_small_tables_keep_the_papers_relations():
 @pytest.mark.parametrize(
     ("ask", "answer"),
     [
-        (lambda: find_preset("tiny"), "there are paper, small, quick"),
+        (lambda: find_preset("tiny"), "there are paper, small, gpu, quick"),
         (lambda: find_rows(["9"], (), PRESETS["small"]), "there are 1a, 1b, 1c"),
         (lambda: find_rows(["3"], ["ghost"], PRESETS["small"]), "there are ce, focal, focal-star"),
         (lambda: find_rows(["imbalance"], (), PRESETS["paper"]), "it has small, quick"),
