@@ -1,12 +1,14 @@
 """Run everything that needs a CUDA device: tests, benchmarks, and trainings with their AP.
 
     python benchmarks/device.py --data FOLDER [--minutes 8] [--parts tests loss ...] [--out output]
+        [--tables 1b 1d] [--jobs 12]
 
 Parts run one after another, each in its own process and with its own time limit. ``device.md`` and
 ``device.json`` are rewritten after each part, so that nothing measured is lost if the machine goes
 away. Benchmarks save their results in ``benchmarks/results``. The trainings, on FOLDER's
-``instances_{train,val}.json`` and ``images``, run side by side. ``--dry-run`` shrinks everything to
-test this script on a CPU.
+``instances_{train,val}.json`` and ``images``, run side by side. At the end as many rows of the
+paper's tables are trained as the minutes left allow; the same ``--out`` later goes on with them.
+``--dry-run`` shrinks everything to test this script on a CPU.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ TRAININGS = {
     "float16 skip": "SOLVER.AMP.ENABLED True SOLVER.NON_FINITE.POLICY skip",
 }
 """Name of a training of the small config -> its config values."""
+ROWS = "experiments"
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,10 @@ def make_parts(args: argparse.Namespace) -> dict[str, Part]:
     parts = {
         "tests": Part(
             {
-                "tests": ["-m", "pytest", "-q", "tests/test_cuda.py"],
+                "tests": [
+                    *("-m", "pytest", "-q", "-m", "cuda"),
+                    *("tests/test_cuda.py", "tests/engine/test_train_step.py"),
+                ],
                 "kernels": ["-m", "pytest", "-q", "tests/kernel_cases.py"],
             },
             150,
@@ -82,7 +88,25 @@ def make_parts(args: argparse.Namespace) -> dict[str, Part]:
     for precision in ("float32", "bfloat16"):
         options = f"--images 1 {several} --network --precision {precision}"
         parts[f"network {precision}"] = bench("inference", options, 60, args.dry_run)
+    parts["experiments"] = Part({"experiments": experiments(args)}, 3600)
+    report = ["-m", "retinanet_ext", "experiments", "report", "--output", str(args.out / ROWS)]
+    parts["report"] = Part({"report": report}, 60)
     return parts
+
+
+def experiments(args: argparse.Namespace) -> list[str]:
+    """Return the command of as many rows of the paper's tables as the time left allows."""
+    command = ["-m", "retinanet_ext", "experiments", "run", "--output", str(args.out / ROWS)]
+    if args.dry_run:
+        command += ["--preset", "quick", "--table", "1a", "--row", "alpha.75"]
+    else:
+        command += ["--preset", "gpu", "--jobs", str(args.jobs)]
+        for table in args.tables:
+            command += ["--table", table]
+    values = custom_data(args.data)
+    if args.dry_run:
+        values |= {"SOLVER.MAX_ITER": "2", "SOLVER.CHECKPOINT_PERIOD": "2"}
+    return [*command, *(word for pair in values.items() for word in pair)]
 
 
 def training(name: str, args: argparse.Namespace) -> list[str]:
@@ -141,15 +165,22 @@ def write_page(results: dict[str, dict], args: argparse.Namespace) -> None:
     (args.out / "device.md").write_text("\n".join(lines))
 
 
-def main() -> None:
-    """Run the parts that fit into ``--minutes``."""
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of the data to train on")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--out", type=Path, default=Path("output/device"))
     parser.add_argument("--parts", nargs="+", help="only these, in this order")
+    parser.add_argument("--tables", nargs="+", default=["1b", "1d"], help="of the experiments")
+    parser.add_argument("--jobs", type=int, default=12, help="rows of the experiments at a time")
     parser.add_argument("--dry-run", action="store_true")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Run the parts that fit into ``--minutes``."""
+    args = argument_parser().parse_args()
     args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

@@ -90,20 +90,21 @@ def test_micro_batches_are_one_batch(opts):
 EMPTY_SHARE = [make_images((3, 2, 0, 0), seed=2)] * 2
 
 
-def test_a_process_without_boxes_changes_nothing(tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_a_process_without_boxes_changes_nothing(device, tmp_path):
     """Two processes, of which the second has only images without boxes, train as one does."""
-    command = [sys.executable, "tests/engine/two_processes.py", str(tmp_path)]
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    command = [sys.executable, "tests/engine/two_processes.py", str(tmp_path), device]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     done = subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     for normalizer in NORMALIZERS:
-        one = make_trainer(*normalized_by(normalizer), batches=EMPTY_SHARE)
+        one = make_trainer(*normalized_by(normalizer), "MODEL.DEVICE", device, batches=EMPTY_SHARE)
         run(one)
         for file in tmp_path.glob(f"{normalizer}-*.pth"):
             assert_same_weights(torch.load(file), weights(one))
-    assert len(list(tmp_path.iterdir())) == 2 * (len(NORMALIZERS) + 1)
+    assert len(list(tmp_path.glob("*.pth"))) == 2 * (len(NORMALIZERS) + 1)
 
 
 def test_models_without_such_a_criterion_get_the_mean_of_their_micro_batches():

@@ -1,31 +1,40 @@
-"""Steps of two processes that share batches: ``two_processes.py FOLDER`` leaves their weights."""
+"""Steps of two processes that share batches: ``two_processes.py FOLDER DEVICE`` saves weights.
+
+They communicate by gloo and share the device, where NCCL needs a GPU for each.
+"""
 
 import sys
 from itertools import product
 from pathlib import Path
 
 import torch
-from detectron2.engine import create_ddp_model, launch
+import torch.distributed as dist
+from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 from test_train_step import EMPTY_SHARE, make_trainer, normalized_by, run, weights
 
 from retinanet_ext.modeling.criterion import NORMALIZERS
 
 
-def train(folder: Path) -> None:
+def train(rank: int, folder: Path, device: str) -> None:
     """Train with this process's half of each batch, whole and as two micro-batches."""
     torch.set_num_threads(1)
-    half = slice(2) if comm.get_rank() == 0 else slice(2, 4)
+    meeting = f"file://{folder.resolve()}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    comm.create_local_process_group(2)
+    half = slice(2) if rank == 0 else slice(2, 4)
     batches = [batch[half] for batch in EMPTY_SHARE]
     for normalizer, count in [*product(NORMALIZERS, [1]), (NORMALIZERS[0], 2)]:
         opts = (*normalized_by(normalizer), "SOLVER.GRAD_ACCUM_STEPS", count)
+        opts += ("MODEL.DEVICE", device)
         trainer = make_trainer(*opts, batches=batches)
         trainer.model = create_ddp_model(
             trainer.model, device_ids=None, gradient_as_bucket_view=True
         )
         run(trainer)
-        torch.save(weights(trainer), folder / f"{normalizer}-{count}-{comm.get_rank()}.pth")
+        torch.save(weights(trainer), folder / f"{normalizer}-{count}-{rank}.pth")
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    launch(train, 2, dist_url="auto", args=(Path(sys.argv[1]),))
+    torch.multiprocessing.spawn(train, (Path(sys.argv[1]), sys.argv[2]), nprocs=2)
