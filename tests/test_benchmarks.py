@@ -29,7 +29,7 @@ def test_the_page_is_made_from_the_results():
         )
 
 
-class Parsed(Exception):
+class ParsedError(Exception):
     """A script has taken its arguments."""
 
 
@@ -49,7 +49,7 @@ def test_every_command_of_the_device_script_takes_its_arguments(
 
     def stop_after_parsing(parser, *args, **kwargs):
         parse_args(parser, *args, **kwargs)
-        raise Parsed
+        raise ParsedError
 
     args = device.argument_parser().parse_args(["--data", "data", "--out", str(tmp_path), *options])
     commands = [c for part in device.make_parts(args).values() for c in part.commands.values()]
@@ -65,7 +65,7 @@ def test_every_command_of_the_device_script_takes_its_arguments(
             files = [word for word in words if word.endswith(".py")]
             assert files and all((root / file).is_file() for file in files)
         elif script.startswith("benchmarks/"):
-            with monkeypatch.context() as patch, pytest.raises(Parsed):
+            with monkeypatch.context() as patch, pytest.raises(ParsedError):
                 patch.setattr(argparse.ArgumentParser, "parse_args", stop_after_parsing)
                 patch.setattr(sys, "argv", [script, *words])
                 runpy.run_path(str(root / script), run_name="__main__")
