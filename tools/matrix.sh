@@ -39,7 +39,7 @@ for python in $PYTHONS; do
     rm -rf "$VENV"
     if ! {
       "$python" -m venv "$VENV"
-      "$VENV/bin/python" -m pip install "torch==$torch" "torchvision==$torchvision"
+      "$VENV/bin/python" -m pip install "torch==$torch" "torchvision==$torchvision" 'setuptools<82'
       PURE=1 bash tools/setup_env.sh
     } >".matrix/$python-$torch-setup.log" 2>&1; then
       failed=1

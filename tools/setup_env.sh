@@ -122,11 +122,14 @@ fi
   --exclude detectron2 --exclude retinanet-ext >"$VENV/.constraints"
 
 no_index="see pip's reason above, and check the package index (PIP_INDEX_URL= names a mirror)"
+# Detectron2's model zoo imports pkg_resources, which setuptools has up to 81.
+setuptools='setuptools>=64,<82'
+! can_import setuptools || setuptools='setuptools>=64'
 pip_add() { "$env_python" -m pip install --disable-pip-version-check -c "$VENV/.constraints" "$@"; }
 
 if $detectron2_is_there; then
   [[ -z ${DETECTRON2:-} ]] || echo "DETECTRON2=$DETECTRON2 is not used: $VENV has Detectron2 already (uninstall that first)."
-  pip_add 'setuptools>=64' wheel || die "pip could not add setuptools and wheel to $VENV: $no_index."
+  pip_add "$setuptools" wheel || die "pip could not add setuptools and wheel to $VENV: $no_index."
   pip_add --no-build-isolation --no-deps -e . ||
     die "pip could not install the plugin in $VENV; its reason is above."
   missing=$("$env_python" - <<'END'
@@ -150,7 +153,7 @@ else
     # shellcheck disable=SC2086
     pip_add $TORCH || die "pip could not install $TORCH: $no_index, the disk space and the Python version."
   fi
-  pip_add 'setuptools>=64' wheel ninja || die "pip could not add setuptools, wheel and ninja: $no_index."
+  pip_add "$setuptools" wheel ninja || die "pip could not add setuptools, wheel and ninja: $no_index."
   if [[ ${PURE:-} == 1 && $to_build ]]; then
     # pip must not keep this wheel, because without PURE it would hand it out again.
     DIST_EXTRA_CONFIG=$PWD/tools/pure.cfg pip_add --no-build-isolation --no-cache-dir "$to_build" ||
