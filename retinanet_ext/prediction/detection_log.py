@@ -18,7 +18,6 @@ Record = dict[str, Any]
 ``width`` and ``height`` in pixels and ``detections``, the best first. A detection has ``class``,
 0..K-1, ``score``, and ``box``, XYXY in pixels."""
 
-
 JOB = "job.json"
 
 

@@ -72,9 +72,6 @@ def draw_detections(
         classes: names of classes 0..K-1
         folder: folder to write
         reader: reads images as the detector does
-
-    Returns:
-        the folder
     """
     paint = Painter(classes)
     for file, records in _by_file(log, files, "drawn"):
@@ -102,9 +99,6 @@ def save_crops(
 
     Args:
         log, files, classes, folder, reader: as for :func:`draw_detections`
-
-    Returns:
-        the folder
     """
     folders = [re.sub(r"[/\\\0]", "_", printable(name)) for name in classes]
     for file, records in _by_file(log, files, "cut out"):

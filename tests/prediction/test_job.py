@@ -102,7 +102,7 @@ def test_killed_and_started_again_it_writes_the_same_file(run, images, tmp_path,
         assert log.read_bytes() == expected
 
 
-def test_a_job_of_something_else_is_not_continued(run, images, tmp_path, capsys):
+def test_a_job_of_something_else_is_not_continued(run, images, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert predict(run, PATHS[0], "--output", out) == 0
     before = {path: path.read_bytes() for path in out.iterdir()}
@@ -111,6 +111,10 @@ def test_a_job_of_something_else_is_not_continued(run, images, tmp_path, capsys)
     assert "detections of other config and score and tile (job.json: config " in line
     assert ", score None, now 0.3, tile 0, now 99)" in line
     assert predict(run, PATHS[1], "--output", out) == 2
+    assert "detections of other sources" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # the records have the names as they were given
+        patch.chdir(PATHS[0].parent)
+        assert predict(run, PATHS[0].name, "--output", out, "--draw") == 2
     assert "detections of other sources" in capsys.readouterr().err
     assert predict(run, PATHS[1], "--output", images) == 2
     assert "has files of something else" in capsys.readouterr().err
