@@ -42,7 +42,7 @@ def make_call(run: str, opts: tuple[str, ...], files: list[SourceFile], batch: i
 
     def call() -> None:
         with tempfile.TemporaryDirectory() as folder:
-            log = DetectionLog(Path(folder, "out"), {})
+            log = DetectionLog(Path(folder), {})
             detect_files(predictor, files, DetectionOptions(batch), log, kept=kept, iou_thresh=0.5)
 
     return call

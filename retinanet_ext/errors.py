@@ -72,7 +72,8 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if is_memory or "DefaultCPUAllocator" in text:
         return FAILED, (
             f"out of memory ({first_line(error)[:200]}): lower INPUT.MAX_SIZE_TRAIN or "
-            "SOLVER.IMS_PER_BATCH, or raise SOLVER.GRAD_ACCUM_STEPS, which takes a batch in parts"
+            "SOLVER.IMS_PER_BATCH (of predict: --batch), or raise SOLVER.GRAD_ACCUM_STEPS, which "
+            "takes a batch in parts"
         )
     # What gloo (the first three) and NCCL say when another process has ended.
     if isinstance(error, RuntimeError) and re.search(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -67,6 +68,19 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"folder {path} cannot be made: {error.strerror}") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written, or cannot be made. Nothing is left there.
+
+    Raises:
+        InputError: it is a file, or the system does not allow it
+    """
+    try:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise InputError(f"folder {folder} cannot be written: {error.strerror}") from error
 
 
 def sha256_of(path: str | os.PathLike[str]) -> str:

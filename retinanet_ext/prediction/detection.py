@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import queue
-import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from itertools import groupby, islice
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from detectron2.structures import Instances
 from tqdm import tqdm
@@ -98,9 +97,10 @@ def detect_files(
     window = WINDOW * options.batch
     start = log.start(window)
     pictures = islice(enumerate(iterate_pictures(files)), start, None)
-    views = read_ahead(_prepare_views(predictor, pictures, options), options.batch)
-    total = count_pictures(files)
-    with tqdm(total=total, initial=start, unit=" images", disable=None) as bar:
+    with (
+        closing(read_ahead(_prepare_views(predictor, pictures, options), options.batch)) as views,
+        tqdm(total=count_pictures(files), initial=start, unit=" images", disable=None) as bar,
+    ):
         for _, group in groupby(views, key=lambda view: view[0].index // window):
             done = _detect_window(predictor, group, options.batch)
             log.append(_to_record(pending, kept, iou_thresh) for pending in done)
@@ -176,23 +176,20 @@ def _to_record(pending: _Pending, kept: set[int], iou_thresh: float) -> Record:
 
 
 def read_ahead(items: Iterable[T], count: int) -> Iterator[T]:
-    """Yield items that a thread takes from an iterator, at most ``count`` of them in advance."""
+    """Yield items that a thread takes from an iterator, ``count`` of them in advance.
+
+    The thread ends with the generator. Close a generator that is not read to its end.
+    """
     done = object()
-    ready: queue.Queue[Any] = queue.Queue(count)
-
-    def take() -> None:
-        try:
-            for item in items:
-                ready.put(item)
-            ready.put(done)
-        except BaseException as error:
-            ready.put(error)
-
-    threading.Thread(target=take, daemon=True).start()
-    while (item := ready.get()) is not done:
-        if isinstance(item, BaseException):
-            raise item
-        yield item
+    iterator = iter(items)
+    thread = ThreadPoolExecutor(1)
+    try:
+        ahead = deque(thread.submit(next, iterator, done) for _ in range(count))
+        while (item := ahead.popleft().result()) is not done:
+            ahead.append(thread.submit(next, iterator, done))
+            yield cast(T, item)
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
 def keep_freed_memory() -> None:

@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from retinanet_ext.data.coco_json import printable
 from retinanet_ext.errors import InputError
-from retinanet_ext.files import to_json, write_file
+from retinanet_ext.files import make_folder, to_json, write_file
 
 Record = dict[str, Any]
 """What is known of an image: ``file`` and, of a video, ``frame``; then either ``error``, or
 ``width`` and ``height`` in pixels and ``detections``, the best first. A detection has ``class``,
 0..K-1, ``score``, and ``box``, XYXY in pixels."""
+
+JOB = "job.json"
+
+
+@contextmanager
+def open_log(folder: Path, job: Mapping[str, Any]) -> Iterator[DetectionLog]:
+    """Open the log of a job for this process alone; the system unlocks it when the process ends.
+
+    Args:
+        folder: folder of the job, made if it does not exist
+        job: all that the records depend on
+
+    Raises:
+        InputError: the folder has other files or records of another job, or another process has
+            opened it; or a file in it cannot be written within the block
+    """
+    # A process that is killed at once leaves hidden files: the lock, and the part of another file.
+    if not (folder / JOB).is_file() and any(folder.glob("[!.]*")):
+        raise InputError(f"{folder} has files of something else; name another folder by --output")
+    make_folder(folder)
+    try:
+        with open(folder / ".lock", "ab") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"another process is writing {folder}; wait for its end, or name another "
+                    "folder by --output"
+                ) from None
+            yield DetectionLog(folder, job)
+    except OSError as error:
+        raise InputError(f"{folder} is incomplete: {error}; the same call continues it") from error
 
 
 class DetectionLog:
@@ -29,38 +63,22 @@ class DetectionLog:
 
     def __init__(self, folder: Path, job: Mapping[str, Any]) -> None:
         """
-        Args:
-            folder: made at the first :meth:`append`
-            job: all that the records depend on
-
         Raises:
-            InputError: the folder has other files, or records of another job
+            InputError: the folder has records of another job
         """
         self.path = folder / "detections.jsonl"
-        self._job_file = folder / "job.json"
+        self._job_file = folder / JOB
         self._job = json.loads(to_json(job))
-        self.complete = False
-        if self._job_file.is_file():
-            saved = json.loads(self._job_file.read_bytes())
-            self.complete = saved.pop("complete")
-            self._refuse_another(saved)
-        elif folder.is_dir() and any(folder.iterdir()):
-            raise InputError(
-                f"{folder} has files of something else; name another folder by --output"
-            )
-
-    def _refuse_another(self, saved: Mapping[str, Any]) -> None:
-        keys = {*saved, *self._job}
-        differ = sorted(key for key in keys if saved.get(key) != self._job.get(key))
+        saved = json.loads(self._job_file.read_bytes()) if self._job_file.is_file() else {}
+        self.complete = saved.pop("complete", False)
+        keys = sorted({*saved, *self._job}) if saved else []
+        differ = [key for key in keys if saved.get(key) != self._job.get(key)]
         if differ:
+            values = [printable(f"{k} {saved.get(k)}, now {self._job.get(k)}") for k in differ]
             raise InputError(
-                f"{self.path.parent} has detections of other {' and '.join(differ)} (job.json: "
-                f"{', '.join(self._describe(saved, key) for key in differ)}); name another folder "
-                "by --output, or delete this one"
+                f"{folder} has detections of other {' and '.join(differ)} ({JOB}: "
+                f"{', '.join(values)}); name another folder by --output, or delete this one"
             )
-
-    def _describe(self, saved: Mapping[str, Any], key: str) -> str:
-        return printable(f"{key} {saved.get(key)}, now {self._job.get(key)}")
 
     def start(self, window: int) -> int:
         """Make the file ready to append to, and return the number of records that it has.
@@ -71,7 +89,6 @@ class DetectionLog:
         Args:
             window: records that are written together; those of an incomplete window are dropped
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         self._write_job()
         kept = kept_bytes = lines = size = 0
         with open(self.path, "ab+") as file:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 
 import cv2
@@ -16,8 +17,10 @@ from tqdm import tqdm
 
 from retinanet_ext.data.coco_json import printable
 from retinanet_ext.data.images import ImageReader
+from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation.fonts import choose_fonts
 from retinanet_ext.evaluation.pictures import COLORS
+from retinanet_ext.files import atomic_write, write_file
 from retinanet_ext.prediction.detection_log import DetectionLog, Record
 from retinanet_ext.prediction.image_sources import (
     SourceFile,
@@ -27,6 +30,7 @@ from retinanet_ext.prediction.image_sources import (
 )
 
 QUALITY = 92  # of JPEG
+CODEC = "mp4v"
 
 
 class Painter:
@@ -68,9 +72,6 @@ def draw_detections(
         classes: names of classes 0..K-1
         folder: folder to write
         reader: reads images as the detector does
-
-    Returns:
-        the folder
     """
     paint = Painter(classes)
     for file, records in _by_file(log, files, "drawn"):
@@ -78,14 +79,12 @@ def draw_detections(
         if path.exists():
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".part_{path.name}")
+        pictures = (paint(pixels, record) for pixels, record in _pixels(file, records, reader))
         if file.is_video:
-            _write_video(part, file, records, paint)
-        else:
-            for pixels, record in _pixels(file, records, reader):
-                Image.fromarray(paint(pixels, record)).save(part, quality=QUALITY)
-        if part.exists():
-            part.replace(path)
+            _write_video(path, pictures, frame_count_and_rate(file.path)[1])
+            continue
+        for picture in pictures:  # one, or none of an unreadable image
+            write_file(path, _encode(picture))
     return folder
 
 
@@ -100,14 +99,11 @@ def save_crops(
 
     Args:
         log, files, classes, folder, reader: as for :func:`draw_detections`
-
-    Returns:
-        the folder
     """
     folders = [re.sub(r"[/\\\0]", "_", printable(name)) for name in classes]
     for file, records in _by_file(log, files, "cut out"):
         for pixels, record in _pixels(file, records, reader):
-            name = file.name if "frame" not in record else frame_name(file.name, record["frame"])
+            name = frame_name(file.name, record.get("frame"))
             for number, found in enumerate(record["detections"]):
                 left, top = np.floor(found["box"][:2]).astype(int)
                 right, bottom = np.ceil(found["box"][2:]).astype(int)
@@ -115,7 +111,7 @@ def save_crops(
                 if left == right or top == bottom:  # thinner than the log's digits
                     continue
                 path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels[top:bottom, left:right]).save(path, quality=QUALITY)
+                path.write_bytes(_encode(pixels[top:bottom, left:right]))
     return folder
 
 
@@ -140,16 +136,41 @@ def _pixels(
             yield reader(file.path) if frame is None else frame[:, :, ::-1].copy(), record
 
 
-def _write_video(path: Path, file: SourceFile, records: Iterable[Record], paint: Painter) -> None:
-    """Write a video of the frames with their detections, at the rate of the original."""
-    _, rate = frame_count_and_rate(file.path)
-    writer = None
-    for pixels, record in _pixels(file, records, ImageReader()):
-        painted = paint(pixels, record)
-        height, width = painted.shape[:2]
-        if writer is None:
-            codec = cv2.VideoWriter.fourcc(*"mp4v")
-            writer = cv2.VideoWriter(str(path), codec, rate, (width, height))
-        writer.write(painted[:, :, ::-1])
-    if writer is not None:
-        writer.release()
+def _encode(pixels: np.ndarray) -> bytes:
+    """Return an image, uint8 (H, W, 3) of RGB, as JPEG; Pillow hides why it cannot write a file."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=QUALITY)
+    return file.getvalue()
+
+
+def _write_video(path: Path, pictures: Iterable[np.ndarray], rate: float) -> None:
+    """Write pictures, uint8 (H, W, 3) of RGB, as a video of ``rate`` frames per second.
+
+    Raises:
+        InputError: it cannot be encoded, or a frame is not in the file. OpenCV says neither: it
+            passes over a frame of another size than the first, and goes on when the disk is full.
+    """
+    part = path.with_name(f".part_{path.name}")  # OpenCV chooses the container by the suffix
+    pictures = iter(pictures)
+    first = next(pictures)
+    height, width = first.shape[:2]
+    frames = 0
+    with atomic_write(path, part=part):
+        writer = cv2.VideoWriter(str(part), cv2.VideoWriter.fourcc(*CODEC), rate, (width, height))
+        try:
+            if not writer.isOpened():
+                raise InputError(
+                    f"{path} cannot be written: OpenCV does not encode {width} x {height} pixels "
+                    f"at {rate:g} frames per second as {CODEC}"
+                )
+            for picture in chain([first], pictures):
+                writer.write(picture[:, :, ::-1])
+                frames += 1
+        finally:
+            writer.release()
+        written, _ = frame_count_and_rate(str(part))
+        if written != frames:
+            raise InputError(
+                f"{path} cannot be written: {written:,} of {frames:,} frames are in the file, "
+                "because the disk is full or the frames differ in size"
+            )

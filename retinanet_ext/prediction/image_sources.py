@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from itertools import count
+from pathlib import Path, PurePosixPath
 
 import cv2
 import numpy as np
@@ -54,9 +57,9 @@ class Picture:
     error: str = ""
 
 
-def frame_name(video: str, frame: int) -> str:
-    """Return the name of a video's frame."""
-    return f"{video}/{frame:06d}"
+def frame_name(name: str, frame: int | None) -> str:
+    """Return the name of a video's frame; that of an image, which has none, unchanged."""
+    return name if frame is None else f"{name}/{frame:06d}"
 
 
 def find_files(sources: Sequence[str | Path], results: Path | None = None) -> list[SourceFile]:
@@ -67,71 +70,91 @@ def find_files(sources: Sequence[str | Path], results: Path | None = None) -> li
     Args:
         sources: files, folders (searched recursively), globs, and ``.txt`` files with one of these
             per line, relative to the list's folder
-        results: folder of results, which is passed over
+        results: folder of results, which folders and globs pass over unless they start in it
 
     Raises:
         InputError: a source does not exist or has no image and no video, or a video cannot be
             decoded
     """
-    found: dict[str, str] = {}
+    results = results and Path(os.path.abspath(results))
+    found: dict[str, tuple[str, str]] = {}
     for source in sources:
-        files = _expand(Path(source))
-        if results:
-            inside = Path(results).absolute()
-            files = [(path, name) for path, name in files if inside not in path.absolute().parents]
+        files = _expand(Path(source), results)
         if not files:
             known = " ".join(IMAGE_SUFFIXES + VIDEO_SUFFIXES)
             raise InputError(f"{source} has no image and no video; known are {known}")
         for path, name in files:
-            found.setdefault(str(path), name.with_suffix("").as_posix())
-    names = _make_unique(found.values())
-    files = [SourceFile(path, name) for path, name in zip(found, names, strict=True)]
-    for file in files:
+            found.setdefault(os.path.abspath(path), (str(path), name.with_suffix("").as_posix()))
+    named = list(_name_results(found.values()))
+    for file in named:
         if file.is_video:
             check_video(file.path)
-    return files
+    return named
 
 
-def _expand(source: Path, *, must_exist: bool = True) -> list[tuple[Path, Path]]:
+def _expand(
+    source: Path, results: Path | None, *, must_exist: bool = True
+) -> list[tuple[Path, Path]]:
     """Return the files of a source, each with its path relative to the source."""
     if source.is_dir():
         files = sorted(path for path in source.rglob("*") if _is_known(path) and path.is_file())
-        return [(path, path.relative_to(source)) for path in files]
+        return [(path, path.relative_to(source)) for path in _pass_over(results, files, source)]
     if source.is_file() and source.suffix.lower() == LIST_SUFFIX:
-        return _read_list(source)
+        return _read_list(source, results)
     if source.exists() or not (glob.has_magic(str(source)) or must_exist):
         return [(source, Path(source.name))]
     if not glob.has_magic(str(source)):
         raise InputError(f"{source} does not exist; give images, videos, folders, globs or lists")
     matches = sorted(map(Path, glob.glob(str(source), recursive=True)))
     matches = [path for path in matches if path.is_dir() or _is_known(path)]
-    return [file for path in matches for file in _expand(path)]
+    start = next(parent for parent in source.parents if not glob.has_magic(str(parent)))
+    matches = _pass_over(results, matches, start)
+    return [file for path in matches for file in _expand(path, results)]
 
 
-def _read_list(file: Path) -> list[tuple[Path, Path]]:
+def _pass_over(results: Path | None, found: list[Path], start: Path) -> list[Path]:
+    """Return what a search has found outside of the results; all of it if it started in them."""
+
+    def is_result(path: Path) -> bool:
+        absolute = Path(os.path.abspath(path))
+        return results in (absolute, *absolute.parents)
+
+    return found if is_result(start) else [path for path in found if not is_result(path)]
+
+
+def _read_list(file: Path, results: Path | None) -> list[tuple[Path, Path]]:
     """Return the files that a list names; those that do not exist too."""
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read as a list of files: {error}") from error
     entries = [file.parent / line.strip() for line in lines if line.strip()]
-    return [found for entry in entries for found in _expand(entry, must_exist=False)]
+    return [found for entry in entries for found in _expand(entry, results, must_exist=False)]
 
 
 def _is_known(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES + VIDEO_SUFFIXES
 
 
-def _make_unique(names: Iterable[str]) -> Iterator[str]:
-    """Yield names, with a number added to those that were used before."""
-    used: set[str] = set()
-    for name in names:
-        unique, number = name, 1
-        while unique in used:
-            number += 1
-            unique = f"{name}_{number}"
-        used.add(unique)
-        yield unique
+def _name_results(found: Collection[tuple[str, str]]) -> Iterator[SourceFile]:
+    """Yield files, each with a name that no other has.
+
+    The first file of a name keeps it; the others get a number that makes it the name of no file. A
+    video's name is no folder of another file, because the frames have one of the video's name.
+
+    Args:
+        found: path and name of each file
+    """
+    names = {name for _, name in found}
+    folders = {str(folder) for name in names for folder in PurePosixPath(name).parents}
+    numbers: dict[str, Iterator[int]] = defaultdict(lambda: count(1))
+    for path, name in found:
+        for number in numbers[name]:
+            file = SourceFile(path, name if number == 1 else f"{name}_{number}")
+            is_taken = number > 1 and file.name in names
+            if not (is_taken or (file.is_video and file.name in folders)):
+                yield file
+                break
 
 
 def check_video(path: str) -> None:

@@ -18,9 +18,9 @@ from retinanet_ext.engine import Predictor
 from retinanet_ext.engine.run_folder import load_run
 from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation.thresholds import Thresholds
-from retinanet_ext.files import sha256_of, write_file
+from retinanet_ext.files import check_writable, sha256_of, write_file
 from retinanet_ext.prediction.detection import DetectionOptions, detect_files
-from retinanet_ext.prediction.detection_log import DetectionLog
+from retinanet_ext.prediction.detection_log import DetectionLog, open_log
 from retinanet_ext.prediction.drawing import draw_detections, save_crops
 from retinanet_ext.prediction.image_sources import SourceFile, find_files
 from retinanet_ext.prediction.result_files import WRITERS
@@ -89,31 +89,33 @@ def predict(
         opts: alternating keys and values that replace the run's, such as MODEL.WEIGHTS
 
     Raises:
-        InputError: the run, a source, a class or an option cannot be used, or ``out`` has
-            detections of another job. Nothing is written then.
+        InputError: the run, a source, a class or an option cannot be used, or ``out`` cannot be
+            written, has detections of another job or is used by another process. Nothing is
+            written then. Or a file cannot be written, and the same call continues the job.
     """
     cfg = load_run(run, opts)
     if options.score is not None:
         cfg.MODEL.RETINANET.SCORE_THRESH_TEST = options.score
-    files = find_files(sources, results=Path(out) if out else Path(run, PREDICTIONS))
+    results = Path(out) if out else Path(run, PREDICTIONS)
+    check_writable(results)
+    files = find_files(sources, results)
     predictor = Predictor(cfg, thresholds=_choose_thresholds(options))
     names = predictor.class_names or [f"class {k}" for k in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
     kept = _choose_classes(options.classes, names)
     logger.info(_explain_cut(cfg, predictor, names))
 
     job = _describe(cfg, predictor, files, options)
-    folder = Path(out) if out else Path(run, PREDICTIONS, _name(sources, job))
-    log = DetectionLog(folder, job)
-    if not log.complete:
-        iou_thresh = cfg.MODEL.RETINANET.NMS_THRESH_TEST
-        detect_files(predictor, files, options, log, kept=kept, iou_thresh=iou_thresh)
-
-    written = [WRITERS[format](log, files, names, folder)]
-    if draw:
-        written.append(draw_detections(log, files, names, folder / "drawn", predictor.reader))
-    if crops:
-        written.append(save_crops(log, files, names, folder / "crops", predictor.reader))
-    return _summarize(log, folder, written)
+    folder = results if out else results / _name(sources, job)
+    with open_log(folder, job) as log:
+        if not log.complete:
+            iou_thresh = cfg.MODEL.RETINANET.NMS_THRESH_TEST
+            detect_files(predictor, files, options, log, kept=kept, iou_thresh=iou_thresh)
+        written = [WRITERS[format](log, files, names, folder)]
+        if draw:
+            written.append(draw_detections(log, files, names, folder / "drawn", predictor.reader))
+        if crops:
+            written.append(save_crops(log, files, names, folder / "crops", predictor.reader))
+        return _summarize(log, folder, written)
 
 
 def _choose_thresholds(options: DetectionOptions) -> Any:
@@ -153,13 +155,13 @@ def _explain_cut(cfg: CfgNode, predictor: Predictor, names: Sequence[str]) -> st
 def _describe(
     cfg: CfgNode, predictor: Predictor, files: Sequence[SourceFile], options: DetectionOptions
 ) -> dict[str, Any]:
-    """Return all that the detections depend on."""
+    """Return all that the records depend on; the batch size changes them by rounding alone."""
     cfg = cfg.clone()
     weights, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = cfg.MODEL.WEIGHTS, "", ""
     names = "\n".join(map(_identify, files))
     thresholds = predictor.thresholds
     return {
-        **asdict(options),
+        **{key: value for key, value in asdict(options).items() if key != "batch"},
         "sources": f"{len(files)} files, {_checksum(names)}",
         "weights": sha256_of(weights),
         "config": _checksum(cfg.dump()),
@@ -168,11 +170,10 @@ def _describe(
 
 
 def _identify(file: SourceFile) -> str:
-    """Return a file's path, size and time, so that another image under its name is another job."""
+    """Return a file's names, size and time, so that another image under its name is another job."""
     path = Path(file.path).absolute()
-    if not path.exists():
-        return f"{path} is missing"
-    return f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    state = (path.stat().st_size, path.stat().st_mtime_ns) if path.exists() else "missing"
+    return f"{file.path} {file.name} {path} {state}"
 
 
 def _checksum(text: str) -> str:

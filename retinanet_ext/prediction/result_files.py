@@ -19,11 +19,6 @@ Files = Sequence[SourceFile]
 Names = Sequence[str]
 
 
-def name_of(record: Record) -> str:
-    """Return the file of a record, or that of its video with the number of the frame."""
-    return frame_name(record["file"], record["frame"]) if "frame" in record else record["file"]
-
-
 def write_json(log: DetectionLog, files: Files, classes: Names, folder: Path) -> Path:
     """Write ``detections.json``: the records, with names in place of the indices of classes."""
 
@@ -44,11 +39,11 @@ def write_coco(log: DetectionLog, files: Files, classes: Names, folder: Path) ->
 
     File names are relative to the folder that all images are in, which ``info`` names.
     """
-    root = _common_folder(files)
+    root = os.path.commonpath([os.path.dirname(os.path.abspath(file.path)) for file in files])
 
     def images() -> Iterator[dict[str, Any]]:
         for number, record in _numbered(log):
-            name = os.path.relpath(name_of(record), root)
+            name = frame_name(os.path.relpath(record["file"], root), record.get("frame"))
             size = {"width": record["width"], "height": record["height"]}
             yield {"id": number, "file_name": name, **size}
 
@@ -70,17 +65,14 @@ def write_coco(log: DetectionLog, files: Files, classes: Names, folder: Path) ->
                 }
 
     categories = [{"id": number, "name": name} for number, name in enumerate(classes, start=1)]
+    start = json.dumps({"info": {"image_root": root}, "categories": categories})
     path = folder / "coco.json"
     with atomic_write(path) as file:
-        file.write(f'{{"info": {json.dumps({"image_root": root})},\n'.encode())
-        for key, items in (
-            ("categories", categories),
-            ("images", images()),
-            ("annotations", annotations()),
-        ):
-            file.write(f'"{key}": '.encode())
-            file.writelines(_json_list(items))
-            file.write(b"}\n" if key == "annotations" else b",\n")
+        file.write(f'{start[:-1]},\n"images": '.encode())
+        file.writelines(_json_list(images()))
+        file.write(b',\n"annotations": ')
+        file.writelines(_json_list(annotations()))
+        file.write(b"}\n")
     return path
 
 
@@ -119,8 +111,7 @@ def write_yolo(log: DetectionLog, files: Files, classes: Names, folder: Path) ->
             box = (*centre, (right - left) / width, (bottom - top) / height)
             numbers = " ".join(f"{value:.6f}" for value in box)
             lines.append(f"{found['class']} {numbers} {found['score']:.4f}\n")
-        name = names[record["file"]]
-        name = frame_name(name, record["frame"]) if "frame" in record else name
+        name = frame_name(names[record["file"]], record.get("frame"))
         path = labels / f"{name}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(lines))
@@ -148,7 +139,3 @@ def _json_list(items: Iterable[Any]) -> Iterator[bytes]:
         yield b"\n" if number == 0 else b",\n"
         yield json.dumps(item).encode()
     yield b"]"
-
-
-def _common_folder(files: Sequence[SourceFile]) -> str:
-    return os.path.commonpath([os.path.abspath(os.path.dirname(file.path)) for file in files])

@@ -43,10 +43,31 @@ def test_files_come_in_the_order_of_the_sources_each_once(folder):
     assert paths("sub/list.txt") == listed
 
 
+def test_a_file_is_found_once_and_a_result_where_it_is_named(folder):
+    assert paths("a.jpg", "./a.jpg", folder / "a.jpg", "sub/../a.jpg", "sub/../*.jpg") == ["a.jpg"]
+    results, drawn = folder / "results", "results/drawn/a.jpg"
+    (folder / "list.txt").write_text(drawn)
+    for named in (drawn, "results", "results/drawn", "results/*/*.jpg", "list.txt"):
+        assert paths(named, results=results) == [drawn]
+    for searched in (".", "../" + folder.name, "**/*.jpg", "*"):
+        found = paths(searched, results=results)
+        assert found and not any("results" in path for path in found)
+
+
 def test_names_of_results_are_unique_and_keep_the_folders_of_a_source(folder):
     assert [file.name for file in find_files(["sub", "a.jpg", "."])][:3] == ["a", "a_2", "a_3"]
     nested = [file.name for file in find_files(["."])]
     assert nested == ["a", "b", "results/drawn/a", "sub/a", "sub/a_2"]
+
+
+def test_a_number_never_gives_the_name_of_another_file(folder):
+    for name in ("c.jpg", "c.png", "c_2.jpg", "clip/000001.jpg"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(folder / name)
+    write_video("clip.mp4")
+    names = {file.path: file.name for file in find_files(["."], folder / "results")}
+    assert [names[name] for name in ("c.jpg", "c.png", "c_2.jpg")] == ["c", "c_3", "c_2"]
+    assert names["clip/000001.jpg"] == "clip/000001" and names["clip.mp4"] == "clip_2"
 
 
 def test_frames_of_a_video(folder):

@@ -1,5 +1,6 @@
 """``retinanet-ext predict`` on a run: its files, its end when cut off, and what it refuses."""
 
+import errno
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from retinanet_ext.engine.config_load import split_arguments
 from retinanet_ext.engine.run_folder import load_run
 from retinanet_ext.evaluation.thresholds import THRESHOLDS, Thresholds
 from retinanet_ext.files import sha256_of
-from retinanet_ext.prediction import detection
+from retinanet_ext.prediction import detection, job
+from retinanet_ext.prediction.detection_log import DetectionLog
 from runs import CLASS_NAMES, make_run
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -77,8 +80,8 @@ def test_images_of_one_size_share_batches(run, images, tmp_path, monkeypatch):
     assert sizes == [4, 4, 1, 1]
 
 
-def test_killed_and_started_again_it_writes_the_same_file(run, images, tmp_path):
-    """After a kill, with half a line at the end; and once more when it is done."""
+def test_killed_and_started_again_it_writes_the_same_file(run, images, tmp_path, capsys):
+    """After a kill, with half a line at the end; and once more when it is done. Not before."""
     call = [run, images, "--batch", 1]
     assert predict(*call, "--output", tmp_path / "whole") == 0
     expected = (tmp_path / "whole/detections.jsonl").read_bytes()
@@ -87,6 +90,9 @@ def test_killed_and_started_again_it_writes_the_same_file(run, images, tmp_path)
     log = tmp_path / "cut/detections.jsonl"
     while process.poll() is None and not (log.exists() and log.stat().st_size):
         time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)
+    assert predict(*call, "--output", tmp_path / "cut") == 2
+    assert f"another process is writing {log.parent}" in capsys.readouterr().err
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL and len(read(log.parent)) < 10
     with open(log, "ab") as file:
@@ -96,19 +102,81 @@ def test_killed_and_started_again_it_writes_the_same_file(run, images, tmp_path)
         assert log.read_bytes() == expected
 
 
-def test_a_job_of_something_else_is_not_continued(run, images, tmp_path, capsys):
+def test_a_job_of_something_else_is_not_continued(run, images, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert predict(run, PATHS[0], "--output", out) == 0
     before = {path: path.read_bytes() for path in out.iterdir()}
-    assert predict(run, PATHS[0], "--output", out, "--score", ".3", "--batch", 2) == 2
+    assert predict(run, PATHS[0], "--output", out, "--score", ".3", "--tile", 99) == 2
     line = capsys.readouterr().err
-    assert "detections of other batch and config and score (job.json: batch 8, now 2" in line
+    assert "detections of other config and score and tile (job.json: config " in line
+    assert ", score None, now 0.3, tile 0, now 99)" in line
     assert predict(run, PATHS[1], "--output", out) == 2
+    assert "detections of other sources" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # the records have the names as they were given
+        patch.chdir(PATHS[0].parent)
+        assert predict(run, PATHS[0].name, "--output", out, "--draw") == 2
     assert "detections of other sources" in capsys.readouterr().err
     assert predict(run, PATHS[1], "--output", images) == 2
     assert "has files of something else" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     assert predict(run, PATHS[0], "--output", out, "--format", "coco") == 0  # from the same log
+
+
+def test_out_of_space_and_continued_with_another_batch_size(
+    run, images, tmp_path, monkeypatch, capsys
+):
+    assert predict(run, images, "--output", tmp_path / "whole", "--batch", 1) == 0
+    append, detect, sizes = DetectionLog.append, Predictor.detect, []
+    monkeypatch.setattr(
+        Predictor, "detect", lambda self, batch: sizes.append(len(batch)) or detect(self, batch)
+    )
+
+    def append_once(log, records):
+        if log.path.stat().st_size:
+            log.path.write_bytes(log.path.read_bytes() + b'{"file": "images/')
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(log, records)
+
+    call = [run, images, "--output", tmp_path / "out"]
+    monkeypatch.setattr(DetectionLog, "append", append_once)
+    assert predict(*call, "--batch", 2) == 2
+    said = f"{tmp_path}/out is incomplete: [Errno 28] No space left on device; the same call cont"
+    assert said in capsys.readouterr().err
+    monkeypatch.setattr(DetectionLog, "append", append)
+    assert predict(*call, "--batch", 1) == 0
+    assert sizes == [2, 2, 2, 2, 1, 1, 1, 1]  # the second window: in vain, and one by one
+    for whole, continued in zip(read(tmp_path / "whole"), read(tmp_path / "out"), strict=True):
+        assert whole["file"] == continued["file"]
+        for key, tolerance in (("class", 0), ("score", 2e-4), ("box", 0.02)):
+            found = [[d[key] for d in record["detections"]] for record in (whole, continued)]
+            assert np.allclose(*found, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("option", [["--crops"], ["--format", "yolo"]])
+def test_a_result_that_cannot_be_written_is_one_line(run, option, tmp_path, capsys):
+    call = [run, PATHS[0], "--output", tmp_path / "out", *option]
+    assert predict(*call) == 0
+    files = [*tmp_path.rglob("crops/*/*.jpg"), *tmp_path.rglob("labels/*.txt")]
+    before = {path: path.read_bytes() for path in files}
+    files[0].unlink()
+    files[0].symlink_to("/dev/full")
+    assert predict(*call) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"retinanet-ext predict: error: {tmp_path}/out is incomplete: ")
+    assert "No space left on device" in line
+    files[0].unlink()
+    assert predict(*call) == 0
+    assert {path: path.read_bytes() for path in files} == before
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    run, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(job, "Predictor", None)
+    (tmp_path / "file").write_text("text")
+    for out in (tmp_path / "file", tmp_path / "file/out", Path("/proc/out")):
+        assert predict(run, PATHS[0], "--output", out) == 2
+        assert f"error: folder {out} cannot be written: " in capsys.readouterr().err
 
 
 def test_another_image_under_the_same_name_is_another_job(run, tmp_path, capsys):
@@ -237,6 +305,14 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     line = capsys.readouterr().err.splitlines()[-1]
     assert line.startswith("retinanet-ext predict: error: ") and message in line
     assert sorted(path for folder in (tmp_path, run) for path in folder.rglob("*")) == before
+
+
+def test_the_thread_that_reads_ends_with_the_detection(run, images, tmp_path, monkeypatch):
+    threads = threading.active_count()
+    monkeypatch.setattr(Predictor, "detect", lambda self, batch: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        predict(run, images, "--output", tmp_path / "out", "--batch", 1)
+    assert threading.active_count() == threads
 
 
 def test_reading_ahead_is_bounded_and_passes_errors_on():

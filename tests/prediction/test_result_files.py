@@ -19,7 +19,7 @@ FILES = [SourceFile(str(path), path.stem) for path in sorted(FIXTURE.glob("*.jpg
 
 @pytest.fixture
 def log(tmp_path):
-    log = DetectionLog(tmp_path / "out", {})
+    log = DetectionLog(tmp_path, {})
     log.start(1)
     first = {"class": 1, "score": 0.9, "box": [10.0, 20.0, 110.5, 70.0]}
     second = {"class": 0, "score": 0.5, "box": [0.0, 0.0, 640.0, 480.0]}
