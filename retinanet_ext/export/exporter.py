@@ -73,9 +73,8 @@ def export_run(
 ) -> Exported:
     """Write a run's detector as a file that was compared with it, and a report beside the file.
 
-    The program computes in float32 on the CPU, whatever the run's ``TEST.PRECISION``. Without the
-    run's test data, drawn images are compared. If the model detects nothing on the images, they are
-    compared without thresholds, too.
+    The program computes in float32, whatever ``TEST.PRECISION``. Without the run's test data, drawn
+    images are compared. Images without any detection are compared without thresholds, too.
 
     Args:
         run: OUTPUT_DIR of a training
@@ -91,15 +90,9 @@ def export_run(
 
     Raises:
         InputError: the run, the format or the output cannot be used
-        UnexpectedResultsError: the file differs from the model, or int8 loses too much AP. No file
-            is left
+        UnexpectedResultsError: the file, which is removed, differs too much from the model
     """
-    writer = get_format(file_format)
-    if form not in FORMS:
-        raise InputError(f"the form {form!r} is unknown; known: {', '.join(FORMS)}")
-    if int8 and (file_format, form) != ("onnx", "detections"):
-        raise InputError("--int8 needs --format onnx and --form detections")
-    Interval("[1, inf)").check("--calibration-images", calibration_images)
+    writer = _check_options(file_format, form, int8, calibration_images)
     name = f"{form}_int8" if int8 else form
     path = Path(output) if output else Path(run, FOLDER, f"{name}{writer.suffix}")
     if path.exists() and not overwrite:
@@ -111,9 +104,9 @@ def export_run(
     photos = test_images(cfg, predictor) if has_data else _drawn_images(metadata)
     cases = make_cases(photos, predictor.model, metadata.thresholds, writer.min_side)
     make_folder(path.parent)
+    logger.info("Writing the form %s as %s; onnx and pt2 take about a minute", form, file_format)
     with tempfile.TemporaryDirectory() as scratch:
-        # With the suffix, which ``torch.export.load`` wants.
-        written = Path(scratch, f"float32{writer.suffix}")
+        written = Path(scratch, f"float32{writer.suffix}")  # torch.export.load wants the suffix
         comparisons = _write_verified(writer, predictor, metadata, cases, written)
         quantization = None
         if int8:
@@ -127,18 +120,29 @@ def export_run(
     return exported
 
 
+def _write_report(exported: Exported) -> None:
+    """Write what was exported and compared beside the file, under its name and ``.json``."""
+    path = exported.path.with_name(f"{exported.path.name}.json")
+    write_file(path, to_json(asdict(exported), indent=1, default=str) + "\n")
+
+
+def _check_options(file_format: str, form: str, int8: bool, calibration_images: int) -> Format:
+    """Return the format, unless it or another option cannot be used."""
+    writer = get_format(file_format)
+    if form not in FORMS:
+        raise InputError(f"the form {form!r} is unknown; known: {', '.join(FORMS)}")
+    if int8 and (file_format, form) != ("onnx", "detections"):
+        raise InputError("--int8 needs --format onnx and --form detections")
+    Interval("[1, inf)").check("--calibration-images", calibration_images)
+    return writer
+
+
 def _load(cfg: CfgNode, score: float | None, thresholds: str | Path | None) -> Predictor:
     """Return a run's predictor, with the thresholds that are asked for."""
     predictor = Predictor(cfg, thresholds=choose_thresholds(score, thresholds))
     if score is not None:  # but not in the config, whose threshold is that of the AP
         predictor.model.test_score_thresh = score
     return predictor
-
-
-def _write_report(exported: Exported) -> None:
-    """Write what was exported and compared beside the file, under its name and ``.json``."""
-    path = exported.path.with_name(f"{exported.path.name}.json")
-    write_file(path, to_json(asdict(exported), indent=1, default=str) + "\n")
 
 
 def _write_verified(

@@ -41,6 +41,7 @@ TINY = [
     *("MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.RETINANET.NUM_CONVS", 1),
     *("MODEL.RETINANET.IN_FEATURES", ["p3"], "INPUT.MIN_SIZE_TEST", 144),
     *("INPUT.MAX_SIZE_TEST", 180, "INPUT.FORMAT", "RGB"),
+    *("MODEL.RETINANET.TOPK_CANDIDATES_TEST", 200),
 ]
 """One level and one convolution per subnet, because the exporter's time grows with both."""
 
@@ -194,14 +195,13 @@ def test_files_are_compared_without_thresholds_if_nothing_is_detected(run, tmp_p
     """As of a model that is hardly trained; otherwise any two programs would be equal."""
     written = formats.FORMATS["torchscript"]
     options = {"file_format": "torchscript", "output": tmp_path / "file", "score": 0.99}
-    for form in ("detections", "boxes"):
-        exported = export_run(run, form=form, overwrite=True, **options)
-        counts = [row.detections for row in exported.comparisons]
-        assert sum(counts[:7]) == 0 < min(counts[7:]) and "landscape without" in str(exported)
+    exported = export_run(run, **options)
+    counts = [row.detections for row in exported.comparisons]
+    assert sum(counts[:7]) == 0 < min(counts[7:]) and "landscape without" in str(exported)
 
     def write(program, metadata, file):
         program = deepcopy(program)
-        program.model.head.cls_score.weight.data *= 0.99
+        program.model.head.cls_score.weight.data *= 0.9
         written.write(program, metadata, file)
 
     monkeypatch.setitem(formats.FORMATS, "torchscript", replace(written, write=write))
@@ -322,7 +322,7 @@ class TestBadInput:
             (["--format", "tflite"], "the format 'tflite' is unknown; known: onnx, pt2, torchscr"),
             (["--form", "masks"], "the form 'masks' is unknown; known: raw, boxes, detections"),
             (["--int8", "--form", "raw"], "--int8 needs --format onnx and --form detections"),
-            (["--int8", "--calibration-images", "0"], "--calibration-images must be a number in [1, inf)"),
+            (["--int8", "--calibration-images", "0"], "--calibration-images must be a number"),
         ],
     )
     def test_options(self, options, message, run, tmp_path, capsys):
