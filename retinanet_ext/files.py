@@ -48,7 +48,7 @@ def atomic_write(path: Path, *, part: Path | None = None) -> Iterator[IO[bytes]]
 
 def _is_of(error: OSError, file: Path) -> bool:
     """Tell whether an error is of a file, because it names that file or, as in a write, none."""
-    return error.filename is None or os.fspath(error.filename) == str(file)
+    return error.filename is None or str(error.filename) == str(file)
 
 
 def write_file(path: Path, content: str | bytes) -> None:
