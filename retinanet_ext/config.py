@@ -10,9 +10,10 @@ from detectron2.config import CfgNode
 
 from retinanet_ext.config_keys import loss_parameter_keys
 from retinanet_ext.data import findings
-from retinanet_ext.data.images import AUTO, MAX_PIXELS
+from retinanet_ext.data.images import AUTO
 from retinanet_ext.data.sample_set import SampleSet
 from retinanet_ext.losses import LOSSES
+from retinanet_ext.open_image import MAX_PIXELS
 
 RENAMED_KEYS = {
     "INPUT.PAD_MULTIPLE": "INPUT.SIZE_DIVISIBILITY",

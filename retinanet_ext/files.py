@@ -41,9 +41,15 @@ def atomic_write(path: Path, *, part: Path | None = None) -> Iterator[IO[bytes]]
     except (OSError, RuntimeError) as error:
         # torch.save raises its own error during the handling of the system's.
         cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+        # An error of the content, such as of a file that it is read from, stays what it is.
+        if not isinstance(cause, OSError) or not cause.errno or not _is_of(cause, part):
             raise
         raise InputError(f"{path} cannot be written: {cause.strerror or cause}") from error
+
+
+def _is_of(error: OSError, file: Path) -> bool:
+    """Tell whether an error is of a file, because it names that file or, as in a write, none."""
+    return error.filename is None or str(error.filename) == str(file)
 
 
 def write_file(path: Path, content: str | bytes) -> None:

@@ -161,6 +161,9 @@ def export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     where = "default: RUN/export/FORM.SUFFIX"
     parser.add_argument("--output", type=Path, metavar="FILE", help=where)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier file")
+    cut = "lowest score; default: the run's thresholds, or its own"
+    parser.add_argument("--score", type=float, help=cut)
+    parser.add_argument("--thresholds", metavar="FILE", help="lowest score per class")
     parser.add_argument("--int8", action="store_true", help="quantize the network of an ONNX file")
     parser.add_argument(
         "--calibration-images", type=int, default=64, metavar="N", help="with --int8; default: 64"
@@ -172,6 +175,8 @@ def export(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         form=args.form,
         output=args.output,
         overwrite=args.overwrite,
+        score=args.score,
+        thresholds=args.thresholds,
         int8=args.int8,
         calibration_images=args.calibration_images,
         opts=args.opts,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "retinanet_ext"
 ROOMS = (
-    ("errors", "files", "page", "doctor", "torch_jit"),
+    ("errors", "files", "page", "doctor", "open_image", "torch_jit"),
     ("export.metadata", "export.onnx_predictor"),
     ("losses", "kernels", "sampling", "analysis"),
     ("config_keys",),
@@ -22,7 +22,17 @@ of a room that are named alone belong elsewhere than the room."""
 
 LEVELS = {room: level for level, row in enumerate(ROOMS) for room in row}
 PURE = (
-    *("losses", "sampling", "analysis", "errors", "files", "page", "doctor", "torch_jit"),
+    *(
+        "losses",
+        "sampling",
+        "analysis",
+        "errors",
+        "files",
+        "page",
+        "doctor",
+        "open_image",
+        "torch_jit",
+    ),
     *("export.metadata", "export.onnx_predictor"),
 )
 """Rooms that work without Detectron2."""

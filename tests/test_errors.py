@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from PIL import Image
 
 from retinanet_ext.errors import (
     DIVERGED,
@@ -18,6 +19,7 @@ from retinanet_ext.errors import (
     StoppedError,
     explain,
 )
+from retinanet_ext.files import atomic_write, write_file
 
 
 @pytest.mark.parametrize(
@@ -69,6 +71,27 @@ def test_a_disk_without_room_is_named(number):
 def test_a_file_without_permission_is_named():
     error = OSError(errno.EACCES, os.strerror(errno.EACCES), "/root/run")
     assert explain(error) == (INPUT_ERROR, "/root/run: Permission denied")
+
+
+def test_an_error_of_what_is_read_is_not_blamed_on_the_file_that_is_written(tmp_path):
+    output, missing, torn = (tmp_path / name for name in ("output", "missing", "torn.png"))
+    Image.effect_noise((64, 64), 50).save(torn)
+    torn.write_bytes(torn.read_bytes()[:900])
+    with pytest.raises(FileNotFoundError, match="missing"), atomic_write(output):
+        missing.read_bytes()
+    with pytest.raises(OSError, match="truncated") as raised, atomic_write(output):
+        Image.open(torn).load()
+    assert not isinstance(raised.value, InputError) and not output.exists()
+    with (
+        pytest.raises(InputError, match="output cannot be written: No space"),
+        atomic_write(output),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with pytest.raises(InputError, match=r"no/file cannot be written: No such file or directory"):
+        write_file(tmp_path / "no/file", "")
+    (output / "folder").mkdir(parents=True)
+    with pytest.raises(InputError, match="output cannot be written: Is a directory"):
+        write_file(output, "")
 
 
 def test_other_errors_are_not_explained():

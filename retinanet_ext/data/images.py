@@ -8,9 +8,8 @@ resize and all later steps are the same for every depth.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,12 +20,10 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image, UnidentifiedImageError
 
 from retinanet_ext.errors import InputError
+from retinanet_ext.open_image import MAX_PIXELS, open_image
 
 RANGE_KEY = "INPUT.PIXEL_RANGE"
 AUTO, PERCENTILES = "auto", "percentiles"
-
-MAX_PIXELS = 178_956_970
-"""Most pixels of an image that Pillow opens by default."""
 
 LOW_AND_HIGH = 0.1, 99.9
 """The percentiles of ``INPUT.PIXEL_RANGE percentiles``."""
@@ -34,10 +31,7 @@ LOW_AND_HIGH = 0.1, 99.9
 _SAMPLED_IMAGES = 200
 _SAMPLED_PIXELS = 10_000  # of each
 
-_BYTES = 5  # per pixel and channel while an image is read and resized (measured)
-
 _BITS_PER_SAMPLE = 258  # a TIFF tag
-_HUGE = threading.Lock()  # one huge image in memory at a time, however many threads read
 
 Range = tuple[float, float]
 
@@ -87,19 +81,11 @@ class ImageReader:
     @contextmanager
     def open(self, path: str | os.PathLike[str]) -> Iterator[Image.Image]:
         """Open an image file without decoding it; the file is closed at the end of the block."""
-        with PathManager.open(os.fspath(path), "rb") as file, ExitStack() as stack:
-            try:
-                image = Image.open(file)
-            except Image.DecompressionBombError:
-                stack.enter_context(_HUGE)
-                image = _open_without_limit(file)
-            pixels = image.width * image.height
-            if pixels > self.max_pixels:
-                memory = _BYTES * pixels * num_channels(self.image_format) / 1e6
-                raise InputError(
-                    f"it has {image.width} x {image.height} = {pixels:,} pixels, which take "
-                    f"{memory:,.0f} MB of memory, and INPUT.MAX_PIXELS allows {self.max_pixels:,}"
-                )
+        channels = num_channels(self.image_format)
+        with (
+            PathManager.open(os.fspath(path), "rb") as file,
+            open_image(file, self.max_pixels, channels) as image,
+        ):
             yield image
 
     def convert(self, image: Image.Image) -> np.ndarray:
@@ -152,16 +138,6 @@ def _scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Scale [low, high] to [0, 255]; values beyond are clipped, and NaN becomes 0."""
     scaled = np.rint((values.astype(np.float64) - low) * (255 / (high - low)))
     return np.nan_to_num(scaled.clip(0, 255)).astype(np.uint8)
-
-
-def _open_without_limit(file: Any) -> Image.Image:
-    """Open an image that Pillow refuses because of its size; the caller holds ``_HUGE``."""
-    file.seek(0)
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        return Image.open(file)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
 
 
 def extrema(image: Image.Image) -> Range:

@@ -30,11 +30,8 @@ from retinanet_ext.engine.config_check import use_cpu_without_cuda
 from retinanet_ext.engine.find_checkpoint import last_checkpoint
 from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation.thresholds import THRESHOLDS, Thresholds
-from retinanet_ext.export.onnx_predictor import OnnxPredictor
+from retinanet_ext.export.onnx_predictor import AnyImage, OnnxPredictor, check_call
 from retinanet_ext.files import sha256_of
-from retinanet_ext.losses import Interval
-
-AnyImage = str | PathLike[str] | Image.Image | np.ndarray
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +91,8 @@ class Predictor:
                 thresholds = _saved_thresholds(cfg.OUTPUT_DIR, file)
         self.thresholds = None
         if isinstance(thresholds, Thresholds):
-            self.thresholds = torch.tensor(thresholds.by_class(self.class_names))
+            by_class = thresholds.by_class(self.class_names, cfg.MODEL.RETINANET.NUM_CLASSES)
+            self.thresholds = torch.tensor(by_class)
         self.model = model.eval()
         self.resize = ResizeShortestEdge(cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST)
         self.reader = ImageReader.from_config(cfg)
@@ -121,13 +119,7 @@ class Predictor:
         Raises:
             InputError: an image cannot be read, or is none of these
         """
-        Interval("[1, inf)").check("batch_size", batch_size)
-        is_array = isinstance(images, np.ndarray | torch.Tensor) and images.ndim < 4
-        if is_array or isinstance(images, str | bytes | PathLike | Image.Image):
-            raise InputError(
-                f"Predictor takes a list of images, and got one {type(images).__name__}; write "
-                "predictor([image])"
-            )
+        check_call(images, batch_size)
         return self._run(images, batch_size)
 
     def _run(self, images: Iterable[AnyImage], batch_size: int) -> Iterator[Instances]:
@@ -248,7 +240,7 @@ def _saved_thresholds(folder: str, weights: str) -> Thresholds | None:
         raise InputError(
             f"{path} was chosen for other weights than {weights}; write it anew by "
             f"`retinanet-ext evaluate {folder} --save-thresholds`, delete it, or go without it: "
-            "`predict --score 0.4`, or Predictor(cfg, thresholds=None)"
+            "predict and export with `--score 0.4`, or Predictor(cfg, thresholds=None)"
         )
     logger.info("Detections below the thresholds in %s are left out", path)
     return thresholds

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.errors import InputError
@@ -21,7 +22,7 @@ class Thresholds:
     """The lowest score of a detection that counts, per class name.
 
     Attributes:
-        scores: class name -> threshold in [0, 1]
+        scores: class name -> threshold in [0, 1], in the order of classes 0..K-1
         criterion: what they were chosen for, such as "best F1"
         weights_sha256: checksum of the weights' file that they belong to; empty if unknown
     """
@@ -58,12 +59,24 @@ class Thresholds:
         """Write the thresholds as JSON."""
         write_file(Path(path), to_json(asdict(self), indent=1, ensure_ascii=False) + "\n")
 
-    def by_class(self, class_names: Sequence[str]) -> list[float]:
+    def by_class(self, class_names: Sequence[str], num_classes: int) -> list[float]:
         """Return the thresholds of classes 0..K-1.
+
+        Args:
+            class_names: of the model; empty if it has none, and the thresholds are then taken in
+                their order
+            num_classes: K
 
         Raises:
             InputError: they are not of these classes
         """
+        if not class_names:
+            if len(self.scores) != num_classes:
+                raise InputError(
+                    f"the thresholds are of {len(self.scores)} classes, and the model has "
+                    f"{num_classes}, without names"
+                )
+            return list(self.scores.values())
         missing = [name for name in class_names if name not in self.scores]
         others = [name for name in self.scores if name not in class_names]
         for names, what in ((missing, "there is none for"), (others, "the model does not know")):
@@ -73,3 +86,21 @@ class Thresholds:
                     f"{join_some(map(printable, names))}"
                 )
         return [self.scores[name] for name in class_names]
+
+
+def choose_thresholds(
+    score: float | None, file: str | Path | None
+) -> Thresholds | Literal["run"] | None:
+    """Return what ``Predictor`` takes as thresholds, by the options --score and --thresholds.
+
+    Raises:
+        InputError: both are given, or one of them is no threshold
+    """
+    if file is None and score is None:
+        return "run"
+    if file is not None and score is not None:
+        raise InputError("--score and --thresholds are two cuts; give one of them")
+    if file is not None:
+        return Thresholds.read(file)
+    Interval("[0, 1]").check("--score", score)
+    return None

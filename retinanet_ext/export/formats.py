@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retinanet_ext.errors import InputError
-from retinanet_ext.export.forms import FORMS, Program
+from retinanet_ext.export.forms import FORMS, THRESHOLDS, Program
 from retinanet_ext.export.metadata import KEY, ExportMetadata
 from retinanet_ext.export.onnx_predictor import open_session
 
@@ -36,14 +37,14 @@ class Format:
         packages: that writing and running it need
         min_side: smallest height and width of images, in pixels
         write: writes a program and its metadata into a file
-        load: file -> the program in its own runtime
+        load: file -> the program in its own runtime; with a score, that replaces all thresholds
     """
 
     suffix: str
     packages: tuple[str, ...]
     min_side: int
     write: Callable[[Program, ExportMetadata, IO[bytes]], None]
-    load: Callable[[Path], Run]
+    load: Callable[..., Run]
 
 
 def get_format(name: str) -> Format:
@@ -108,9 +109,25 @@ def _write_onnx(program: Program, metadata: ExportMetadata, file: IO[bytes]) -> 
     file.write(model.SerializeToString())
 
 
-def _load_onnx(path: Path) -> Run:
-    session = open_session(path)
+def _load_onnx(path: Path, score: float | None = None) -> Run:
+    with tempfile.TemporaryDirectory() as scratch:
+        if score is not None:
+            path = write_with_threshold(path, Path(scratch, "file.onnx"), score)
+        session = open_session(path)
     return lambda images: session.run(None, {"images": images})
+
+
+def write_with_threshold(source: Path, target: Path, score: float) -> Path:
+    """Write an ONNX file again with another score in place of all its thresholds."""
+    import onnx
+
+    model = onnx.load(source)
+    for tensor in model.graph.initializer:
+        if tensor.name in THRESHOLDS:
+            values = np.full(tensor.dims, score, np.float32)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    onnx.save(model, target)
+    return target
 
 
 def _write_pt2(program: Program, metadata: ExportMetadata, file: IO[bytes]) -> None:
@@ -119,8 +136,8 @@ def _write_pt2(program: Program, metadata: ExportMetadata, file: IO[bytes]) -> N
     file.write(buffer.getvalue())
 
 
-def _load_pt2(path: Path) -> Run:
-    return _run_torch(torch.export.load(path).module())
+def _load_pt2(path: Path, score: float | None = None) -> Run:
+    return _run_torch(torch.export.load(path).module(), score)
 
 
 def _write_torchscript(program: Program, metadata: ExportMetadata, file: IO[bytes]) -> None:
@@ -130,11 +147,15 @@ def _write_torchscript(program: Program, metadata: ExportMetadata, file: IO[byte
     torch.jit.save(traced, file, _extra_files={KEY: metadata.to_json()})
 
 
-def _load_torchscript(path: Path) -> Run:
-    return _run_torch(torch.jit.load(path))
+def _load_torchscript(path: Path, score: float | None = None) -> Run:
+    return _run_torch(torch.jit.load(path), score)
 
 
-def _run_torch(module: Any) -> Run:
+def _run_torch(module: Any, score: float | None) -> Run:
+    for name, buffer in module.named_buffers():
+        if score is not None and name in THRESHOLDS:
+            buffer.fill_(score)
+
     def run(images: np.ndarray) -> list[np.ndarray]:
         with torch.no_grad():
             return [output.numpy() for output in module(torch.from_numpy(images))]

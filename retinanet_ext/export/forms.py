@@ -24,6 +24,10 @@ FORMS = {
 }
 """Names of the outputs of each form."""
 
+THRESHOLDS = ("score_thresh", "thresholds")
+"""Names of a program's buffers that hold scores: of candidates before suppression, and of the
+detections of each class, (K,)."""
+
 Suppress = Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 
 
@@ -57,6 +61,7 @@ class Program(nn.Module):
         self.model = model
         self.form = form
         self.suppress = suppress or suppress_by_class
+        self.register_buffer("score_thresh", torch.tensor(model.test_score_thresh))
         self.register_buffer("thresholds", torch.tensor(thresholds))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -106,13 +111,15 @@ class Program(nn.Module):
         model, limit = self.model, self.model.max_detections_per_image
         if model.clip_before_nms:
             boxes = clip(boxes, images)
-        scores = torch.where(scores > model.test_score_thresh, scores, 0)
+        scores = torch.where(scores > self.score_thresh, scores, 0)
         scores = self.suppress(boxes, scores, classes, model.num_classes, model.test_nms_thresh)
         scores, index = pad(scores, (0, limit)).topk(limit)  # at least D, whatever the size
         index = index.clamp(max=classes.shape[1] - 1)
         classes = classes.gather(1, index)
         boxes = clip(boxes.gather(1, index[..., None].expand(-1, -1, 4)), images)
-        valid = (boxes[..., 2:] > boxes[..., :2]).all(2) & (scores >= self.thresholds[classes])
+        # Not by [classes], which ONNX's optimizer makes a constant that has another name.
+        lowest = self.thresholds.index_select(0, classes.flatten()).view_as(classes)
+        valid = (boxes[..., 2:] > boxes[..., :2]).all(2) & (scores >= lowest)
         scores, index = torch.where(valid, scores, 0).topk(limit)
         return boxes.gather(1, index[..., None].expand(-1, -1, 4)), scores, classes.gather(1, index)
 

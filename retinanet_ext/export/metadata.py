@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 
 from retinanet_ext.errors import InputError
+from retinanet_ext.open_image import MAX_PIXELS
 
 KEY = "retinanet_ext"
 """Key of the JSON text in ONNX's ``metadata_props``, and name of the extra file in PT2 and
@@ -37,6 +38,7 @@ class ExportMetadata:
         weights_sha256: checksum of the checkpoint
         package_version: of retinanet_ext
         format_version: :data:`FORMAT_VERSION`
+        max_pixels: most pixels of an image file; larger ones are refused
     """
 
     form: str
@@ -56,6 +58,7 @@ class ExportMetadata:
     weights_sha256: str
     package_version: str
     format_version: int = FORMAT_VERSION
+    max_pixels: int = MAX_PIXELS
 
     def to_json(self) -> str:
         """Return the metadata as JSON."""

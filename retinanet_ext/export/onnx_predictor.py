@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from retinanet_ext.errors import InputError, first_line
 from retinanet_ext.export.metadata import KEY, ExportMetadata
+from retinanet_ext.open_image import open_image
 
 AnyImage = str | PathLike[str] | Image.Image | np.ndarray
-
 
 ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -26,7 +26,8 @@ ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's orientations, and what turns an image upright."""
+"""EXIF's orientations, and what turns an image upright. It is done as in Detectron2, because
+Pillow's ``exif_transpose`` also rewrites the EXIF data and raises where it cannot."""
 
 
 @dataclass(frozen=True)
@@ -92,27 +93,47 @@ class OnnxPredictor:
         """Return an iterator over the detections of each image, in its own pixels and in order.
 
         Args:
-            images: read as they are needed. Each is a file, a PIL image, or a uint8 array (H, W, 3)
-                in the order BGR, whatever the model's channels, or (H, W) of grey levels.
+            images: read as they are needed. Each is a file, a PIL image, or a uint8 array:
+                (H, W, 3) in the order BGR, whatever the model's channels; (H, W) or (H, W, 1) of
+                grey levels; or (H, W, C) in the channels of a model that has C others than these.
                 Consecutive images that are resized to the same size share a batch.
             batch_size: images at a time, at most
 
         Raises:
             InputError: an image cannot be read, or is none of these
         """
+        check_call(images, batch_size)
+        return self._run(images, batch_size)
+
+    def _run(self, images: Iterable[AnyImage], batch_size: int) -> Iterator[ImageDetections]:
         batch: list[tuple[np.ndarray, tuple[int, int]]] = []
         for position, image in enumerate(images):
-            prepared, size = self._prepare(image, position)
-            if batch and (len(batch) >= batch_size or prepared.shape != batch[0][0].shape):
+            prepared, size = self.prepare(image, position)
+            if batch and (len(batch) == batch_size or prepared.shape != batch[0][0].shape):
                 yield from self._detect(batch)
                 batch = []
             batch.append((prepared, size))
         if batch:
             yield from self._detect(batch)
 
-    def prepare(self, image: AnyImage) -> tuple[np.ndarray, tuple[int, int]]:
-        """Return an image as the program takes it, uint8 (C, H, W), and its own (height, width)."""
-        pixels = _read(image, self.metadata.input_format)
+    def prepare(self, image: AnyImage, position: int = 0) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return an image as the program takes it, uint8 (C, H, W), and its own (height, width).
+
+        Args:
+            image: as for a call
+            position: what to call the image in messages, if it is no file
+
+        Raises:
+            InputError: it cannot be read
+        """
+        try:
+            return self._prepare(image)
+        except Exception as error:  # Pillow's decoders raise many types
+            name = fspath(image) if isinstance(image, str | PathLike) else position
+            raise InputError(f"image {name} cannot be used: {_explain(error)}") from error
+
+    def _prepare(self, image: AnyImage) -> tuple[np.ndarray, tuple[int, int]]:
+        pixels = self._read(image)
         size = pixels.shape[0], pixels.shape[1]
         height, width = self.metadata.resized(*size)
         is_grey = pixels.shape[2] == 1
@@ -121,12 +142,31 @@ class OnnxPredictor:
         pixels = np.asarray(resized).reshape(height, width, -1)
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)), size
 
-    def _prepare(self, image: AnyImage, position: int) -> tuple[np.ndarray, tuple[int, int]]:
-        try:
-            return self.prepare(image)
-        except Exception as error:  # Pillow's decoders raise many types
-            name = fspath(image) if isinstance(image, str | PathLike) else position
-            raise InputError(f"image {name} cannot be used: {first_line(error)}") from error
+    def _read(self, image: AnyImage) -> np.ndarray:
+        """Return an upright image as uint8 (H, W, C) in the model's channels."""
+        input_format, channels = self.metadata.input_format, len(self.metadata.pixel_mean)
+        if isinstance(image, Image.Image):
+            return _convert(image, input_format)
+        if not isinstance(image, np.ndarray):
+            with (
+                open(image, "rb") as file,
+                open_image(file, self.metadata.max_pixels, channels) as opened,
+            ):
+                return _convert(opened, input_format)
+        shape = image.shape[2:]
+        is_image = image.dtype == np.uint8 and image.ndim > 1 and 0 not in image.shape
+        if not is_image or shape not in ((), (1,), (3,), (channels,)):
+            own = f", or (height, width, {channels}), as the model takes them,"
+            raise InputError(
+                f"it is an array of {image.dtype} and shape {image.shape}; an array of uint8, "
+                "(height, width, 3) in the order BGR or (height, width) of grey levels"
+                f"{'' if channels in (1, 3) else own} is needed"
+            )
+        if shape == (3,):
+            return _convert(Image.fromarray(image[:, :, ::-1]), input_format)
+        if shape in ((), (1,)):
+            return _convert(Image.fromarray(image.reshape(image.shape[:2])), input_format)
+        return image
 
     def _detect(self, batch: list[tuple[np.ndarray, tuple[int, int]]]) -> list[ImageDetections]:
         images = np.stack([image for image, _ in batch])
@@ -148,6 +188,22 @@ class OnnxPredictor:
         classes = classes[found]
         names = [self.metadata.class_names[index] for index in classes]
         return ImageDetections(size, boxes[found], scores[found], classes, names)
+
+
+def check_call(images: Any, batch_size: int) -> None:
+    """Check what a predictor was called with.
+
+    Raises:
+        InputError: ``images`` is one image instead of a list, or ``batch_size`` is below 1
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1; got {batch_size}")
+    is_array = getattr(images, "ndim", None) in (2, 3)
+    if is_array or isinstance(images, str | bytes | PathLike | Image.Image):
+        raise InputError(
+            f"a predictor takes a list of images, and got one {type(images).__name__}; write "
+            "predictor([image])"
+        )
 
 
 def open_session(file: str | PathLike[str], num_threads: int = 0) -> Any:
@@ -175,22 +231,8 @@ def open_session(file: str | PathLike[str], num_threads: int = 0) -> Any:
         raise InputError(f"{fspath(file)} is not a whole ONNX file: {first_line(error)}") from error
 
 
-def _read(image: AnyImage, input_format: str) -> np.ndarray:
-    """Return an upright image as uint8 (H, W, C) in the model's channels."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim < 2 or image.shape[2:] not in ((), (3,)):
-            raise InputError(
-                f"it is an array of {image.dtype} and shape {image.shape}; an array of uint8, "
-                "(height, width, 3) in the order BGR or (height, width) of grey levels, is needed"
-            )
-        image = Image.fromarray(image[:, :, ::-1] if image.ndim == 3 else image)
-    if not isinstance(image, Image.Image):
-        with Image.open(image) as opened:
-            return _read_image(opened, input_format)
-    return _read_image(image, input_format)
-
-
-def _read_image(image: Image.Image, input_format: str) -> np.ndarray:
+def _convert(image: Image.Image, input_format: str) -> np.ndarray:
+    """Return a Pillow image upright as uint8 (H, W, C) in the model's channels."""
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         raise InputError(
             f"its pixels have more than 8 bits (mode {image.mode}); scale them to 0..255 first, as "
@@ -210,3 +252,9 @@ def _orientation(image: Image.Image) -> int | None:
         return image.getexif().get(0x0112)
     except Exception:  # malformed EXIF raises many types; the image is then taken as upright
         return None
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):  # whose message names an object of Python
+        return "not an image, or of a format that cannot be read"
+    return first_line(error)

@@ -18,6 +18,7 @@ from detectron2.structures import Boxes, Instances
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.errors import InputError, UnexpectedResultsError
 from retinanet_ext.evaluation import BoxEvaluator
+from retinanet_ext.export.formats import write_with_threshold
 from retinanet_ext.export.metadata import KEY, ExportMetadata
 from retinanet_ext.export.onnx_predictor import ImageDetections, OnnxPredictor
 
@@ -32,7 +33,7 @@ QUANTIZED = ("Conv",)
 
 @dataclass(frozen=True)
 class Quantization:
-    """The AP of a quantized file on the run's test data, by pycocotools.
+    """The AP of a quantized file on the run's test data, as training evaluates it.
 
     Attributes:
         ap_float32, ap_int8: AP in percent
@@ -57,6 +58,7 @@ def quantize(
 ) -> Quantization:
     """Write a quantized file of the form ``detections``, and measure the AP of both files.
 
+    The AP is that of all detections above ``SCORE_THRESH_TEST``, whatever the files' thresholds.
     Activations have one scale per tensor, weights one per output channel. The last convolution of
     each subnet stays in float32.
 
@@ -68,17 +70,23 @@ def quantize(
         calibration_images: number of images to measure the ranges of activations on
 
     Raises:
-        UnexpectedResultsError: int8 loses more than a tenth of the AP
+        InputError: an image for calibration cannot be read
+        UnexpectedResultsError: int8 loses more than a tenth of the AP, or there is no AP to lose
     """
     import onnx
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
-    predictor = OnnxPredictor(source)
+    before, num_images = average_precision(source, cfg)
+    if not before > 0:
+        raise UnexpectedResultsError(
+            f"the AP in float32 is {before:.2f} on the run's test data, so that the loss by int8 "
+            "cannot be measured; no file is left"
+        )
     files = _calibration_files(cfg, calibration_images)
     quantize_static(
         source,
         target,
-        CalibrationImages(predictor, files),
+        CalibrationImages(OnnxPredictor(source), files),
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         activation_type=QuantType.QUInt8,
@@ -91,9 +99,8 @@ def quantize(
     del model.metadata_props[:]
     model.metadata_props.add(key=KEY, value=metadata.to_json())
     onnx.save(model, target)
-    before, num_images = average_precision(predictor, cfg)
-    after, _ = average_precision(OnnxPredictor(target), cfg)
-    if not after >= (1 - LARGEST_LOSS) * before:  # NaN neither
+    after, _ = average_precision(target, cfg)
+    if after < (1 - LARGEST_LOSS) * before:
         raise UnexpectedResultsError(
             f"in int8 the AP falls from {before:.2f} to {after:.2f}, by more than a tenth; more "
             "--calibration-images may help; no file is left"
@@ -136,11 +143,16 @@ def last_convolutions(model: Any) -> list[str]:
     ]
 
 
-def average_precision(predictor: OnnxPredictor, cfg: CfgNode) -> tuple[float, int]:
-    """Return the AP of a predictor on the first test set, in percent, and its number of images."""
+def average_precision(file: Path, cfg: CfgNode) -> tuple[float, int]:
+    """Return the AP of a file on the first test set, in percent, and its number of images.
+
+    The file's thresholds are replaced by the config's ``SCORE_THRESH_TEST``.
+    """
     (name, *_) = cfg.DATASETS.TEST
     records = DatasetCatalog.get(name)
     with tempfile.TemporaryDirectory() as scratch:
+        score = cfg.MODEL.RETINANET.SCORE_THRESH_TEST
+        predictor = OnnxPredictor(write_with_threshold(file, Path(scratch, "file.onnx"), score))
         evaluator = BoxEvaluator(
             name, max_detections=cfg.TEST.DETECTIONS_PER_IMAGE, output_dir=scratch
         )

@@ -17,7 +17,7 @@ from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.engine import Predictor
 from retinanet_ext.engine.run_folder import load_run
 from retinanet_ext.errors import InputError
-from retinanet_ext.evaluation.thresholds import Thresholds
+from retinanet_ext.evaluation.thresholds import choose_thresholds
 from retinanet_ext.files import check_writable, sha256_of, write_file
 from retinanet_ext.prediction.detection import DetectionOptions, detect_files
 from retinanet_ext.prediction.detection_log import DetectionLog, open_log
@@ -99,7 +99,8 @@ def predict(
     results = Path(out) if out else Path(run, PREDICTIONS)
     check_writable(results)
     files = find_files(sources, results)
-    predictor = Predictor(cfg, thresholds=_choose_thresholds(options))
+    thresholds = choose_thresholds(options.score, options.thresholds)
+    predictor = Predictor(cfg, thresholds=thresholds)
     names = predictor.class_names or [f"class {k}" for k in range(cfg.MODEL.RETINANET.NUM_CLASSES)]
     kept = _choose_classes(options.classes, names)
     logger.info(_explain_cut(cfg, predictor, names))
@@ -116,15 +117,6 @@ def predict(
         if crops:
             written.append(save_crops(log, files, names, folder / "crops", predictor.reader))
         return _summarize(log, folder, written)
-
-
-def _choose_thresholds(options: DetectionOptions) -> Any:
-    """Return the thresholds as ``Predictor`` takes them."""
-    if options.thresholds is None:
-        return "run" if options.score is None else None
-    if options.score is not None:
-        raise InputError("--score and --thresholds are two cuts; give one of them")
-    return Thresholds.read(options.thresholds)
 
 
 def _choose_classes(chosen: Sequence[str], names: Sequence[str]) -> set[int]:

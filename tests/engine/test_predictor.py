@@ -21,6 +21,8 @@ from retinanet_ext.data import CheckedDatasetMapper
 from retinanet_ext.engine.checkpoint import Checkpointer
 from retinanet_ext.engine.predictor import Predictor
 from retinanet_ext.errors import InputError
+from retinanet_ext.evaluation.thresholds import THRESHOLDS, Thresholds
+from retinanet_ext.files import sha256_of
 
 PATHS = sorted(Path("tests/fixtures/bccd_mini/images").glob("*.jpg"))
 SIZES = ["INPUT.MIN_SIZE_TEST", 96, "INPUT.MAX_SIZE_TEST", 160]
@@ -131,6 +133,17 @@ def save_run(folder, *opts):
     checkpointer.save("model_final", iteration=19)
     (folder / "config.yaml").write_text(cfg.dump())
     return Predictor(cfg, model)
+
+
+def test_thresholds_of_classes_without_names_are_in_their_order(tmp_path):
+    save_run(tmp_path)
+    cfg = make_cfg("OUTPUT_DIR", str(tmp_path), "MODEL.WEIGHTS", "", *SIZES)
+    scores = {"d": 0.4, "a": 0.1, "c": 0.3, "b": 0.2}
+    weights = sha256_of(tmp_path / "model_final.pth")
+    Thresholds(scores, "best F1", weights).write(tmp_path / THRESHOLDS)
+    assert_close(Predictor(cfg).thresholds, torch.tensor([0.4, 0.1, 0.3, 0.2]))
+    with pytest.raises(InputError, match="are of 1 classes, and the model has 4, without names"):
+        Predictor(cfg, thresholds=Thresholds({"a": 0.5}))
 
 
 DETECT = """

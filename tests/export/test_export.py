@@ -5,8 +5,10 @@ import logging
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,13 +34,14 @@ from retinanet_ext.export.onnx_predictor import OnnxPredictor
 from retinanet_ext.export.verification import largest_differences
 from retinanet_ext.files import sha256_of
 from retinanet_ext.modeling.inference import Candidates
-from runs import CLASS_NAMES, make_run
+from runs import CLASS_NAMES, FIXTURE, make_run
 
 PATHS = sorted(Path("tests/fixtures/bccd_mini/images").glob("*.jpg"))
 TINY = [
     *("MODEL.BACKBONE.NAME", "build_tiny_backbone", "MODEL.RETINANET.NUM_CONVS", 1),
     *("MODEL.RETINANET.IN_FEATURES", ["p3"], "INPUT.MIN_SIZE_TEST", 144),
     *("INPUT.MAX_SIZE_TEST", 180, "INPUT.FORMAT", "RGB"),
+    *("MODEL.RETINANET.TOPK_CANDIDATES_TEST", 200),
 ]
 """One level and one convolution per subnet, because the exporter's time grows with both."""
 
@@ -96,12 +99,14 @@ def test_every_form_and_format_equals_the_model(file_format, form, run, tmp_path
 def images(tmp_path):
     """Files, arrays and PIL images, upright and lying, turned by EXIF, and grey."""
     turned = tmp_path / "turned.jpg"
-    exif = Image.Exif()
-    exif[0x0112] = 6
+    # Orientation 6, and a compression above 16 bits, which Pillow's exif_transpose raises on.
+    entries = struct.pack("<H2HI2H 2H2I", 2, 0x112, 3, 1, 6, 0, 0x103, 4, 1, 70_000)
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + entries + bytes(4)
     Image.open(PATHS[0]).resize((333, 250)).save(turned, exif=exif)
     array = np.asarray(Image.open(PATHS[1]).convert("RGB"))[:, :, ::-1]
     grey = np.asarray(Image.open(PATHS[2]).convert("L"))
-    return [*PATHS[:3], str(turned), array, array.transpose(1, 0, 2), grey, Image.open(PATHS[3])]
+    arrays = [array, array.transpose(1, 0, 2), grey, grey[:, :, None]]
+    return [*PATHS[:3], str(turned), *arrays, Image.open(PATHS[3])]
 
 
 def to_instances(found):
@@ -121,6 +126,16 @@ def test_onnx_predictor_gives_the_predictors_detections(batch_size, exported, ru
         assert f.names == [CLASS_NAMES[index] for index in f.classes]
         same = {"rtol": 1e-4, "atol": 1e-5, "box_rtol": 1e-4, "box_atol": 1e-2}
         assert_same_detections(to_instances(f), e, **same)
+    assert found[3].image_size == (333, 250)
+
+
+def test_pixels_are_limited_by_the_config_and_not_by_pillow(exported, monkeypatch):
+    predictor = OnnxPredictor(exported.path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    assert len(next(predictor(PATHS[:1]))) > 0
+    monkeypatch.setattr(predictor, "metadata", replace(predictor.metadata, max_pixels=307_199))
+    with pytest.raises(InputError, match=r"= 307,200 pixels.* INPUT\.MAX_PIXELS allows 307,199"):
+        list(predictor(PATHS[:1]))
 
 
 def test_onnx_predictor_needs_neither_detectron2_nor_torch(exported):
@@ -176,14 +191,59 @@ def test_file_that_differs_is_removed_and_an_earlier_one_stays(run, tmp_path, mo
     assert "file.torchscript exists; name another --output" in capsys.readouterr().err
 
 
+def test_files_are_compared_without_thresholds_if_nothing_is_detected(run, tmp_path, monkeypatch):
+    """As of a model that is hardly trained; otherwise any two programs would be equal."""
+    written = formats.FORMATS["torchscript"]
+    options = {"file_format": "torchscript", "output": tmp_path / "file", "score": 0.99}
+    exported = export_run(run, **options)
+    counts = [row.detections for row in exported.comparisons]
+    assert sum(counts[:7]) == 0 < min(counts[7:]) and "landscape without" in str(exported)
+
+    def write(program, metadata, file):
+        program = deepcopy(program)
+        program.model.head.cls_score.weight.data *= 0.9
+        written.write(program, metadata, file)
+
+    monkeypatch.setitem(formats.FORMATS, "torchscript", replace(written, write=write))
+    with pytest.raises(UnexpectedResultsError, match="differs from the model on landscape without"):
+        export_run(run, overwrite=True, **options)
+
+
+def test_thresholds_of_other_weights_are_replaced_by_a_score_or_a_file(run, tmp_path, capsys):
+    other = ["MODEL.WEIGHTS", str(shutil.copy(run / "model_0000009.pth", tmp_path / "other.pth"))]
+    content = torch.load(other[1])
+    torch.save({**content, "iteration": 99}, other[1])
+    output = tmp_path / "file"
+    command = ["export", str(run), "--format", "torchscript", "--output", str(output)]
+    assert main([*command, *other]) == 2
+    assert "was chosen for other weights" in (said := capsys.readouterr().err)
+    assert "export with `--score 0.4`" in said and not output.exists()
+    file = ["--thresholds", str(run / THRESHOLDS)]
+    for options, expected in ((["--score", "0.16"], [0.16] * 3), (file, [0.15, 0.17, 0.155])):
+        assert main([*command, "--overwrite", *options, *other]) == 0
+        report = json.loads((tmp_path / "file.json").read_text())
+        assert np.allclose(report["metadata"]["thresholds"], expected)
+
+
+def test_average_precision_is_that_without_the_files_thresholds(run, exported, tmp_path):
+    cfg = load_run(run)
+    register_test_data(cfg)
+    cfg.MODEL.RETINANET.SCORE_THRESH_TEST = 0.1
+    strict = formats.write_with_threshold(exported.path, tmp_path / "strict.onnx", 1.0)
+    assert not any(len(found) for found in OnnxPredictor(strict)(PATHS[:2]))
+    expected = quantization.average_precision(exported.path, cfg)
+    assert quantization.average_precision(strict, cfg) == expected and expected[0] > 0
+
+
 def test_int8_keeps_the_last_convolutions_in_float(run, exported, tmp_path, monkeypatch, capsys):
     source, target = exported.path, tmp_path / "int8.onnx"
     cfg = load_run(run)
     register_test_data(cfg)
     metadata = replace(exported.metadata, precision="int8")
-    monkeypatch.setattr(quantization, "LARGEST_LOSS", 1.0)  # the AP of random weights is noise
+    results = iter([(50.0, 4), (48.0, 4), (50.0, 4), (40.0, 4), (0.0, 4)])
+    monkeypatch.setattr(quantization, "average_precision", lambda *_: next(results))
     result = quantization.quantize(source, target, metadata, cfg, 2)
-    assert result.num_images > 0 and result.calibration_images == 2
+    assert result == quantization.Quantization(50.0, 48.0, 4, 2)
     graph = onnx.load(target).graph
     kinds = {value.name: value.data_type for value in graph.initializer}
     producers = {name: node for node in graph.node for name in node.output}
@@ -195,11 +255,14 @@ def test_int8_keeps_the_last_convolutions_in_float(run, exported, tmp_path, monk
     assert sum(in_int8.values()) == 3 and len(in_int8) == 5
     assert OnnxPredictor(target).metadata.precision == "int8"
 
-    monkeypatch.setattr(quantization, "LARGEST_LOSS", 0.1)
-    results = iter([(50.0, 4), (40.0, 4)])
-    monkeypatch.setattr(quantization, "average_precision", lambda *_: next(results))
     with pytest.raises(UnexpectedResultsError, match=r"falls from 50\.00 to 40\.00"):
         quantization.quantize(source, target, metadata, cfg, 1)
+    with pytest.raises(UnexpectedResultsError, match=r"the AP in float32 is 0\.00"):
+        quantization.quantize(source, target, metadata, cfg, 1)
+    torn = tmp_path / "torn.jpg"
+    torn.write_bytes(PATHS[0].read_bytes()[:3000])
+    with pytest.raises(InputError, match=r"image .*torn\.jpg cannot be used: .*truncated"):
+        quantization.CalibrationImages(OnnxPredictor(source), [str(torn)]).get_next()
 
 
 def test_suppression_of_many_classes_and_images_rounds_nothing():
@@ -259,7 +322,7 @@ class TestBadInput:
             (["--format", "tflite"], "the format 'tflite' is unknown; known: onnx, pt2, torchscr"),
             (["--form", "masks"], "the form 'masks' is unknown; known: raw, boxes, detections"),
             (["--int8", "--form", "raw"], "--int8 needs --format onnx and --form detections"),
-            (["--int8", "--calibration-images", "0"], "--calibration-images must be at least 1"),
+            (["--int8", "--calibration-images", "0"], "--calibration-images must be a number"),
         ],
     )
     def test_options(self, options, message, run, tmp_path, capsys):
@@ -267,6 +330,17 @@ class TestBadInput:
         assert main(["export", str(run), *options, "--output", str(output)]) == 2
         assert message in capsys.readouterr().err
         assert not output.parent.exists()
+
+    def test_int8_without_annotations(self, run, tmp_path, capsys):
+        content = json.loads((FIXTURE / "instances_val.json").read_text())
+        del content["annotations"]
+        (tmp_path / "images.json").write_text(json.dumps(content))
+        data = ["DATASETS.CUSTOM.TEST_JSON", str(tmp_path / "images.json")]
+        command = ["export", str(run), "--int8", "--output", str(tmp_path / "file")]
+        assert main([*command, *data]) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert "--int8 measures the AP on the run's test data, which have no annotations" in last
+        assert not (tmp_path / "file").exists()
 
     def test_folders_that_are_no_run(self, run, tmp_path, capsys):
         assert main(["export", str(tmp_path)]) == 2
@@ -298,11 +372,19 @@ class TestBadInput:
         deep = Image.fromarray(np.zeros((9, 9), np.uint16))
         for image, message in [
             (tmp_path / "none.jpg", "image .*none.jpg cannot be used: .*No such file"),
+            (np.zeros((0, 9, 3), np.uint8), r"image 0 cannot be used: it is an array of uint8 and"),
+            (Path("setup.py"), r"setup\.py cannot be used: not an image, or of a format"),
             (np.zeros((9, 9, 4), np.uint8), r"image 0 cannot be used: it is an array of uint8 and"),
             (deep, "its pixels have more than 8 bits"),
         ]:
             with pytest.raises(InputError, match=message):
                 list(predictor([image]))
+        grey = np.zeros((9, 9), np.uint8)
+        for one in (PATHS[0], str(PATHS[0]), grey, Image.open(PATHS[0])):
+            with pytest.raises(InputError, match="a list of images, and got one "):
+                predictor(one)
+        with pytest.raises(InputError, match="batch_size must be at least 1; got 0"):
+            predictor(PATHS, batch_size=0)
 
     def test_run_without_its_data_is_compared_on_drawn_images(self, run, tmp_path, caplog):
         data = ["DATASETS.CUSTOM.TEST_JSON", str(tmp_path / "none.json")]
