@@ -22,17 +22,8 @@ of a room that are named alone belong elsewhere than the room."""
 
 LEVELS = {room: level for level, row in enumerate(ROOMS) for room in row}
 PURE = (
-    *(
-        "losses",
-        "sampling",
-        "analysis",
-        "errors",
-        "files",
-        "page",
-        "doctor",
-        "open_image",
-        "torch_jit",
-    ),
+    *("losses", "sampling", "analysis"),
+    *("errors", "files", "page", "doctor", "open_image", "torch_jit"),
     *("export.metadata", "export.onnx_predictor"),
 )
 """Rooms that work without Detectron2."""
