@@ -68,9 +68,10 @@ class Source:
 def write_evaluation(
     data: BoxData, source: Source, criterion: Criterion, stem: Path
 ) -> dict[str, Any]:
-    """Write ``<stem>.html`` and ``<stem>.json``, and return the content of the latter.
+    """Write ``<stem>.json`` and ``<stem>.html``, and return the content of the former.
 
-    They depend on the arguments alone, and replace earlier ones.
+    They depend on the arguments alone, and replace earlier ones. An image that cannot be read is
+    left out of the page, and a warning names it.
 
     Args:
         data: ground truth and detections
@@ -79,12 +80,14 @@ def write_evaluation(
         stem: path of both files without suffix; its folder is created
 
     Raises:
-        InputError: there are no objects, an image cannot be read, or a file cannot be written
+        InputError: there are no objects, or a file cannot be written
     """
     matches, report = evaluate_detections(data, criterion, source.max_detections)
     report = {"source": dict(source.facts), **report}
     for each in chain(report["worst_images"], *report["label_doubts"].values()):
         each["file_name"] = source.file_names[each["image_id"]]
+    make_folder(stem.parent)
+    write_file(Path(f"{stem}.json"), to_json(report, indent=1, ensure_ascii=False) + "\n")
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         figures = draw_evaluation(matches, report)
@@ -93,8 +96,6 @@ def write_evaluation(
         pictures = _draw_pictures(matches, report, source, folder) if source.images else set()
         shown = {*figures, *pictures}
         page = render_page(_render(report, source, shown), folder, title=source.title)
-    make_folder(stem.parent)
-    write_file(Path(f"{stem}.json"), to_json(report, indent=1, ensure_ascii=False) + "\n")
     write_file(Path(f"{stem}.html"), page)
     return report
 

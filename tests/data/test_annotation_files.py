@@ -424,7 +424,10 @@ def test_a_run_on_yolo_labels_is_evaluated_again_from_its_folder(
         assert sorted(a["bbox"] for a in written["annotations"]) == [
             pytest.approx(box, abs=1e-3 + SIX_DECIMALS) for box in sorted(boxes)
         ]
-    (start,) = json.loads((run / "run_info.json").read_text())
-    assert len(start["data"]["custom_train"]["sha256"][0]) == 64
     argv = ["--config-file", run / "config.yaml", "--eval-only", "--resume"]
     assert run_train_net(*argv, "OUTPUT_DIR", run) == 0
+    files = [run / "run_info.json", *run.glob("eval-*/run_info.json")]
+    (trained,), (evaluated,) = (json.loads(file.read_text()) for file in files)
+    assert len(trained["data"]["custom_train"]["sha256"][0]) == 64
+    # The same data at another time.
+    assert trained["data"]["custom_test"] == evaluated["data"]["custom_test"]
