@@ -40,7 +40,7 @@ from retinanet_ext.errors import InputError
 from retinanet_ext.files import make_folder, to_json, write_file
 
 FORMAT = 1
-SHOWN = 5  # findings of a kind in the text; the JSON has all
+SHOWN = 10  # findings of a kind in the text; the JSON has all
 
 
 @dataclass(frozen=True)
