@@ -47,7 +47,7 @@ p > em { color: light-dark(#555, #aaa); }
 @media (max-width: 40rem) {
   th, td { padding: 0.3rem; }
   p:has(> img[src*="jpeg"]:only-child) { overflow-x: auto; }
-  p > img[src*="jpeg"]:only-child { max-width: 200%; }
+  p > img[src*="jpeg"]:only-child { max-width: 185%; }
 }
 </style>
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,20 +117,11 @@ def read_voc(
         images.append({"id": number, **_image(tree, file.stem, files_by_stem)})
         for index, item in enumerate(tree.iter("object"), start=1):
             try:
-                annotations.append(
-                    {
-                        "id": f"{file.name}:{index}",
-                        "image_id": number,
-                        "category_id": labels[_class_name(item)],
-                        "bbox": _box(item),
-                        "iscrowd": 0,
-                        "ignore": int(item.findtext("difficult", "0").strip() == "1"),
-                    }
-                )
-            except KeyError:
-                faults.append(f"{file}: object {index} has no name")
+                found = _read_object(item, labels)
             except ValueError as error:
                 faults.append(f"{file}: object {index} {error}")
+            else:
+                annotations.append({"id": f"{file.name}:{index}", "image_id": number, **found})
     categories = [{"id": label, "name": name} for name, label in labels.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
     return content | ({"faults": faults} if faults else {})
@@ -182,6 +173,23 @@ def _image(
         if text.isdecimal() and int(text):
             entry[side] = int(text)
     return entry
+
+
+def _read_object(item: ElementTree.Element, labels: Mapping[str, int]) -> dict[str, Any]:
+    """Return the class and the box of an object.
+
+    Raises:
+        ValueError: it has none, or the box cannot be read; the message says so.
+    """
+    name = _class_name(item)
+    if not name:
+        raise ValueError("has no name")
+    return {
+        "category_id": labels[name],
+        "bbox": _box(item),
+        "iscrowd": 0,
+        "ignore": int(item.findtext("difficult", "0").strip() == "1"),
+    }
 
 
 def _box(item: ElementTree.Element) -> list[float]:

@@ -70,11 +70,11 @@ def read_yolo(path: str, root: str, split: str, *, box_format: str = BOX_FORMAT)
     keypoints = math.prod(config.get("kpt_shape") or [0])
     images, annotations = [], []
     faults: list[str] = []
-    for number, (file, label) in enumerate(zip(files, labels, strict=True), start=1):
+    entries = zip(files, labels, is_labelled, strict=True)
+    for number, (file, label, has_label) in enumerate(entries, start=1):
         images.append({"id": number, "file_name": _short(file, root)})
         name = _short(label, root)
-        labelled = is_labelled[number - 1]
-        lines = _read_labels(label, keypoints, box_format, faults) if labelled else ()
+        lines = _read_labels(label, keypoints, box_format, faults) if has_label else ()
         annotations += [
             {"id": f"{name}:{line}", "image_id": number, "category_id": category_id, "bbox": box}
             for line, category_id, box in lines

@@ -133,7 +133,8 @@ def detect_test_data(cfg: CfgNode, dataset_name: str) -> Path:
     make_folder(folder)  # now, because the inference may take hours
     model = build_model(cfg)
     load_trained_weights(model, cfg, resume=False)
-    category_ids = MetadataCatalog.get(dataset_name).thing_dataset_id_to_contiguous_id
+    labels = MetadataCatalog.get(dataset_name).get("thing_dataset_id_to_contiguous_id") or {}
+    category_ids = {label: category_id for category_id, label in labels.items()}
     loader = Trainer.build_test_loader(cfg, dataset_name)
     detections = inference_on_dataset(model, loader, _Detections(category_ids))
     write_file(path, json.dumps(detections))
@@ -141,17 +142,22 @@ def detect_test_data(cfg: CfgNode, dataset_name: str) -> Path:
 
 
 class _Detections(DatasetEvaluator):
-    """Collects detections as records in COCO's results format."""
+    """Collects detections as records in COCO's results format.
 
-    def __init__(self, labels: Mapping[int | str, int]) -> None:
-        self._category_ids = {label: category_id for category_id, label in labels.items()}
+    Args:
+        category_ids: class -> its category id, where the two differ
+    """
+
+    def __init__(self, category_ids: Mapping[int, int | str]) -> None:
+        self._category_ids = category_ids
         self._records: list[dict[str, Any]] = []
 
     def process(self, inputs: Sequence[Any], outputs: Sequence[Any]) -> None:
         for image, output in zip(inputs, outputs, strict=True):
             found = instances_to_coco_json(output["instances"].to("cpu"), image["image_id"])
             for record in found:
-                record["category_id"] = self._category_ids[record["category_id"]]
+                label = record["category_id"]
+                record["category_id"] = self._category_ids.get(label, label)
             self._records += found
 
     def evaluate(self) -> list[dict[str, Any]]:

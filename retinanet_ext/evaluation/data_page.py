@@ -181,8 +181,8 @@ def _shapes(data_sets: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
         parts += [
             f"{_escape(name)} after the training resize ({size}, long side at most "
             f"{coverage['max_size']}): an anchor reaches {100 * whole['reached']:.1f} % of the "
-            f"boxes at IoU {coverage['thresholds'][1]}. Lines mark the anchors; {', '.join(SIZES)} are "
-            "COCO's sizes after the resize.",
+            f"boxes at IoU {coverage['thresholds'][1]}. Lines mark the anchors; "
+            f"{', '.join(SIZES)} are COCO's sizes after the resize.",
             _gallery([sides, ratios], folder, f"boxes of {name} and anchors"),
             _table([heads, *rows]),
         ]

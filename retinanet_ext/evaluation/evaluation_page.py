@@ -327,7 +327,7 @@ def _cell(value: Any) -> str:
 
 
 def _figure(shown: Shown, name: str, caption: str) -> Iterator[str]:
-    """Yield a figure side by side and its caption; nothing if it was not drawn."""
+    """Yield a figure, of parts side by side, and its caption; nothing if it was not drawn."""
     if files := shown.get(name):
         yield "\n".join(f"![{_escape(caption)}]({file})" for file in files)
         yield f"*{_escape(caption)}*"
