@@ -88,7 +88,7 @@ def read_voc(
         sentences of the list ``faults``, which is there only if there are some.
 
     Raises:
-        InputError: the layout is unknown, or a listed file does not exist.
+        InputError: the layout is unknown.
     """
     folder = VocFolder.find(path)
     trees: dict[Path, ElementTree.Element | None] = {}
@@ -110,8 +110,8 @@ def read_voc(
     images, annotations = [], []
     for number, file in enumerate(_listed(folder, split) or trees, start=1):
         if file not in trees:
-            raise InputError(f"{file}, which {folder.lists} lists, does not exist")
-        tree = trees[file]
+            faults.append(f"{file}, which {folder.lists} lists, does not exist")
+        tree = trees.get(file)
         if tree is None:
             continue
         images.append({"id": number, **_image(tree, file.stem, files_by_stem)})
