@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,8 @@ def draw_detection_grid(
             label = record["category_id"]
             detections[record["image_id"]].append((label, box, f" {record['score']:.2f}"))
     names, families = choose_fonts(class_names)
-    reader = reader or ImageReader()
     panels = []
-    for image in _choose(dataset_dicts, num_images):
-        picture = read_picture(reader, image["file_name"])
-        if picture is None:
-            continue
+    for image, picture in _read_some(dataset_dicts, num_images, reader):
         objects = [(a["category_id"], _xyxy(a), "") for a in _objects(image)]
         found = detections[image["image_id"]]
         for boxes, title in (
@@ -121,13 +117,9 @@ def draw_ground_truth(
         the files of the images that can be read
     """
     names, families = choose_fonts(class_names)
-    reader = reader or ImageReader()
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for number, image in enumerate(_choose(dataset_dicts, num_images)):
-        picture = read_picture(reader, image["file_name"])
-        if picture is None:
-            continue
+    for number, (image, picture) in enumerate(_read_some(dataset_dicts, num_images, reader)):
         objects: list[Box] = [(a["category_id"], _xyxy(a), "") for a in _objects(image)]
         title = f"image {image['image_id']}: {Path(image['file_name']).name} ({len(objects)})"
         panel = draw_panel(picture, printable(title), objects, names, families)
@@ -152,6 +144,16 @@ def save_grid(panels: Sequence[Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = 2 if len(panels) <= 4 else 4
     save_image(make_grid(panels, nrow=columns, padding=GAP, pad_value=1.0), path, format="png")
+
+
+def _read_some(
+    images: Sequence[Mapping[str, Any]], number: int, reader: ImageReader | None
+) -> Iterator[tuple[Mapping[str, Any], Image.Image]]:
+    """Yield the chosen images that can be read, with their pictures."""
+    for image in _choose(images, number):
+        picture = read_picture(reader or ImageReader(), image["file_name"])
+        if picture is not None:
+            yield image, picture
 
 
 def _choose(images: Sequence[Mapping[str, Any]], number: int) -> list[Mapping[str, Any]]:
