@@ -64,6 +64,14 @@ def test_two_runs(runs, capsys):
     assert (folder / "comparison.html").read_text() == page
 
 
+def test_images_that_cannot_be_read_are_left_out_of_the_page(runs, tmp_path, monkeypatch):
+    a, b, _ = runs
+    monkeypatch.setattr("retinanet_ext.evaluation.pictures.read_picture", lambda *args: None)
+    assert compare(a, b, "--output", tmp_path / "new") == 0
+    page = (tmp_path / "new/comparison.html").read_text()
+    assert page.count("<img ") == page.count('<img src="data:image/svg') == 3
+
+
 def test_a_run_against_itself(runs, capsys, tmp_path):
     a, *_ = runs
     assert compare(a, a, "--output", tmp_path / "new/itself") == 0
