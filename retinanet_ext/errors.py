@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import errno
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import yaml
 
 
 class InputError(ValueError):
@@ -84,6 +88,19 @@ def explain(error: BaseException) -> tuple[int, str] | None:
     if re.search(r"DataLoader worker .*(killed by signal|exited unexpectedly)", text):
         return FAILED, str(LostWorkerError())
     return None
+
+
+@contextmanager
+def yaml_errors(path: str) -> Iterator[None]:
+    """Turn errors of a YAML file's text into an InputError that names the file and the line."""
+    try:
+        yield
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"{mark.name}, line {mark.line + 1}" if mark else path
+        raise InputError(f"{where}: not valid YAML: {error.problem or error.context}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid YAML: {first_line(error)}") from None
 
 
 def first_line(error: object) -> str:

@@ -65,15 +65,16 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents, where they do not exist.
+    """Create a folder and its parents, where they do not exist, and check that it is writable.
 
     Raises:
-        InputError: it cannot be created
+        InputError: it cannot be created, or no file can be written there
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise InputError(f"folder {path} cannot be made: {error.strerror}") from error
+        raise InputError(f"folder {path} cannot be made or written to: {error.strerror}") from error
 
 
 def check_writable(folder: Path) -> None:

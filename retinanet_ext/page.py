@@ -41,8 +41,14 @@ img { max-width: 100%; background: #fff; }
 p:has(> img + img) { display: flex; flex-wrap: wrap; align-items: start; gap: 0.75rem; }
 p:has(> img + img) { max-width: none; }
 p:has(> img + img) > img { width: 34rem; }
+p:has(> img + img) > img[src*="svg+xml"] { width: auto; }
 pre { overflow-x: auto; font-size: 0.875rem; line-height: 1.3; }
 p > em { color: light-dark(#555, #aaa); }
+@media (max-width: 40rem) {
+  th, td { padding: 0.3rem; }
+  p:has(> img[src*="jpeg"]:only-child) { overflow-x: auto; }
+  p > img[src*="jpeg"]:only-child { max-width: 185%; }
+}
 </style>
 """
 

@@ -300,7 +300,7 @@ DATA = [
     ),
     (
         "a Pascal VOC object without a box",
-        "object 1 has xmin, ymin, xmax and ymax None, None, None, None, which must be numbers",
+        "object 1 has xmin, ymin, xmax and ymax None, None, None, None, which must be finite",
         labels("Annotations/a.xml", "<a><object><name>RBC</name></object></a>"),
     ),
     (

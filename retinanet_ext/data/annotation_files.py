@@ -62,6 +62,8 @@ def read_annotations(
 ) -> dict[str, Any]:
     """Return the content of a COCO json, or of other data in its form; entries are not checked.
 
+    Of other data, the list ``faults`` has a sentence about each label that cannot be read.
+
     Args:
         path: the annotation file.
         image_root: its image folder; of a ``data.yaml`` the folder that its entries start from.

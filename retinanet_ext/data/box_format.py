@@ -144,6 +144,17 @@ def find_format_fault(boxes: BoxTable, box_format: str, name: Callable[[int], st
     return None
 
 
+def explain_other_format(boxes: BoxTable, box_format: str) -> str | None:
+    """Return why boxes cannot have a format, by their place in the images; None if they can."""
+    if not boxes.indices:
+        return None
+    with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest float
+        fractions = _are_fractions(boxes)
+        fits = {other: _fits(boxes, other, fractions) for other in BOX_FORMATS}
+        found = _find_format_by_place(boxes, box_format, fits, fractions)
+    return found and found[1]
+
+
 def _are_fractions(boxes: BoxTable) -> _Mask:
     """Return which boxes look like fractions of the image, by their numbers alone: (M,)."""
     if (np.abs(boxes.numbers) <= 2).all():  # with some that reach far outside

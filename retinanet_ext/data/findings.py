@@ -53,6 +53,7 @@ _ANY = ("keep", "drop", "refuse")
 KINDS = {
     kind.name: kind
     for kind in (
+        FindingKind("unreadable_label", "labels that cannot be read", ("refuse",)),
         FindingKind("other_box_format", "boxes of another format", ("refuse", "keep")),
         FindingKind("crowd_object", "crowd regions that look like objects", ("keep",)),
         FindingKind(

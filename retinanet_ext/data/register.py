@@ -171,7 +171,9 @@ def write_converted(source: Source, folder: str) -> str:
     The file holds what is used: absolute image paths and boxes in pixels, to three decimals.
     """
     path = Path(folder, f"{source.name}.json")
-    write_file(path, json.dumps(convert_to_coco_dict(source.name)))
+    content = convert_to_coco_dict(source.name)
+    content["info"] = {}  # Detectron2's has the date, by which equal data would differ
+    write_file(path, json.dumps(content))
     return str(path)
 
 

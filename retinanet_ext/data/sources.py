@@ -224,6 +224,9 @@ def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> V
     ]
     for part in parts:
         content = contents[part.json_file]
+        if not is_json(part.json_file):
+            for fault in content.get("faults", ()):
+                part.add("unreadable_label", fault)
         part.notes.extend(describe_orphan_labels(part.json_file, content, part.image_root))
     result = parts[0] if len(parts) == 1 else _merge(parts, source.classes)
     result = check_data_set(result)

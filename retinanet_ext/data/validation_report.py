@@ -40,7 +40,7 @@ from retinanet_ext.errors import InputError
 from retinanet_ext.files import make_folder, to_json, write_file
 
 FORMAT = 1
-SHOWN = 5  # findings of a kind in the text; the JSON has all
+SHOWN = 10  # findings of a kind in the text; the JSON has all
 
 
 @dataclass(frozen=True)
@@ -267,6 +267,7 @@ def _format_data(source: Source, content: dict[str, Any]) -> str:
         f"{images} ({join_some(sizes, 3)}), {facts['empty_images']} without boxes; "
         f"{boxes}, {an_image['min']} to {an_image['max']} an image, "
         f"{an_image['mean']:.1f} on average; {regions} to ignore",
+        f"{', '.join(SIZES)}: COCO's sizes of the boxes in the images as stored",
         "",
         _table(
             ["class", "boxes", "images", *SIZES],
@@ -312,6 +313,7 @@ def _format_coverage(coverage: dict[str, Any]) -> str:
         f"Anchors at the training resize (short side {sides}, long side at most "
         f"{coverage['max_size']}): {coverage['anchors_an_image']:.0f} an image, "
         f"{coverage['foreground_an_image']:.0f} of them foreground",
+        f"{', '.join(SIZES)}: COCO's sizes of the boxes after this resize",
         "",
         table,
     ]

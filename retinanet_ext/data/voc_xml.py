@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,17 +84,24 @@ def read_voc(
 
     Returns:
         the lists of a COCO json, with the classes in alphabetical order. An annotation's id is its
-        file and the number of the object in it.
+        file and the number of the object in it. Files and objects that cannot be read are the
+        sentences of the list ``faults``, which is there only if there are some.
 
     Raises:
-        InputError: the layout is unknown, or a file cannot be read.
+        InputError: the layout is unknown.
     """
     folder = VocFolder.find(path)
-    trees = {file: _read_xml(file) for file in sorted(folder.xml.glob("*.xml"))}
-    names = {_class_name(file, o) for file, tree in trees.items() for o in tree.iter("object")}
-    for other in {os.path.abspath(o) for o in related} - {os.path.abspath(path)}:
-        for file in VocFolder.find(other).xml.glob("*.xml"):
-            names |= {_class_name(file, o) for o in _read_xml(file).iter("object")}
+    trees: dict[Path, ElementTree.Element | None] = {}
+    names: set[str] = set()
+    faults: list[str] = []
+    others = sorted({os.path.abspath(o) for o in related} - {os.path.abspath(path)})
+    for place in (folder, *map(VocFolder.find, others)):
+        for file in sorted(place.xml.glob("*.xml")):
+            tree = _read_xml(file, faults)
+            objects = () if tree is None else tree.iter("object")
+            names.update(filter(None, map(_class_name, objects)))
+            if place is folder:
+                trees[file] = tree
     labels = {name: number for number, name in enumerate(sorted(names), start=1)}
     files_by_stem: dict[str, list[str]] = {}
     for name in sorted(os.listdir(image_root)):
@@ -102,23 +109,22 @@ def read_voc(
             files_by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
     images, annotations = [], []
     for number, file in enumerate(_listed(folder, split) or trees, start=1):
+        if file not in trees:
+            faults.append(f"{file}, which {folder.lists} lists, does not exist")
         tree = trees.get(file)
         if tree is None:
-            raise InputError(f"{file}, which {folder.lists} lists, does not exist")
+            continue
         images.append({"id": number, **_image(tree, file.stem, files_by_stem)})
         for index, item in enumerate(tree.iter("object"), start=1):
-            annotations.append(
-                {
-                    "id": f"{file.name}:{index}",
-                    "image_id": number,
-                    "category_id": labels[_class_name(file, item)],
-                    "bbox": _box(file, index, item),
-                    "iscrowd": 0,
-                    "ignore": int(item.findtext("difficult", "0").strip() == "1"),
-                }
-            )
+            try:
+                found = _read_object(item, labels)
+            except ValueError as error:
+                faults.append(f"{file}: object {index} {error}")
+            else:
+                annotations.append({"id": f"{file.name}:{index}", "image_id": number, **found})
     categories = [{"id": label, "name": name} for name, label in labels.items()]
-    return {"images": images, "annotations": annotations, "categories": categories}
+    content = {"images": images, "annotations": annotations, "categories": categories}
+    return content | ({"faults": faults} if faults else {})
 
 
 def _listed(folder: VocFolder, split: str) -> list[Path]:
@@ -136,20 +142,20 @@ def _listed(folder: VocFolder, split: str) -> list[Path]:
     return files
 
 
-def _read_xml(file: Path) -> ElementTree.Element:
+def _read_xml(file: Path, faults: list[str]) -> ElementTree.Element | None:
+    """Return the root of a file; None, and a sentence in ``faults``, if it cannot be read."""
     try:
         return ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, UnicodeError, LookupError, ValueError) as error:
-        raise InputError(f"{file}: is not valid XML: {error}") from None
+        faults.append(f"{file}: is not valid XML: {error}")
     except OSError as error:
-        raise InputError(f"{file}: cannot be read: {error.strerror}") from error
+        faults.append(f"{file}: cannot be read: {error.strerror}")
+    return None
 
 
-def _class_name(file: Path, item: ElementTree.Element) -> str:
-    name = item.findtext("name", "").strip()
-    if not name:
-        raise InputError(f"{file}: an object has no name")
-    return name
+def _class_name(item: ElementTree.Element) -> str:
+    """Return the class of an object; empty if it has none."""
+    return item.findtext("name", "").strip()
 
 
 def _image(
@@ -169,16 +175,36 @@ def _image(
     return entry
 
 
-def _box(file: Path, index: int, item: ElementTree.Element) -> list[float]:
-    """Return an object's box as x, y, width and height in pixels from 0."""
+def _read_object(item: ElementTree.Element, labels: Mapping[str, int]) -> dict[str, Any]:
+    """Return the class and the box of an object.
+
+    Raises:
+        ValueError: it has none, or the box cannot be read; the message says so.
+    """
+    name = _class_name(item)
+    if not name:
+        raise ValueError("has no name")
+    return {
+        "category_id": labels[name],
+        "bbox": _box(item),
+        "iscrowd": 0,
+        "ignore": int(item.findtext("difficult", "0").strip() == "1"),
+    }
+
+
+def _box(item: ElementTree.Element) -> list[float]:
+    """Return an object's box as x, y, width and height in pixels from 0.
+
+    Raises:
+        ValueError: a corner is no finite number; the message says which.
+    """
     texts = [item.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
     try:
-        left, top, right, bottom = (float(text or "") for text in texts)
+        left, top, right, bottom = corners = [float(text or "") for text in texts]
     except ValueError:
-        left = math.nan
-    if not math.isfinite(left):
-        raise InputError(
-            f"{file}: object {index} has xmin, ymin, xmax and ymax {join_some(texts)}, which must "
-            "be numbers"
+        corners = [math.nan]
+    if not all(map(math.isfinite, corners)):
+        raise ValueError(
+            f"has xmin, ymin, xmax and ymax {join_some(texts)}, which must be finite numbers"
         )
     return [left - 1, top - 1, right - left + 1, bottom - top + 1]

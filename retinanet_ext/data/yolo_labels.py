@@ -13,7 +13,7 @@ from PIL import Image
 
 from retinanet_ext.data.box_format import from_corners
 from retinanet_ext.data.coco_json import join_some
-from retinanet_ext.errors import InputError
+from retinanet_ext.errors import InputError, yaml_errors
 
 BOX_FORMAT = "relative_cxcywh"
 
@@ -56,10 +56,11 @@ def read_yolo(path: str, root: str, split: str, *, box_format: str = BOX_FORMAT)
     Returns:
         the lists of a COCO json. Images have no width and height, and boxes are fractions. An
         annotation's id is its file and line. There is no list of annotations if no image of a test
-        set has a label file.
+        set has a label file. Lines that cannot be read are the sentences of the list ``faults``,
+        which is there only if there are some.
 
     Raises:
-        InputError: names or images are missing, or a line cannot be read.
+        InputError: names or images are missing.
     """
     config = _read_yaml(path)
     names = _class_names(path, config)
@@ -68,16 +69,20 @@ def read_yolo(path: str, root: str, split: str, *, box_format: str = BOX_FORMAT)
     is_labelled = list(map(os.path.isfile, labels))
     keypoints = math.prod(config.get("kpt_shape") or [0])
     images, annotations = [], []
-    for number, (file, label) in enumerate(zip(files, labels, strict=True), start=1):
+    faults: list[str] = []
+    entries = zip(files, labels, is_labelled, strict=True)
+    for number, (file, label, has_label) in enumerate(entries, start=1):
         images.append({"id": number, "file_name": _short(file, root)})
         name = _short(label, root)
-        lines = _read_labels(label, keypoints, box_format) if is_labelled[number - 1] else ()
+        lines = _read_labels(label, keypoints, box_format, faults) if has_label else ()
         annotations += [
             {"id": f"{name}:{line}", "image_id": number, "category_id": category_id, "bbox": box}
             for line, category_id, box in lines
         ]
-    content = {"images": images, "annotations": annotations}
+    content: dict[str, Any] = {"images": images, "annotations": annotations}
     content["categories"] = [{"id": index, "name": name} for index, name in names.items()]
+    if faults:
+        content["faults"] = faults
     if not any(is_labelled):
         if split == "TRAIN":
             raise InputError(
@@ -111,13 +116,8 @@ def find_orphan_labels(files: Iterable[str], root: str) -> list[str]:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8-sig"))
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{path}, line {mark.line + 1}" if mark else path
-        raise InputError(f"{where}: not valid YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {str(error).splitlines()[0]}") from None
+        with open(path, encoding="utf-8-sig") as file, yaml_errors(path):
+            content = yaml.safe_load(file)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
@@ -189,19 +189,23 @@ def _label_file(image: str) -> str:
 
 
 def _read_labels(
-    label: str, num_keypoint_values: int, box_format: str
+    label: str, num_keypoint_values: int, box_format: str, faults: list[str]
 ) -> Iterator[tuple[int, int, list[float]]]:
-    """Yield the number, the class and the box of each line of a label file."""
+    """Yield the number, the class and the box of each line of a label file.
+
+    A sentence about each line that cannot be read is added to ``faults``.
+    """
     try:
         lines = Path(label).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise InputError(f"{label}: is not a text file") from None
+        faults.append(f"{label}: is not a text file")
+        return
     for number, line in enumerate(lines, start=1):
         if line.strip():
             try:
                 yield number, *_parse(line.split(), num_keypoint_values, box_format)
             except ValueError as error:
-                raise InputError(f"{label}, line {number}: {line.strip()!r}: {error}") from None
+                faults.append(f"{label}, line {number}: {line.strip()!r}: {error}")
 
 
 def _parse(fields: list[str], num_keypoint_values: int, box_format: str) -> tuple[int, list[float]]:

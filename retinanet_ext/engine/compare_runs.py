@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data import DatasetCatalog
 
 from retinanet_ext.config_keys import all_keys, read_key
 from retinanet_ext.data.coco_json import (
     class_names,
     contiguous_category_ids,
     id_order,
+    is_ignore_region,
     join_some,
     printable,
     read_coco_json,
@@ -27,6 +28,7 @@ from retinanet_ext.engine.run_folder import (
     EVALUATION,
     detect_test_data,
     load_run,
+    read_ground_truth,
     register_test_data,
 )
 from retinanet_ext.errors import InputError
@@ -77,17 +79,14 @@ class Run:
             InputError: the run or its test data cannot be used
         """
         cfg = load_run(folder, opts)
-        register_test_data(cfg)
-        names = cfg.DATASETS.TEST
-        if len(names) > 1:
+        contents = read_ground_truth(cfg)
+        name, *others = contents
+        if others:
             raise InputError(
-                f"{folder} has several test sets ({', '.join(names)}); choose one, such as "
-                f"""DATASETS.TEST '("{names[0]}",)'"""
+                f"{folder} has several test sets ({', '.join(contents)}); choose one, such as "
+                f"""DATASETS.TEST '("{name}",)'"""
             )
-        metadata = MetadataCatalog.get(names[0])
-        if not metadata.get("is_labelled", True):
-            raise InputError(f"{folder}: its test data have no annotations, so there is no AP")
-        return cls(folder, cfg, names[0], read_coco_json(metadata.json_file))
+        return cls(folder, cfg, name, contents[name])
 
     def detect(self) -> Records:
         """Return the detections of the registered test data; computed at the first call."""
@@ -121,13 +120,16 @@ def compare_runs(
     _refuse_files([*a, *b])
     out = out or _new_folder(Path(b[0], EVALUATION, f"compare_{Path(a[0]).resolve().name}"))
     _check_arguments(num_resamples, out)
-    runs = {folder: Run.open(folder, opts) for folder in dict.fromkeys([*a, *b])}
+    folders = [folder for folder in dict.fromkeys([*a, *b]) if folder != b[0]]
+    folders.append(b[0])  # the last to be registered, because its images are drawn
+    runs = {folder: Run.open(folder, opts) for folder in folders}
     first, *others = runs.values()
     for other in others:
         refuse_difference(first, other)
-    registered, detections = [*runs.values()][-1].cfg, {}
-    for folder in sorted(runs, key=b[0].__eq__):  # the last, because its images are drawn
-        run = runs[folder]
+    _require_two_images(first.ground_truth)
+    make_folder(out.parent)  # now, because the inference may take hours
+    registered, detections = runs[b[0]].cfg, {}
+    for folder, run in runs.items():
         if run.cfg.DATASETS != registered.DATASETS:  # other images may have the same boxes
             register_test_data(run.cfg)
         registered, detections[folder] = run.cfg, run.detect()
@@ -135,7 +137,8 @@ def compare_runs(
     content = first.ground_truth
     data = {name: BoxData.from_coco(content, found) for name, found in detections.items()}
     comparison = _compare(a, b, content, data, num_resamples, limit)
-    comparison = replace(comparison, settings=_differing_keys(first.cfg, runs[b[0]].cfg))
+    settings = _differing_keys(runs[a[0]].cfg, runs[b[0]].cfg)
+    comparison = replace(comparison, settings=settings)
     drawn = {"a": detections[a[0]], "b": detections[b[0]]}
     return _write(comparison, out, runs[b[0]], drawn)
 
@@ -163,10 +166,8 @@ def compare_files(
     out = out or _new_folder(Path(b[0]).with_name(name))
     _check_arguments(num_resamples, out)
     content = read_coco_json(gt)
-    data = {
-        file: BoxData.from_coco(content, read_detections(file), gt_file=gt, dt_file=file)
-        for file in dict.fromkeys([*a, *b])
-    }
+    _require_two_images(content)
+    data = {file: BoxData.read(content, gt, file) for file in dict.fromkeys([*a, *b])}
     comparison = _compare(a, b, content, data, num_resamples, COCO_MAX_DETECTIONS)
     return _write(comparison, out)
 
@@ -196,10 +197,15 @@ def refuse_difference(a: Run, b: Run) -> None:
         )
 
 
+def _require_two_images(content: Content) -> None:
+    if len(content["images"]) < 2:
+        raise InputError("the test data have one image; an interval over images needs two")
+
+
 def _boxes_by_image(content: Content) -> dict[int | str, list[tuple[Any, ...]]]:
     boxes: dict[int | str, list[tuple[Any, ...]]] = {image["id"]: [] for image in content["images"]}
     for a in content["annotations"]:
-        box = (a["category_id"], *map(float, a["bbox"]), float(a["area"]), a["iscrowd"])
+        box = (a["category_id"], *map(float, a["bbox"]), float(a["area"]), is_ignore_region(a))
         boxes[a["image_id"]].append(box)
     return {image_id: sorted(found) for image_id, found in boxes.items()}
 
@@ -212,8 +218,6 @@ def _compare(
     num_resamples: int,
     max_detections: int,
 ) -> Comparison:
-    if len(content["images"]) < 2:
-        raise InputError("the test data have one image; an interval over images needs two")
     data[a[0]].require_objects()
     matchings = {name: Matchings.compute(each, max_detections) for name, each in data.items()}
     of_a, of_b = [matchings[name] for name in a], [matchings[name] for name in b]
@@ -268,27 +272,31 @@ def _write(
     run: Run | None = None,
     detections: Mapping[str, Records] | None = None,
 ) -> tuple[str, Path]:
-    """Write the comparison as text, JSON and page; with pictures, if there is a run."""
+    """Write the comparison as text and JSON, then as page; with pictures, if there is a run."""
     text = render_text(comparison)
-    with tempfile.TemporaryDirectory() as folder:
-        pictures = []
-        if run and detections:
-            chosen = [i for images in extremes(comparison.images, NUM_PICTURES) for i in images]
-            pictures = [(image, f"{number}.png") for number, image in enumerate(chosen)]
-            for image, name in pictures:
-                _draw(run, detections, image.image_id, Path(folder, name))
-        page = render_markdown(comparison, Path(folder), pictures)
-        page = render_page(page, Path(folder), title="Comparison")
     content = {**asdict(comparison), "meaning": explain(comparison)}
     make_folder(out)
     write_file(out / "comparison.json", to_json(content, indent=1, ensure_ascii=False) + "\n")
     write_file(out / "comparison.txt", text + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        pictures = []
+        if run and detections:
+            chosen = [i for images in extremes(comparison.images, NUM_PICTURES) for i in images]
+            for number, image in enumerate(chosen):
+                if _draw(run, detections, image.image_id, Path(folder, f"{number}.png")):
+                    pictures.append((image, f"{number}.png"))
+        page = render_markdown(comparison, Path(folder), pictures)
+        page = render_page(page, Path(folder), title="Comparison")
     write_file(out / "comparison.html", page)
     return text, out
 
 
-def _draw(run: Run, detections: Mapping[str, Records], image_id: int | str, path: Path) -> None:
-    """Draw the detections of both sides on an image, each beside the ground truth."""
+def _draw(run: Run, detections: Mapping[str, Records], image_id: int | str, path: Path) -> bool:
+    """Draw the detections of both sides on an image, each beside the ground truth.
+
+    Returns:
+        whether the image could be read
+    """
     (entry,) = (e for e in DatasetCatalog.get(run.dataset) if e["image_id"] == image_id)
     labels = contiguous_category_ids(run.ground_truth)
     entries, records = [], []
@@ -300,7 +308,7 @@ def _draw(run: Run, detections: Mapping[str, Records], image_id: int | str, path
             for record in of_side
             if record["image_id"] == image_id
         ]
-    draw_detection_grid(
+    return draw_detection_grid(
         entries,
         records,
         class_names(run.ground_truth),

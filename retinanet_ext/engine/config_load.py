@@ -17,7 +17,7 @@ from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.config_keys import CLASS_ALPHA, all_keys, read_key
 from retinanet_ext.data.images import AUTO, RANGE_KEY
 from retinanet_ext.engine.config_warnings import FOREIGN_GROUPS
-from retinanet_ext.errors import InputError, first_line
+from retinanet_ext.errors import InputError, first_line, yaml_errors
 
 AUTO_KEYS = ("MODEL.RETINANET.CLS_LOSS.WEIGHT",)
 """Keys of numbers that may be "auto" instead."""
@@ -79,13 +79,8 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _read_file(path: str, cfg: CfgNode) -> dict[str, Any]:
     try:
-        values = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        where = f"{mark.name}, line {mark.line + 1}" if mark else path
-        raise InputError(f"{where}: not valid YAML: {error.problem or error.context}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid YAML: {first_line(error)}") from None
+        with yaml_errors(path):
+            values = CfgNode.load_yaml_with_base(path, allow_unsafe=False)
     except OSError as error:
         file = error.filename or path
         named = "" if file == path else f", named by _BASE_ in {path} or in its base"

@@ -16,15 +16,15 @@ from retinanet_ext.engine.run_folder import (
     EVALUATION,
     detect_test_data,
     load_run,
-    register_test_data,
+    read_ground_truth,
 )
 from retinanet_ext.errors import InputError
-from retinanet_ext.evaluation.box_data import BoxData, read_detections
+from retinanet_ext.evaluation.box_data import BoxData
 from retinanet_ext.evaluation.detection_metrics import COCO_MAX_DETECTIONS
 from retinanet_ext.evaluation.evaluation_page import Source, write_evaluation
 from retinanet_ext.evaluation.threshold_choice import Criterion
 from retinanet_ext.evaluation.thresholds import THRESHOLDS, Thresholds
-from retinanet_ext.files import sha256_of
+from retinanet_ext.files import make_folder, sha256_of
 
 Reports = dict[Path, dict[str, Any]]
 
@@ -54,19 +54,19 @@ def evaluate_run(
     """
     wanted = Criterion.parse(criterion)
     cfg = load_run(folder, opts)
-    register_test_data(cfg)
-    names = cfg.DATASETS.TEST
+    contents = read_ground_truth(cfg)
+    names = list(contents)
     if save_thresholds and len(names) > 1:
         raise InputError(
             f"thresholds are chosen on one data set, and DATASETS.TEST has {len(names)}; choose "
             f"one by DATASETS.TEST \"('{names[0]}',)\""
         )
+    out = out or Path(folder, EVALUATION)
+    make_folder(out)  # now, because the inference may take hours
     reports = {}
-    for name in names:
+    for name, content in contents.items():
         dt_file = detect_test_data(cfg, name)
-        gt_file = MetadataCatalog.get(name).json_file
-        content = read_coco_json(gt_file)
-        data = _box_data(content, gt_file, dt_file)
+        data = _box_data(content, MetadataCatalog.get(name).json_file, dt_file)
         source = Source(
             title=f"Evaluation of {printable(Path(folder).resolve().name)} on {printable(name)}",
             facts={"run": str(folder), "weights": Path(cfg.MODEL.WEIGHTS).name, "data": name},
@@ -76,7 +76,7 @@ def evaluate_run(
             max_detections=max(COCO_MAX_DETECTIONS, cfg.TEST.DETECTIONS_PER_IMAGE),
         )
         checksum = dt_file.stem.removeprefix("detections_")
-        stem = _stem(out or Path(folder, EVALUATION), checksum, wanted)
+        stem = _stem(out, checksum, wanted)
         reports[Path(f"{stem}.html")] = report = write_evaluation(data, source, wanted, stem)
         if save_thresholds:
             scores = {each["name"]: each["threshold"]["threshold"] for each in report["classes"]}
@@ -127,10 +127,10 @@ def evaluate_files(
 
 
 def _box_data(content: Mapping[str, Any], gt_file: str | Path, dt_file: Path) -> BoxData:
-    detections = read_detections(dt_file)
-    if not detections:
+    data = BoxData.read(content, gt_file, dt_file)
+    if not len(data.scores):
         raise InputError(f"{dt_file} holds no detections, so that AP is 0 and nothing can be shown")
-    return BoxData.from_coco(content, detections, gt_file=gt_file, dt_file=dt_file)
+    return data
 
 
 def _file_names(content: Mapping[str, Any]) -> dict[Any, str]:

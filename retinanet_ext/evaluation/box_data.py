@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from retinanet_ext.data.box_format import BOX_FORMATS, BoxTable, explain_other_format, is_number
 from retinanet_ext.data.coco_json import (
     contiguous_category_ids,
     id_order,
@@ -20,6 +22,8 @@ from retinanet_ext.data.coco_json import (
 from retinanet_ext.errors import InputError
 
 Records = Sequence[Mapping[str, Any]]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,26 @@ class BoxData:
             scores=scores[by_score],
         )
 
+    @classmethod
+    def read(cls, content: Mapping[str, Any], gt_file: str | Path, dt_file: str | Path) -> BoxData:
+        """Return the data of an instances json and of a file of detections.
+
+        A warning says so if the detections' boxes look like another format than COCO's.
+
+        Args:
+            content: of ``gt_file``
+            gt_file: the ground truth, for messages
+            dt_file: detections in COCO's results format
+
+        Raises:
+            InputError: as for :meth:`from_coco`, or the file of detections cannot be read
+        """
+        detections = read_detections(dt_file)
+        data = cls.from_coco(content, detections, gt_file=gt_file, dt_file=dt_file)
+        if fault := _explain_box_format(content, data):
+            logger.warning("%s: %s", dt_file, fault)
+        return data
+
     @property
     def num_objects(self) -> np.ndarray:
         """Number of ground-truth boxes per class, without crowd regions (K,)."""
@@ -150,6 +174,26 @@ def read_detections(path: str | Path) -> list[dict[str, Any]]:
             f"{path}: score {scores[position]:g} of detection {position} is not in [0, 1]"
         )
     return content
+
+
+def _explain_box_format(content: Mapping[str, Any], data: BoxData) -> str | None:
+    """Return why detections do not look like XYWH in pixels, or None."""
+    sizes = {
+        image["id"]: [
+            side if is_number(side := image.get(key)) else np.nan for key in ("width", "height")
+        ]
+        for image in content["images"]
+    }
+    by_index = np.array([sizes[image_id] for image_id in data.image_ids])
+    num_boxes = len(data.dt_boxes)
+    boxes = BoxTable(
+        list(range(num_boxes)),
+        data.dt_boxes,
+        by_index[data.dt_images],
+        np.full(num_boxes, np.nan),
+    )
+    reason = explain_other_format(boxes, "xywh")
+    return reason and f"{reason}; COCO's results format has {BOX_FORMATS['xywh']} in pixels"
 
 
 def _require_ids(content: Mapping[str, Any], file: str | Path) -> None:

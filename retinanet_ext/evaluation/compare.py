@@ -21,7 +21,6 @@ from retinanet_ext.evaluation.weighted_ap import Matchings, mean_of_defined
 METRICS = {"AP": slice(None), "AP50": slice(0, 1), "AP75": slice(5, 6)}
 """Name -> its IoU thresholds among COCO's ten."""
 
-RESAMPLES = 1000
 Bounds = tuple[float, float]
 
 
@@ -107,7 +106,7 @@ def compare(
     b: Sequence[Matchings],
     class_names: Sequence[str],
     *,
-    num_resamples: int = RESAMPLES,
+    num_resamples: int,
     seed: int = 0,
 ) -> list[Group]:
     """Return the differences in AP, AP50 and AP75: overall, by size of object and by class.

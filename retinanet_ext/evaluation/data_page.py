@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from retinanet_ext.analysis.plots import COLOURS, LABEL_SIZE, save_figure
+from retinanet_ext.data.anchor_coverage import SIZES
 from retinanet_ext.data.coco_json import count, printable
 from retinanet_ext.data.validation_report import Report
 from retinanet_ext.evaluation.pictures import draw_ground_truth
@@ -180,7 +181,8 @@ def _shapes(data_sets: Sequence[Mapping[str, Any]], folder: Path) -> list[str]:
         parts += [
             f"{_escape(name)} after the training resize ({size}, long side at most "
             f"{coverage['max_size']}): an anchor reaches {100 * whole['reached']:.1f} % of the "
-            f"boxes at IoU {coverage['thresholds'][1]}. Lines mark the anchors.",
+            f"boxes at IoU {coverage['thresholds'][1]}. Lines mark the anchors; "
+            f"{', '.join(SIZES)} are COCO's sizes after the resize.",
             _gallery([sides, ratios], folder, f"boxes of {name} and anchors"),
             _table([heads, *rows]),
         ]

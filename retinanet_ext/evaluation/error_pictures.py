@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from retinanet_ext.data.images import ImageReader, explain_unreadable
-from retinanet_ext.errors import InputError
+from retinanet_ext.data.images import ImageReader
 from retinanet_ext.evaluation.detection_matches import Matches
 from retinanet_ext.evaluation.error_examples import is_counted
 from retinanet_ext.evaluation.fonts import choose_fonts
-from retinanet_ext.evaluation.pictures import Box, draw_panel, save_grid
+from retinanet_ext.evaluation.pictures import Box, draw_panel, read_picture, save_grid
 
 CROP = 2.5
 """Side of the picture of a box, as a multiple of the box's longer side."""
@@ -44,18 +42,22 @@ class ErrorPictures:
         self._matches = matches
         self._counted = is_counted(matches.data, thresholds) & ~matches.is_ignored
         self._files = files
-        self._reader = replace(reader, image_format="RGB")
+        self._reader = reader
         self._names, self._families = choose_fonts(matches.data.class_names)
 
     def draw_image(self, image: Mapping[str, Any], path: Path) -> None:
         """Draw the ground truth at the left and the detections at the right.
+
+        Nothing is drawn if the image cannot be read.
 
         Args:
             image: an entry of ``worst_images``
             path: PNG file to write
         """
         matches, data = self._matches, self._matches.data
-        picture = self._read(image["image_id"])
+        picture = read_picture(self._reader, self._files[image["image_id"]])
+        if picture is None:
+            return
         found = set(matches.gt_of_dt[self._counted & matches.is_right].tolist())
         in_image = (data.gt_images == image["index"]) & ~data.gt_is_crowd
         objects = [
@@ -80,13 +82,16 @@ class ErrorPictures:
         """Draw the surroundings of doubtful boxes, with all ground truth there.
 
         Args:
-            doubts: records of ``label_doubts``; the first few are drawn
+            doubts: records of ``label_doubts``; the first few are drawn, without those whose image
+                cannot be read
             path: PNG file to write
         """
         panels = []
         for doubt in doubts[:MAX_DRAWN_DOUBTS]:
             dt, gt = doubt["dt"], doubt["gt"]
-            picture = self._read(doubt["image_id"])
+            picture = read_picture(self._reader, self._files[doubt["image_id"]])
+            if picture is None:
+                continue
             data = self._matches.data
             chosen = data.dt_boxes[dt] if dt >= 0 else data.gt_boxes[gt]
             start, end = _crop(chosen, picture.size)
@@ -100,14 +105,8 @@ class ErrorPictures:
             boxes = [b for b in boxes if (b[1][2:] > 0).all() and (b[1][:2] < end - start).all()]
             title = f"image {doubt['image_id']} at x {start[0]}, y {start[1]}"
             panels.append(self._draw(picture.crop((*start, *end)), title, boxes))
-        save_grid(panels, path)
-
-    def _read(self, image_id: int | str) -> Image.Image:
-        file = self._files[image_id]
-        try:
-            return Image.fromarray(self._reader(file))
-        except Exception as error:  # Pillow's decoders raise many types
-            raise InputError(f"image {file} cannot be used: {explain_unreadable(error)}") from error
+        if panels:
+            save_grid(panels, path)
 
     def _draw(self, picture: Image.Image, title: str, boxes: Sequence[Box]) -> Any:
         return draw_panel(picture, title, boxes, self._names, self._families)

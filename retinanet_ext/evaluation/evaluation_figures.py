@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -37,8 +37,8 @@ STYLE = {
 }
 
 
-def draw_evaluation(matches: Matches, report: Report) -> dict[str, bytes]:
-    """Return the figures of a report by their names, as SVG.
+def draw_evaluation(matches: Matches, report: Report) -> dict[str, list[bytes]]:
+    """Return the figures of a report by their names, each as one SVG or several side by side.
 
     A figure that would be illegible with that many classes is left out.
 
@@ -49,16 +49,21 @@ def draw_evaluation(matches: Matches, report: Report) -> dict[str, bytes]:
     names, families = choose_fonts([each["name"] for each in report["classes"]])
     classes = zip(report["classes"], names, strict=True)
     report = {**report, "classes": [{**each, "name": name} for each, name in classes]}
-    drawn = {}
+    bins = [each for each in report["calibration"]["bins"] if each["count"]]
     with mpl.rc_context({**STYLE, "font.family": families}):
-        drawn["precision_recall"] = _draw_precision_recall(report)
-        drawn["scores"] = _draw_scores(matches, report)
+        drawn = {
+            "precision_recall": [_draw_precision_recall(report)],
+            "scores": [_draw_scores(matches, report, label) for label in weakest(report)],
+            "errors": [_draw_errors(report)],
+            "calibration": [_draw_reliability(bins), _draw_numbers(bins)],
+            "froc": [_draw_froc(report)],
+        }
         if len(report["classes"]) <= 2 * MAX_CLASSES:
-            drawn["confusion"] = _draw_confusion(report)
-        drawn["errors"] = _draw_errors(report)
-        drawn["calibration"] = _draw_calibration(report)
-        drawn["froc"] = _draw_froc(report)
-        return {name: encode_figure(figure, ".svg") for name, figure in drawn.items()}
+            drawn["confusion"] = [_draw_confusion(report)]
+        return {
+            name: [encode_figure(figure, ".svg") for figure in figures]
+            for name, figures in drawn.items()
+        }
 
 
 def weakest(report: Report, number: int = MAX_CLASSES) -> list[int]:
@@ -75,14 +80,15 @@ def short_name(name: str) -> str:
     return name if len(name) <= MAX_NAME else name[: MAX_NAME - 1] + "…"
 
 
-def _panels(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """Return a figure of that size in inches, and its axes."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, figure.subplots(rows, columns, squeeze=False).ravel()
+    return figure, figure.subplots()
 
 
 def _draw_precision_recall(report: Report) -> Figure:
     """Draw precision against recall at IoU 0.5, of each class and their mean."""
-    figure, (axes,) = _panels(6.6, 3.8)
+    figure, axes = _figure(5.6, 3.4)
     recalls = np.linspace(0, 1, 101)
     curves = {k: c["precision_at_recall"] for k, c in enumerate(report["classes"])}
     curves = {label: curve for label, curve in curves.items() if curve}
@@ -102,26 +108,19 @@ def _draw_precision_recall(report: Report) -> Figure:
     return figure
 
 
-def _draw_scores(matches: Matches, report: Report) -> Figure:
-    """Draw precision, recall and F1 against the threshold, one panel per class."""
-    chosen = weakest(report)
-    columns = min(3, len(chosen))
-    rows = -(-len(chosen) // columns)
-    figure, panels = _panels(2.9 * columns + 0.6, 2.3 * rows + 0.4, rows, columns)
-    for axes, label in zip(panels, chosen, strict=False):
-        curve = score_curve(matches, label)
-        for colour, name in zip(COLOURS, ("precision", "recall", "f1"), strict=False):
-            values = getattr(curve, name)
-            # From a score down to the next lower one the same detections count.
-            text = name.replace("f1", "F1")
-            axes.step(curve.scores, values, where="post", color=colour, label=text)
-        threshold = report["classes"][label]["threshold"]["threshold"]
-        axes.axvline(threshold, color=GREY, linestyle=":")
-        name = short_name(report["classes"][label]["name"])
-        axes.set(title=f"{name}: {threshold:.2f}", xlim=(0, 1), ylim=(0, 1.02), xlabel="threshold")
-    for axes in panels[len(chosen) :]:
-        axes.set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+def _draw_scores(matches: Matches, report: Report, label: int) -> Figure:
+    """Draw precision, recall and F1 of a class against the threshold."""
+    figure, axes = _figure(3.2, 2.6)
+    curve = score_curve(matches, label)
+    for colour, name in zip(COLOURS, ("precision", "recall", "f1"), strict=False):
+        # From a score down to the next lower one the same detections count.
+        text = name.replace("f1", "F1")
+        axes.step(curve.scores, getattr(curve, name), where="post", color=colour, label=text)
+    threshold = report["classes"][label]["threshold"]["threshold"]
+    axes.axvline(threshold, color=GREY, linestyle=":")
+    name = short_name(report["classes"][label]["name"])
+    axes.set(title=f"{name}: {threshold:.2f}", xlim=(0, 1), ylim=(0, 1.02), xlabel="threshold")
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
@@ -130,7 +129,7 @@ def _draw_confusion(report: Report) -> Figure:
     matrix = np.array(report["confusion"], float)
     names = [*(short_name(each["name"]) for each in report["classes"]), "background"]
     size = 1.6 + 0.62 * len(names)
-    figure, (axes,) = _panels(size + 0.8, size)
+    figure, axes = _figure(size + 0.8, size)
     shares = matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.2)
     for row, column in np.ndindex(matrix.shape):
@@ -149,7 +148,7 @@ def _draw_confusion(report: Report) -> Figure:
 
 def _draw_errors(report: Report) -> Figure:
     """Draw what each kind of error costs."""
-    figure, (axes,) = _panels(6.6, 2.4)
+    figure, axes = _figure(5.6, 2.4)
     errors = report["errors"]
     costs = [each["cost"] for each in errors.values()]
     axes.barh(range(len(errors)), costs, color=COLOURS[0], height=0.65)
@@ -163,27 +162,37 @@ def _draw_errors(report: Report) -> Figure:
     return figure
 
 
-def _draw_calibration(report: Report) -> Figure:
-    """Draw the reliability diagram: precision against score, and the number of detections."""
-    figure, (axes, counts) = _panels(7.4, 3.2, columns=2)
-    bins = [each for each in report["calibration"]["bins"] if each["count"]]
-    centres = [(each["bin_lower"] + each["bin_upper"]) / 2 for each in bins]
-    widths = [each["bin_upper"] - each["bin_lower"] for each in bins]
+def _draw_reliability(bins: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw precision against score."""
+    figure, axes = _figure(3.6, 3.0)
     accuracies = [each["avg_accuracy"] for each in bins]
-    axes.bar(centres, accuracies, width=np.multiply(widths, 0.92), color=COLOURS[5], alpha=0.8)
+    _draw_bars(axes, bins, accuracies, color=COLOURS[5], alpha=0.8)
     confidences = [each["avg_confidence"] for each in bins]
     axes.plot(confidences, accuracies, "o", color=COLOURS[0], markersize=3.5)
     axes.plot([0, 1], [0, 1], color=GREY, linestyle="--")
     axes.set(xlabel="score", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
-    numbers = [each["count"] for each in bins]
-    counts.bar(centres, numbers, width=np.multiply(widths, 0.92), color=PALE)
-    counts.set(xlabel="score", ylabel="detections", xlim=(0, 1))
     return figure
+
+
+def _draw_numbers(bins: Sequence[Mapping[str, float]]) -> Figure:
+    """Draw the number of detections by score."""
+    figure, axes = _figure(3.6, 3.0)
+    _draw_bars(axes, bins, [each["count"] for each in bins], color=PALE)
+    axes.set(xlabel="score", ylabel="detections", xlim=(0, 1))
+    return figure
+
+
+def _draw_bars(
+    axes: Axes, bins: Sequence[Mapping[str, float]], heights: Sequence[float], **style: Any
+) -> None:
+    centres = [(each["bin_lower"] + each["bin_upper"]) / 2 for each in bins]
+    widths = [0.92 * (each["bin_upper"] - each["bin_lower"]) for each in bins]
+    axes.bar(centres, heights, width=widths, **style)
 
 
 def _draw_froc(report: Report) -> Figure:
     """Draw recall against false positives per image, of classes and of all at one threshold."""
-    figure, (axes,) = _panels(6.6, 3.2)
+    figure, axes = _figure(5.6, 3.0)
     for colour, label in zip(COLOURS, weakest(report), strict=False):
         each = report["classes"][label]
         _plot_froc(axes, each["froc"], color=colour, label=short_name(each["name"]))

@@ -44,6 +44,10 @@ DOUBT_COLUMNS = {
 }
 
 
+Shown = Mapping[str, Sequence[str]]
+"""Name of a figure or picture -> its files. One that could not be drawn is left out."""
+
+
 @dataclass(frozen=True)
 class Source:
     """What is evaluated.
@@ -68,9 +72,10 @@ class Source:
 def write_evaluation(
     data: BoxData, source: Source, criterion: Criterion, stem: Path
 ) -> dict[str, Any]:
-    """Write ``<stem>.html`` and ``<stem>.json``, and return the content of the latter.
+    """Write ``<stem>.json`` and ``<stem>.html``, and return the content of the former.
 
-    They depend on the arguments alone, and replace earlier ones.
+    They depend on the arguments alone, and replace earlier ones. An image that cannot be read is
+    left out of the page, and a warning names it.
 
     Args:
         data: ground truth and detections
@@ -79,28 +84,31 @@ def write_evaluation(
         stem: path of both files without suffix; its folder is created
 
     Raises:
-        InputError: there are no objects, an image cannot be read, or a file cannot be written
+        InputError: there are no objects, or a file cannot be written
     """
     matches, report = evaluate_detections(data, criterion, source.max_detections)
     report = {"source": dict(source.facts), **report}
     for each in chain(report["worst_images"], *report["label_doubts"].values()):
         each["file_name"] = source.file_names[each["image_id"]]
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        figures = draw_evaluation(matches, report)
-        for name, svg in figures.items():
-            (folder / f"{name}.svg").write_bytes(svg)
-        pictures = _draw_pictures(matches, report, source, folder) if source.images else set()
-        shown = {*figures, *pictures}
-        page = render_page(_render(report, source, shown), folder, title=source.title)
     make_folder(stem.parent)
     write_file(Path(f"{stem}.json"), to_json(report, indent=1, ensure_ascii=False) + "\n")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        for name, parts in draw_evaluation(matches, report).items():
+            for number, svg in enumerate(parts):
+                (folder / f"{name}-{number}.svg").write_bytes(svg)
+        if source.images:
+            _draw_pictures(matches, report, source, folder)
+        shown: dict[str, list[str]] = {}
+        for path in sorted(folder.iterdir()):
+            shown.setdefault(path.stem.partition("-")[0], []).append(path.name)
+        page = render_page(_render(report, source, shown), folder, title=source.title)
     write_file(Path(f"{stem}.html"), page)
     return report
 
 
-def _draw_pictures(matches: Matches, report: Report, source: Source, folder: Path) -> set[str]:
-    """Write the pictures of errors, and return their names."""
+def _draw_pictures(matches: Matches, report: Report, source: Source, folder: Path) -> None:
+    """Write the pictures of errors."""
     thresholds = [each["threshold"]["threshold"] for each in report["classes"]]
     pictures = ErrorPictures(matches, thresholds, source.images, source.reader)
     for number, image in enumerate(report["worst_images"]):
@@ -108,10 +116,9 @@ def _draw_pictures(matches: Matches, report: Report, source: Source, folder: Pat
     for name, doubts in report["label_doubts"].items():
         if doubts:
             pictures.draw_doubts(doubts, folder / f"doubts_{name}.png")
-    return {path.stem for path in folder.glob("*.png")}
 
 
-def _render(report: Report, source: Source, shown: set[str]) -> str:
+def _render(report: Report, source: Source, shown: Shown) -> str:
     """Return the page in Markdown."""
     facts = {
         **source.facts,
@@ -124,11 +131,11 @@ def _render(report: Report, source: Source, shown: set[str]) -> str:
     many = len(report["classes"]) > MAX_ROWS
     labels = weakest(report, MAX_ROWS)
     weak = f" Of {len(report['classes'])} classes, those with the lowest AP." if many else ""
-    blocks += _average_precision(report, labels, weak)
-    blocks += _thresholds(report, labels, weak)
+    blocks += _average_precision(report, shown, labels, weak)
+    blocks += _thresholds(report, shown, labels, weak)
     blocks += _confusion(report, shown)
-    blocks += _errors(report, labels, weak)
-    blocks += _calibration(report, labels, weak)
+    blocks += _errors(report, shown, labels, weak)
+    blocks += _calibration(report, shown, labels, weak)
     blocks += _worst_images(report, shown)
     blocks += _label_doubts(report, shown)
     if many:
@@ -139,7 +146,9 @@ def _render(report: Report, source: Source, shown: set[str]) -> str:
     return "\n\n".join([f"# {_escape(source.title)}", contents, *blocks]) + "\n"
 
 
-def _average_precision(report: Report, labels: Sequence[int], weak: str) -> Iterator[str]:
+def _average_precision(
+    report: Report, shown: Shown, labels: Sequence[int], weak: str
+) -> Iterator[str]:
     yield "## Average precision"
     yield (
         "COCO's AP in percent: the mean over IoU .50 to .95; at IoU .50 and .75; of small (below "
@@ -148,7 +157,7 @@ def _average_precision(report: Report, labels: Sequence[int], weak: str) -> Iter
     yield _ap_table(report, labels)
     recalls = ", ".join(f"{k} {v:.1f}" for k, v in report["metrics"].items() if k not in AP_NAMES)
     yield f"Average recall with 1, 10 and all counted detections per image and class: {recalls}."
-    yield _figure("precision_recall", "Precision against recall at IoU .5.")
+    yield from _figure(shown, "precision_recall", "Precision against recall at IoU .5.")
 
 
 def _ap_table(report: Report, labels: Iterable[int]) -> str:
@@ -159,7 +168,7 @@ def _ap_table(report: Report, labels: Iterable[int]) -> str:
     return markdown_table(["class", *AP_NAMES, "objects", "detections"], rows)
 
 
-def _thresholds(report: Report, labels: Sequence[int], weak: str) -> Iterator[str]:
+def _thresholds(report: Report, shown: Shown, labels: Sequence[int], weak: str) -> Iterator[str]:
     yield "## Operating thresholds"
     yield (
         f"The score from which a detection counts, chosen per class for {report['criterion']} at "
@@ -168,7 +177,9 @@ def _thresholds(report: Report, labels: Sequence[int], weak: str) -> Iterator[st
         f"threshold chosen on the other half, and with .5 for every class.{weak}"
     )
     yield _threshold_table(report, labels)
-    yield _figure("scores", "Precision, recall and F1 by threshold; dotted: the chosen threshold.")
+    yield from _figure(
+        shown, "scores", "Precision, recall and F1 by threshold; dotted: the chosen threshold."
+    )
 
 
 def _threshold_table(report: Report, labels: Iterable[int]) -> str:
@@ -190,7 +201,7 @@ def _measure(report: Report) -> str:
     return report["measure"].replace("f1", "F1")
 
 
-def _confusion(report: Report, shown: set[str]) -> Iterator[str]:
+def _confusion(report: Report, shown: Shown) -> Iterator[str]:
     yield "## Confusion of classes"
     yield (
         "Rows are objects, columns what they are detected as at these thresholds and IoU .5. The "
@@ -198,7 +209,7 @@ def _confusion(report: Report, shown: set[str]) -> Iterator[str]:
         "is no object, or one that is found already. Detections on crowd regions do not count."
     )
     if "confusion" in shown:
-        yield _figure("confusion", "Numbers; the shade is the share of the row.")
+        yield from _figure(shown, "confusion", "Numbers; the shade is the share of the row.")
         return
     names = [each["name"] for each in report["classes"]]
     matrix = np.array(report["confusion"])[:-1, :-1]
@@ -218,7 +229,7 @@ def _confusion(report: Report, shown: set[str]) -> Iterator[str]:
         yield "No class is taken for another."
 
 
-def _errors(report: Report, labels: Sequence[int], weak: str) -> Iterator[str]:
+def _errors(report: Report, shown: Shown, labels: Sequence[int], weak: str) -> Iterator[str]:
     yield "## Kinds of error"
     yield (
         "What is wrong with the detections that find no object, of any score, and by how much AP50 "
@@ -226,7 +237,7 @@ def _errors(report: Report, labels: Sequence[int], weak: str) -> Iterator[str]:
         "(TIDE, arXiv 2008.08115). Errors of low score cost little, however many "
         "they are."
     )
-    yield _figure("errors", "Lost AP50, and in brackets the number of errors.")
+    yield from _figure(shown, "errors", "Lost AP50, and in brackets the number of errors.")
     yield "\n".join(f"- **{name}**: {what}" for name, what in ERROR_KINDS.items())
     if len(report["classes"]) > 1:
         yield f"Number of errors by class.{weak}"
@@ -237,14 +248,16 @@ def _errors(report: Report, labels: Sequence[int], weak: str) -> Iterator[str]:
         yield markdown_table(["class", *ERROR_KINDS], rows)
 
 
-def _calibration(report: Report, labels: Sequence[int], weak: str) -> Iterator[str]:
+def _calibration(report: Report, shown: Shown, labels: Sequence[int], weak: str) -> Iterator[str]:
     yield "## Calibration and false positives"
     yield (
         "A calibrated score says how often a detection is right. The expected calibration error is "
         "the mean difference between score and share of right detections: "
         f"**{report['calibration']['error']:.3f}**."
     )
-    yield _figure("calibration", "Share of detections that find an object at IoU .5, by score.")
+    yield from _figure(
+        shown, "calibration", "Share of detections that find an object at IoU .5, by score."
+    )
     yield (
         "Recall where the threshold lets that many false positives per image pass (FROC); below it "
         f"of all classes together, at one threshold for all.{weak}"
@@ -261,10 +274,10 @@ def _calibration(report: Report, labels: Sequence[int], weak: str) -> Iterator[s
     rows.append(["**all**", *map(_fraction, report["froc"].values()), _fraction(error)])
     head = ["class", *(f"{rate:g}" for rate in FROC_RATES), "calibration error"]
     yield markdown_table(head, rows)
-    yield _figure("froc", "Recall against false positives per image.")
+    yield from _figure(shown, "froc", "Recall against false positives per image.")
 
 
-def _worst_images(report: Report, shown: set[str]) -> Iterator[str]:
+def _worst_images(report: Report, shown: Shown) -> Iterator[str]:
     yield "## Worst images"
     if not report["worst_images"]:
         yield "No image has an error at these thresholds."
@@ -280,12 +293,11 @@ def _worst_images(report: Report, shown: set[str]) -> Iterator[str]:
         ],
     )
     for number, each in enumerate(report["worst_images"]):
-        if f"worst_{number}" in shown:
-            what = "ground truth at the left, detections at the right."
-            yield _figure(f"worst_{number}", f"Image {_image(each)}: {what}", "png")
+        what = "ground truth at the left, detections at the right."
+        yield from _figure(shown, f"worst_{number}", f"Image {_image(each)}: {what}")
 
 
-def _label_doubts(report: Report, shown: set[str]) -> Iterator[str]:
+def _label_doubts(report: Report, shown: Shown) -> Iterator[str]:
     yield "## Labels to look at"
     yield "Where a detector and the labels disagree most, the labels are often wrong."
     for name, doubts in report["label_doubts"].items():
@@ -299,8 +311,7 @@ def _label_doubts(report: Report, shown: set[str]) -> Iterator[str]:
                 for each in doubts[:MAX_DOUBTS]
             ]
             yield markdown_table(["image", *columns.values()], rows)
-        if f"doubts_{name}" in shown:
-            yield _figure(f"doubts_{name}", "The surroundings of the first.", "png")
+        yield from _figure(shown, f"doubts_{name}", "The surroundings of the first.")
 
 
 def _image(each: Mapping[str, Any]) -> str:
@@ -315,8 +326,11 @@ def _cell(value: Any) -> str:
     return _fraction(value) if isinstance(value, float) else _escape(str(value))
 
 
-def _figure(name: str, caption: str, suffix: str = "svg") -> str:
-    return f"![{_escape(caption)}]({name}.{suffix})\n\n*{_escape(caption)}*"
+def _figure(shown: Shown, name: str, caption: str) -> Iterator[str]:
+    """Yield a figure, of parts side by side, and its caption; nothing if it was not drawn."""
+    if files := shown.get(name):
+        yield "\n".join(f"![{_escape(caption)}]({file})" for file in files)
+        yield f"*{_escape(caption)}*"
 
 
 def _name(each: Mapping[str, Any]) -> str:

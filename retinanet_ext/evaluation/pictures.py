@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch.nn.functional import pad
 from torchvision.utils import make_grid, save_image
 
 from retinanet_ext.data.coco_json import printable
-from retinanet_ext.data.images import ImageReader
+from retinanet_ext.data.images import ImageReader, explain_unreadable
 from retinanet_ext.evaluation.fonts import choose_fonts
 
 # All in pixels.
@@ -33,6 +34,8 @@ COLORS = colormap(rgb=True, maximum=1)
 # Class, box (XYXY in pixels of the stored image), text.
 Box = tuple[int, Sequence[float], str]
 
+logger = logging.getLogger(__name__)
+
 
 def draw_detection_grid(
     dataset_dicts: Sequence[Mapping[str, Any]],
@@ -43,11 +46,11 @@ def draw_detection_grid(
     num_images: int,
     score_thresh: float,
     reader: ImageReader | None = None,
-) -> None:
+) -> bool:
     """Draw images twice, with the ground truth at the left and the detections at the right.
 
     The images are spread evenly over the data set; images with objects come first. Crowd regions
-    are not drawn.
+    are not drawn. Images that cannot be read are left out, and a warning names them.
 
     Args:
         dataset_dicts: the images in Detectron2's format
@@ -59,6 +62,9 @@ def draw_detection_grid(
         score_thresh: lowest score of the detections that are drawn
         reader: reads images of any format; by default as Detectron2 does
 
+    Returns:
+        whether the file was written; it is not if no image can be read
+
     Example:
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
@@ -66,7 +72,9 @@ def draw_detection_grid(
         ...     images = [{"file_name": f"{folder}/1.png", "image_id": 1}]
         ...     found = [{"image_id": 1, "category_id": 0, "bbox": [9, 9, 20, 20], "score": 0.9}]
         ...     path = f"{folder}/grid.png"
-        ...     draw_detection_grid(images, found, ["cell"], path, num_images=1, score_thresh=0.3)
+        ...     _ = draw_detection_grid(
+        ...         images, found, ["cell"], path, num_images=1, score_thresh=0.3
+        ...     )
         ...     Image.open(path).size[0]
         1292
     """
@@ -77,18 +85,18 @@ def draw_detection_grid(
             label = record["category_id"]
             detections[record["image_id"]].append((label, box, f" {record['score']:.2f}"))
     names, families = choose_fonts(class_names)
-    reader = replace(reader or ImageReader(), image_format="RGB")
     panels = []
-    for image in _choose(dataset_dicts, num_images):
+    for image, picture in _read_some(dataset_dicts, num_images, reader):
         objects = [(a["category_id"], _xyxy(a), "") for a in _objects(image)]
         found = detections[image["image_id"]]
-        picture = Image.fromarray(reader(image["file_name"]))
         for boxes, title in (
             (objects, f"image {image['image_id']}: ground truth ({len(objects)})"),
             (found, f"detections with score >= {score_thresh:.2f} ({len(found)})"),
         ):
             panels.append(draw_panel(picture, title, boxes, names, families))
-    save_grid(panels, Path(path))
+    if panels:
+        save_grid(panels, Path(path))
+    return bool(panels)
 
 
 def draw_ground_truth(
@@ -106,20 +114,27 @@ def draw_ground_truth(
         folder: folder of the files, which is created
 
     Returns:
-        the files
+        the files of the images that can be read
     """
     names, families = choose_fonts(class_names)
-    reader = replace(reader or ImageReader(), image_format="RGB")
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for number, image in enumerate(_choose(dataset_dicts, num_images)):
+    for number, (image, picture) in enumerate(_read_some(dataset_dicts, num_images, reader)):
         objects: list[Box] = [(a["category_id"], _xyxy(a), "") for a in _objects(image)]
         title = f"image {image['image_id']}: {Path(image['file_name']).name} ({len(objects)})"
-        picture = Image.fromarray(reader(image["file_name"]))
         panel = draw_panel(picture, printable(title), objects, names, families)
         files.append(folder / f"{number}.png")
         save_image(panel, files[-1])
     return files
+
+
+def read_picture(reader: ImageReader, file: str) -> Image.Image | None:
+    """Return an image as RGB; None, after a warning, if it cannot be read."""
+    try:
+        return Image.fromarray(replace(reader, image_format="RGB")(file))
+    except Exception as error:  # Pillow's decoders raise many types
+        logger.warning("%s is not drawn: %s", printable(file), explain_unreadable(error))
+        return None
 
 
 def save_grid(panels: Sequence[Tensor], path: Path) -> None:
@@ -129,6 +144,16 @@ def save_grid(panels: Sequence[Tensor], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = 2 if len(panels) <= 4 else 4
     save_image(make_grid(panels, nrow=columns, padding=GAP, pad_value=1.0), path, format="png")
+
+
+def _read_some(
+    images: Sequence[Mapping[str, Any]], number: int, reader: ImageReader | None
+) -> Iterator[tuple[Mapping[str, Any], Image.Image]]:
+    """Yield the chosen images that can be read, with their pictures."""
+    for image in _choose(images, number):
+        picture = read_picture(reader or ImageReader(), image["file_name"])
+        if picture is not None:
+            yield image, picture
 
 
 def _choose(images: Sequence[Mapping[str, Any]], number: int) -> list[Mapping[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -40,7 +39,7 @@ from retinanet_ext.data.register import registered_classes
 from retinanet_ext.engine import Checkpointer, load_config
 from retinanet_ext.engine.config_check import check_config, config_errors, use_cpu_without_cuda
 from retinanet_ext.errors import InputError
-from retinanet_ext.files import to_json, write_file
+from retinanet_ext.files import make_folder, to_json, write_file
 from retinanet_ext.losses import Interval
 from retinanet_ext.modeling import RetinaNetExt
 from retinanet_ext.modeling.matching import label_anchors
@@ -86,7 +85,7 @@ def analyze_loss(
     cfg = _prepare_config(config_file, opts, dataset)
     images = _choose_images(cfg, dataset, num_images, seed)
     model = _load_model(cfg, weights, dataset)
-    _make_folder(folder)
+    make_folder(folder)  # now, because the measuring may take hours
 
     sample = WindowSample(seed=seed)
     workers = cfg.DATALOADER.NUM_WORKERS
@@ -217,15 +216,6 @@ def _choose_folder(output: str | Path | None, weights: str, dataset: str) -> Pat
         if path.exists():
             raise InputError(f"{path} is an earlier result; name another folder with --output")
     return folder
-
-
-def _make_folder(folder: Path) -> None:
-    """Make the folder and check that it is writable now, not after hours of measuring."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"--output {folder} cannot be written: {error.strerror}") from error
 
 
 def _choose_images(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from detectron2.evaluation import COCOEvaluator
 from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
+from retinanet_ext.cli import main
+from retinanet_ext.data.findings import KINDS
 from retinanet_ext.data.sources import find_custom
 from retinanet_ext.data.validation_report import check_data
 from retinanet_ext.engine import load_config
@@ -237,6 +241,46 @@ def test_a_faulty_label_is_named_by_file_and_line(
     assert expected in refusal(*both(path))
 
 
+def report_of(path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, Any]:
+    """Return the text and the JSON of a check of refused data, whose page has the text too."""
+    files = ["--output", str(folder / "report.json"), "--report", str(folder / "page.html")]
+    argv = ["check-data", "--config-file", "configs/small_R18_FPN.yaml", *files]
+    assert main([*argv, *both(path)]) == 1
+    text = capsys.readouterr().out
+    page = html.unescape((folder / "page.html").read_text())
+    assert all(line in page for line in text.splitlines() if not line.startswith("Wrote"))
+    return text, json.loads((folder / "report.json").read_text())["data_sets"][0]
+
+
+def test_all_faulty_labels_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = {f"{name}.jpg": "0 .5 .5 .5 .5\n" + "0 .5\n" * 4 for name in "abc"}
+    path = yolo_folder(tmp_path, labels=labels)
+    text, content = report_of(path, tmp_path, capsys)
+    assert f"{KINDS['unreadable_label'].what}: 12" in text and "and 2 more" in text
+    (found,) = (each for each in content["findings"] if each["kind"] == "unreadable_label")
+    named = [re.search(r"labels/train/(\w).txt, line (\d)", i["message"]) for i in found["items"]]
+    lines = [match.groups() for match in named if match]
+    assert lines == [(name, line) for name in "abc" for line in "2345"]
+    assert content["facts"]["boxes"] == 3
+    said = refusal(*both(path))
+    assert "12 labels that cannot be read: " in said and "check-data lists all" in said
+
+
+def test_all_faulty_xml_files_are_reported(
+    eight: Eight, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_voc(eight.folder / "voc", eight.images, eight.content)
+    for number, (old, new) in enumerate((("</annotation>", ""), ("<ymin>", "<ymin>x")), start=1):
+        file = path / f"Annotations/a{number}.xml"
+        file.write_text(file.read_text().replace(old, new))
+    text, content = report_of(path, tmp_path, capsys)
+    assert "a1.xml: is not valid XML" in text and "a2.xml: object 1 has xmin, ymin" in text
+    assert content["facts"]["images"] == 7 and content["facts"]["boxes"] == 6
+    for file in path.glob("Annotations/*.xml"):
+        file.write_text("<")
+    assert "8 labels that cannot be read" in refusal(*both(path))
+
+
 def test_a_class_that_is_not_listed_may_be_left_out(tmp_path: Path) -> None:
     path = yolo_folder(tmp_path, labels={"a.jpg": "0 .5 .5 .5 .5\n7 .5 .5 .1 .1\n"})
     prepare(*both(path), "DATASETS.CHECK.UNKNOWN_CLASS", "drop")
@@ -368,7 +412,8 @@ def test_a_voc_folder_uses_its_own_annotations(eight: Eight) -> None:
     [
         ("</annotation>", "", "a1.xml: is not valid XML: no element found"),
         ("<xmin>3</xmin>", "<xmin>x</xmin>", "a1.xml: object 1 has xmin, ymin, xmax and ymax x,"),
-        ("<name>dog</name>", "", "a1.xml: an object has no name"),
+        ("<ymax>", "<ymax>1e999", "which must be finite numbers"),
+        ("<name>dog</name>", "", "a1.xml: object 1 has no name"),
         ("<width>80</width>", "<width>81</width>", "80 x 60 pixels when upright, not 81 x 60"),
         ("a1.jpg", "a1.jpg", "a1.jpg (image id 1) is missing"),
     ],
@@ -424,7 +469,10 @@ def test_a_run_on_yolo_labels_is_evaluated_again_from_its_folder(
         assert sorted(a["bbox"] for a in written["annotations"]) == [
             pytest.approx(box, abs=1e-3 + SIX_DECIMALS) for box in sorted(boxes)
         ]
-    (start,) = json.loads((run / "run_info.json").read_text())
-    assert len(start["data"]["custom_train"]["sha256"][0]) == 64
     argv = ["--config-file", run / "config.yaml", "--eval-only", "--resume"]
     assert run_train_net(*argv, "OUTPUT_DIR", run) == 0
+    files = [run / "run_info.json", *run.glob("eval-*/run_info.json")]
+    (trained,), (evaluated,) = (json.loads(file.read_text()) for file in files)
+    assert len(trained["data"]["custom_train"]["sha256"][0]) == 64
+    # The same data at another time.
+    assert trained["data"]["custom_test"] == evaluated["data"]["custom_test"]

@@ -8,8 +8,11 @@ from PIL import Image, ImageOps
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from detectors import make_cfg
 from drawn_detections import draw
 from retinanet_ext import cli
+from retinanet_ext.engine.compare_runs import Run, refuse_difference
+from retinanet_ext.errors import InputError
 from runs import FIXTURE, make_run
 
 pytestmark = pytest.mark.usefixtures("restore_logging")
@@ -59,6 +62,14 @@ def test_two_runs(runs, capsys):
     assert compare(a, b) == 0  # no earlier result is replaced
     assert (b / "evaluation/compare_a_2/comparison.json").is_file()
     assert (folder / "comparison.html").read_text() == page
+
+
+def test_images_that_cannot_be_read_are_left_out_of_the_page(runs, tmp_path, monkeypatch):
+    a, b, _ = runs
+    monkeypatch.setattr("retinanet_ext.evaluation.pictures.read_picture", lambda *args: None)
+    assert compare(a, b, "--output", tmp_path / "new") == 0
+    page = (tmp_path / "new/comparison.html").read_text()
+    assert page.count("<img ") == page.count('<img src="data:image/svg') == 3
 
 
 def test_a_run_against_itself(runs, capsys, tmp_path):
@@ -126,6 +137,17 @@ def test_runs_that_cannot_be_compared(runs, change, message, tmp_path, capsys):
     line = refuse(capsys, a, b)
     assert re.search(message, line), line
     assert not (b / "evaluation").exists()
+
+
+def test_a_region_to_ignore_is_no_object():
+    content = json.loads((FIXTURE / "instances_val.json").read_text())
+    other = json.loads(json.dumps(content))
+    other["annotations"][0]["ignore"] = 1
+    cfg = make_cfg()
+    a, b = (Run(name, cfg, "test", truth) for name, truth in (("a", content), ("b", other)))
+    refuse_difference(a, a)
+    with pytest.raises(InputError, match="their test data differ: other images or boxes"):
+        refuse_difference(a, b)
 
 
 def test_no_run_and_too_few_resamples(runs, tmp_path, capsys):

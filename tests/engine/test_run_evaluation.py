@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from detectron2.utils.logger import setup_logger
 
 from browser import measure_page, needs_browser
 from evaluation.box_sets import draw_boxes, pycocotools_evaluation
@@ -117,7 +118,7 @@ def test_figures_of_two_files(evaluated, files, tmp_path):
         assert re.search(rf"<h2[^>]*>{title}", text)
     assert all(kind in text for kind in ERROR_KINDS)
     assert f"<td>{first} ({names[first]})</td>" in text
-    assert text.count("data:image/jpeg") >= 2 and text.count("data:image/svg+xml") == 6
+    assert text.count("data:image/jpeg") >= 2 and text.count("data:image/svg+xml") == 9
     (other,) = evaluate_files(*files, criterion="recall=.1", out=tmp_path)
     assert other.name == f"{page.stem}_recall0.1.html"
 
@@ -232,6 +233,58 @@ def test_files_that_cannot_be_used(name, files, tmp_path, capsys):
         assert main([*command, "--output", str(out)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert re.search(message, line) and not out.exists()
+
+
+@pytest.fixture
+def new_log(restore_logging):
+    setup_logger.cache_clear()  # it would keep the stderr of an earlier test
+
+
+def as_corners(box):
+    return [*box[:2], box[0] + box[2], box[1] + box[3]]
+
+
+def as_fractions(box):
+    return [box[0] / 640, box[1] / 480, box[2] / 640, box[3] / 480]
+
+
+@pytest.mark.usefixtures("new_log")
+@pytest.mark.parametrize(
+    ("convert", "reason"),
+    [
+        (list, None),
+        (as_corners, r"as xywh \d+ of \d+ boxes do not lie inside their images; as xyxy all "),
+        (as_fractions, r"no number of \d+ boxes is above .*; they look like fractions"),
+    ],
+)
+def test_boxes_of_another_format_are_warned_of(convert, reason, files, tmp_path, capsys):
+    truth = json.loads(files[0].read_text())["annotations"]
+    found = [{**each, "bbox": convert(each["bbox"]), "score": 0.5} for each in truth]
+    files[1].write_text(json.dumps(found))
+    gt, dt = map(str, files)
+    commands = [["evaluate", "--gt", gt, "--dt", dt]]
+    commands.append(["compare", "--resamples", "100", "--gt", gt, "--a", dt, "--b", dt])
+    for command in commands:
+        assert main([*command, "--output", str(tmp_path / command[0])]) == 0
+        said = capsys.readouterr().err
+        assert reason is None or re.search(rf"dt.json: {reason}", said), said
+        assert (" has [x, y, width, height] in pixels" in said) == (reason is not None)
+
+
+@pytest.mark.usefixtures("new_log")
+def test_an_image_that_cannot_be_read_is_named_and_left_out(files, evaluated, tmp_path, capsys):
+    images = shutil.copytree(FIXTURE / "images", tmp_path / "images")
+    (worst,) = evaluated[1]["worst_images"]
+    (images / worst["file_name"]).write_text("text")
+    out = tmp_path / "out"
+    command = ["evaluate", "--gt", files[0], "--dt", files[1], "--images", images]
+    assert main([*map(str, command), "--output", str(out)]) == 0
+    assert f"{images / worst['file_name']} is not drawn: not an image" in capsys.readouterr().err
+    (page,) = out.glob("*.html")
+    written = json.loads(page.with_suffix(".json").read_text())
+    assert written["metrics"]["AP"] == evaluated[1]["metrics"]["AP"]
+    assert page.read_text().count("data:image/jpeg") < evaluated[0].read_text().count("image/jpeg")
+    assert "data:," not in page.read_text().partition("<style>")[2]
 
 
 def test_images_that_are_not_there_leave_no_page(files, tmp_path, capsys):

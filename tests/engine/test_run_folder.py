@@ -5,7 +5,9 @@ import shutil
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
+from retinanet_ext.cli import main
 from retinanet_ext.engine import Predictor
 from retinanet_ext.engine.run_folder import detect_test_data, load_run, register_test_data
 from retinanet_ext.errors import InputError
@@ -65,6 +67,52 @@ def test_detections_of_the_test_data_are_computed_once_for_the_same_weights(run)
     cfg.TEST.DETECTIONS_PER_IMAGE = 2
     fewer = detect_test_data(cfg, "custom_test")
     assert fewer != path and len(json.loads(fewer.read_text())) <= 2 * len(ids)
+
+
+def test_detections_are_of_the_images_as_they_are_and_of_this_version(run, tmp_path, monkeypatch):
+    images = shutil.copytree(FIXTURE / "images", tmp_path / "images")
+    folder = shutil.copytree(run, tmp_path / "run")
+    cfg = load_run(folder, ["DATASETS.CUSTOM.TEST_IMAGES", str(images)])
+    register_test_data(cfg)
+    monkeypatch.delattr("retinanet_ext.evaluation.coco.evaluate_boxes")  # AP is not needed
+    paths = [detect_test_data(cfg, "custom_test")]
+    for image in images.iterdir():
+        ImageOps.invert(Image.open(image)).save(image)
+    paths.append(detect_test_data(cfg, "custom_test"))
+    assert paths[0].read_bytes() != paths[1].read_bytes()
+    monkeypatch.setattr("retinanet_ext.__version__", "0.0.0")
+    paths.append(detect_test_data(cfg, "custom_test"))
+    assert len(set(paths)) == 3
+
+
+def test_a_folder_that_is_not_writable_is_refused_before_the_inference(run, tmp_path, monkeypatch):
+    folder = shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluation"))
+    (folder / "evaluation").touch()
+    cfg = load_run(folder)
+    register_test_data(cfg)
+    monkeypatch.delattr("retinanet_ext.engine.run_folder.inference_on_dataset")
+    with pytest.raises(InputError, match="evaluation cannot be made or written to"):
+        detect_test_data(cfg, "custom_test")
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({}, "test data custom_test have no annotations in COCO's format, so there is no AP"),
+        ({"annotations": []}, "the ground truth has no objects"),
+    ],
+)
+def test_test_data_without_objects_are_refused_before_the_inference(
+    lists, message, tmp_path, monkeypatch, capsys
+):
+    content = json.loads((FIXTURE / "instances_val.json").read_text())
+    del content["annotations"]
+    (tmp_path / "val.json").write_text(json.dumps(content | lists))
+    run = make_run(tmp_path / "run", "DATASETS.CUSTOM.TEST_JSON", str(tmp_path / "val.json"))
+    monkeypatch.delattr("retinanet_ext.engine.run_folder.inference_on_dataset")
+    for command in (["evaluate", str(run)], ["compare", str(run), str(run)]):
+        assert main(command) == 2
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_saved_thresholds_cut_detections_by_class(run, tmp_path):

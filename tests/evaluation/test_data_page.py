@@ -58,6 +58,8 @@ def test_page_shows_counts_leaks_and_findings(page):
         "copy",
         "Training takes these data; left out: 1, kept: 0.",
         "annotation 2288 of image 171",
+        "small, medium, large are COCO's sizes after the resize",
+        "small, medium, large: COCO's sizes of the boxes in the images as stored",
     ):
         assert expected in text
     # Two copies, two histograms, two heat maps, and all five images.

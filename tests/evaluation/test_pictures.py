@@ -51,6 +51,17 @@ def has_color(pixels, label):
     return (np.abs(pixels - 255 * COLORS[label]) < 6).all(-1).any()
 
 
+def test_an_image_that_cannot_be_read_is_left_out(make_images, tmp_path, caplog):
+    images = make_images([(1, [60, 40, 50, 60])], [(0, [20, 20, 50, 60])])
+    (tmp_path / "0.png").write_text("text")
+    pixels = draw(images, [], tmp_path / "out.png")
+    assert has_color(pixels, 0) and not has_color(pixels, 1)
+    assert f"{images[0]['file_name']} is not drawn: not an image" in caplog.text
+    how = {"num_images": 8, "score_thresh": 0.3}
+    assert not draw_detection_grid(images[:1], [], NAMES, tmp_path / "none.png", **how)
+    assert not (tmp_path / "none.png").exists()
+
+
 def test_boxes_are_where_they_belong(make_images, tmp_path):
     images = make_images([(1, [60, 40, 50, 60])])
     predictions = [

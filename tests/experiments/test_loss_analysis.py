@@ -254,7 +254,7 @@ def test_earlier_result_is_left_alone(suffix, weights, tmp_path):
 
 def test_output_that_cannot_be_written(weights, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"--output .*file/result cannot be written"):
+    with pytest.raises(InputError, match=r"folder .*file/result cannot be made"):
         analyze_loss(CONFIG, str(weights), CPU, output=tmp_path / "file" / "result")
 
 
