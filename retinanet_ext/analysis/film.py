@@ -37,7 +37,7 @@ MIN_RUNS = 4
 """Runs that a rank correlation needs: of three, any order is likely by chance."""
 
 GROUP_COLOURS = (COLOURS[3], COLOURS[1], "#C8C8C8")
-MAX_PARTS = len(COLOURS)  # classes with a colour of their own
+MAX_PARTS = len(COLOURS)  # levels or classes in a panel
 
 
 @torch.no_grad()
@@ -136,28 +136,30 @@ def film_figure(films: Sequence[Film]) -> Figure:
 
     A single run also gets a column by level and one by class.
     """
+    panels: list[tuple[str, Film, Mapping[str, Shares] | None]]
     panels = [(_title(film), film, None) for film in films]
     if len(films) == 1:
         (film,) = films
         panels += [("by level", film, film.levels), ("by class", film, film.classes)]
     figure = Figure(figsize=(0.9 + 2.6 * len(panels), 5.2), layout="constrained")
     grid = figure.subplots(2, len(panels), sharex="col", sharey=True, squeeze=False)
-    for column, (title, film, parts) in zip(grid.T, panels, strict=True):
+    for index, (title, film, parts) in enumerate(panels):
+        column = grid[:, index]
         column[0].set_title(title, fontsize=8)
         for axes, quantity in zip(column, QUANTITIES, strict=True):
             stacks = _group_stacks(film, quantity) if parts is None else _stacks(parts, quantity)
-            colours = GROUP_COLOURS if parts is None else (*COLOURS[: len(stacks) - 1], "#C8C8C8")
-            _stack(axes, film, stacks, colours)
-        column[0].legend(
-            *column[0].get_legend_handles_labels(),
-            loc="lower left",
-            bbox_to_anchor=(0, 1.12),
-            fontsize=7,
-            frameon=False,
-            ncols=1,
-            reverse=True,
-        )
+            _stack(axes, film, stacks, GROUP_COLOURS if parts is None else COLOURS)
         column[1].set_xlabel("iteration", fontsize=8)
+        if parts is not None or index == 0:
+            column[1].legend(
+                loc="upper left",
+                bbox_to_anchor=(-0.05, -0.2),
+                fontsize=7,
+                frameon=False,
+                ncols=3,
+                columnspacing=0.8,
+                handlelength=1,
+            )
     for axes, quantity in zip(grid[:, 0], QUANTITIES, strict=True):
         axes.set_ylabel(f"share of {quantity}", fontsize=8)
     return figure
