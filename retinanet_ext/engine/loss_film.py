@@ -110,22 +110,25 @@ class LossFilm(HookBase):
     def _add(
         self, level: int, logits: Tensor, labels: Tensor, weights: Tensor, gradient: Tensor
     ) -> None:
-        """Add the sums of a level, in backward."""
+        """Add the sums of a level, in backward; per image, because the temporaries are large."""
         criterion = self._criterion
-        logits, gradient = (
-            permute_to_N_HWA_K(t, criterion.num_classes) for t in (logits, gradient)
-        )
-        if not isinstance(criterion.selection, SelectAll):
-            weights = weights * (gradient != 0).any(2)  # of the others the loss has no gradient
         alphas = criterion.alpha_weights
-        self._sums[level] += group_sums(
-            criterion.cls_loss,
-            logits,
-            labels,
-            gradient,
-            weights,
-            weights.new_ones(2) if alphas is None else alphas,
-        )
+        for image in zip(*(t.split(1) for t in (logits, labels, weights, gradient)), strict=True):
+            image_logits, image_labels, image_weights, image_gradient = image
+            rows, slopes = (
+                permute_to_N_HWA_K(t, criterion.num_classes) for t in (image_logits, image_gradient)
+            )
+            if not isinstance(criterion.selection, SelectAll):
+                # The loss has no gradient at anchors that are not selected.
+                image_weights = image_weights * (slopes != 0).any(2)
+            self._sums[level] += group_sums(
+                criterion.cls_loss,
+                rows,
+                image_labels,
+                slopes,
+                image_weights,
+                image_weights.new_ones(2) if alphas is None else alphas,
+            )
 
     def after_step(self) -> None:
         if self._sums is None:
