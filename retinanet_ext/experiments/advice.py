@@ -261,7 +261,7 @@ def _describe_class_alpha(
 def _describe_film(film: Film) -> str:
     early, last = early_shares(film)["gradient"], film.shares["gradient"][-1]
     easy = last[2]
-    what = "a gamma above it would take from them"
+    what = "a larger gamma would take from them"
     if easy <= CONCENTRATED:
         what = "a larger gamma has little to take from them"
 
