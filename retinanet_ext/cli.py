@@ -11,9 +11,13 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from retinanet_ext import run_commands
 from retinanet_ext.errors import InputError, UnexpectedResultsError, explain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PROGRAM = "retinanet-ext"
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,14 +90,20 @@ def check_data(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 
 def plot_losses(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
-    """Draw losses: figure 1, 5 or 6 of the paper, or registered losses of your choice."""
+    """Draw losses: figure 1, 5 or 6 of the paper, registered losses, or the films of runs."""
     from retinanet_ext.analysis.plots import draw_losses, save_figure
 
     parser.add_argument(
         "what",
-        nargs="+",
+        nargs="*",
         metavar="1 | 5 | 6 | LOSS",
         help="a figure, or losses such as cross_entropy focal:gamma=3 focal_star:gamma=4,beta=0",
+    )
+    parser.add_argument(
+        "--film",
+        nargs="+",
+        metavar="RUN",
+        help="instead: OUTPUT_DIR of trainings with SOLVER.LOSS_FILM_PERIOD",
     )
     parser.add_argument(
         "--output",
@@ -103,7 +113,9 @@ def plot_losses(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         help="a .svg or .png file, or a folder for both; default: output/figures",
     )
     args = parser.parse_args(argv)
-    name, figure = draw_losses(args.what)
+    if bool(args.what) == bool(args.film):
+        parser.error("give a figure or losses, or the runs of --film")
+    name, figure = _draw_films(args.film) if args.film else draw_losses(args.what)
     files = [args.output]
     if not args.output.suffix:
         files = [args.output / f"{name}{suffix}" for suffix in (".svg", ".png")]
@@ -111,6 +123,16 @@ def plot_losses(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
         save_figure(figure, path)
         print(f"Wrote {path}")
     return 0
+
+
+def _draw_films(folders: Sequence[str]) -> tuple[str, Figure]:
+    """Print what the films of runs say, and return the name and the figure of them."""
+    from retinanet_ext.analysis.film import film_figure
+    from retinanet_ext.experiments.film_report import describe_films, read_films
+
+    films = read_films(folders)
+    print(describe_films(folders, films))
+    return "film", film_figure(films)
 
 
 def experiments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
@@ -212,6 +234,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]] = {
     "compare": run_commands.compare,
     "export": run_commands.export,
     "export-weights": run_commands.export_weights,
+    "advise": run_commands.advise,
     "analyze-loss": run_commands.analyze_loss,
     "plot-losses": plot_losses,
     "experiments": experiments,

@@ -240,6 +240,11 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # MODEL.RETINANET.SELECTION.OHEM.SCOPE "process".
     cfg.SOLVER.GRAD_ACCUM_STEPS = 1
 
+    # Iterations between records of which anchors carry the loss of the batch and its gradient:
+    # positives, hard and easy negatives, by class and level (figure 4 over the training). They are
+    # lines of loss_film.json. It needs MODEL.COMPILE False. 0: off. See docs/advise.md.
+    cfg.SOLVER.LOSS_FILM_PERIOD = 0
+
     cfg.SOLVER.BEST = CfgNode()
     # Metric of the best model, as metrics.json names it, such as "bbox/AP", "bbox/AP50",
     # "bbox/AP-<class>" or, with TEST.LOSS, "validation/total_loss". The weights of the best

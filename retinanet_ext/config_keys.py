@@ -60,6 +60,7 @@ COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
             "MODEL.COMPILE",
             "MODEL.CHANNELS_LAST",
             "INPUT.SIZE_DIVISIBILITY",
+            "SOLVER.LOSS_FILM_PERIOD",
             "TEST.LOSS",
         ),
         _OURS,

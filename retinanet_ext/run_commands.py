@@ -217,6 +217,27 @@ def analyze_loss(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     return 0
 
 
+def advise(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Recommend the loss for a config and its data, from what was measured on others."""
+    from retinanet_ext.engine import load_config
+    from retinanet_ext.experiments import advice
+
+    parser.add_argument("--config-file", help="as for training; default: that of --run")
+    parser.add_argument("--run", type=Path, help="a first training with SOLVER.LOSS_FILM_PERIOD")
+    parser.add_argument(
+        "--regret", action="store_true", help="show what the advice loses on what was measured"
+    )
+    args = _parse(parser, argv)
+    config_file = args.config_file or (args.run and args.run / "config.yaml")
+    if bool(config_file) == args.regret:
+        parser.error("give --config-file or --run, or --regret alone")
+    if args.regret:
+        print(advice.describe_regret())
+    else:
+        print(advice.advise(load_config(config_file, args.opts), args.run))
+    return 0
+
+
 def export_weights(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Make a weights file that Detectron2's own RetinaNet loads, from a checkpoint of training."""
     from retinanet_ext.engine import checkpoint

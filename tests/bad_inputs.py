@@ -598,6 +598,16 @@ CONFIG = [
         opts("SOLVER.EMA.DECAY", 1.0),
     ),
     (
+        "a negative period of the film of the losses",
+        "SOLVER.LOSS_FILM_PERIOD must be a number in [0, inf), got -1",
+        opts("SOLVER.LOSS_FILM_PERIOD", -1),
+    ),
+    (
+        "a film of the losses of compiled code",
+        "SOLVER.LOSS_FILM_PERIOD 10 needs MODEL.COMPILE False",
+        opts("SOLVER.LOSS_FILM_PERIOD", 10, "MODEL.COMPILE", True),
+    ),
+    (
         "a range of scales the wrong way round",
         "INPUT.SCALE_JITTER takes [least, most]",
         opts("INPUT.SCALE_JITTER", "[2.0, 0.5]"),

@@ -49,6 +49,7 @@ TRAINING_RANGES = {
     "SOLVER.EMA.DECAY": Interval("[0, 1)"),
     "SOLVER.FLAT_RATIO": Interval("[0, 1)"),
     "SOLVER.GRAD_ACCUM_STEPS": Interval("[1, 65536]"),
+    "SOLVER.LOSS_FILM_PERIOD": Interval("[0, inf)"),
     "SOLVER.NON_FINITE.MAX_SKIPPED": Interval("[0, inf)"),
     "SOLVER.REFERENCE_BATCH": Interval("[0, 65536]"),
     # Detectron2's keys that would fail late or not at all.
@@ -135,6 +136,11 @@ def check_config(cfg: CfgNode, *, num_processes: int, eval_only: bool) -> None:
         jitter = cfg.INPUT.SCALE_JITTER
         if len(jitter) != 2 or jitter[0] > jitter[1]:
             raise InputError(f"INPUT.SCALE_JITTER takes [least, most], got {jitter}")
+        if cfg.SOLVER.LOSS_FILM_PERIOD and cfg.MODEL.COMPILE:
+            raise InputError(
+                f"SOLVER.LOSS_FILM_PERIOD {cfg.SOLVER.LOSS_FILM_PERIOD} needs MODEL.COMPILE False, "
+                "because compiled code does not hand out the gradient of the logits"
+            )
         _check_solver(cfg, num_processes)
         _check_selection(cfg)
 

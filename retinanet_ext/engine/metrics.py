@@ -55,10 +55,10 @@ class _NullForNonFinite(EventStorage):
 def archive_superseded_metrics(
     metrics: Path, start_iter: int, *, is_extended: bool = False
 ) -> None:
-    """Move the lines of iterations that will run again to ``metrics_superseded.json``.
+    """Move the lines of iterations that will run again to ``<name>_superseded.json``.
 
     Args:
-        metrics: the file of a :class:`StrictJSONWriter`
+        metrics: the file of a :class:`StrictJSONWriter`, or another of lines with "iteration"
         start_iter: the first iteration that will run
         is_extended: whether the run had ended. Its last line is then the final evaluation, which
             Detectron2 writes under the iteration after the last.
@@ -70,7 +70,7 @@ def archive_superseded_metrics(
         (kept if _is_before(line, start_iter + is_last) else superseded).append(line)
     if not superseded:
         return
-    aside = metrics.with_name("metrics_superseded.json")
+    aside = metrics.with_name(f"{metrics.stem}_superseded.json")
     earlier = aside.read_bytes() if aside.exists() else b""
     for path, content in ((aside, [earlier, *superseded]), (metrics, kept)):
         with atomic_write(path) as file:

@@ -34,6 +34,7 @@ from retinanet_ext.engine.checkpoint import Checkpointer
 from retinanet_ext.engine.class_matching import match_optimizer_state, saved_class_names
 from retinanet_ext.engine.config_check import config_errors
 from retinanet_ext.engine.hooks import EvalHook, PreciseBN, SeedIterations, StopOnSignal
+from retinanet_ext.engine.loss_film import LossFilm
 from retinanet_ext.engine.metrics import StrictJSONWriter, archive_superseded_metrics
 from retinanet_ext.engine.model_selection import EarlyStop, SelectionHook, check_metric
 from retinanet_ext.engine.setup import report_results
@@ -43,6 +44,7 @@ from retinanet_ext.engine.weight_average import WeightAverage
 from retinanet_ext.errors import InputError
 from retinanet_ext.evaluation import BoxEvaluator, InferenceTime, ValidationLoss
 from retinanet_ext.evaluation.outputs import draw_detections, inference_dir
+from retinanet_ext.modeling import RetinaNetExt
 from retinanet_ext.modeling.timm_backbone import load_timm_weights, timm_weights
 
 EVALUATOR_TYPES = ("coco", "lvis", "pascal_voc")
@@ -200,6 +202,9 @@ class Trainer(DefaultTrainer):
         all_hooks: list[HookBase] = [SeedIterations(), hooks.IterationTimer(), hooks.LRScheduler()]
         if self.weight_average:
             all_hooks.append(self.weight_average)
+        training_model = unwrap(self.model)
+        if cfg.SOLVER.LOSS_FILM_PERIOD and isinstance(training_model, RetinaNetExt):
+            all_hooks.append(LossFilm(training_model, self.checkpointer.class_names))
         model = self.evaluated_model
         if cfg.TEST.PRECISE_BN.ENABLED and get_bn_modules(model):
             loader, num_iter = self.build_train_loader(cfg), cfg.TEST.PRECISE_BN.NUM_ITER

@@ -1,0 +1,78 @@
+"""The films of several runs side by side, and whether their beginning predicts the final AP."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from detectron2.config import CfgNode
+from tabulate import tabulate
+
+from retinanet_ext.analysis.film import (
+    EARLY,
+    GROUPS,
+    MIN_RUNS,
+    QUANTITIES,
+    Film,
+    early_shares,
+    rank_correlations,
+)
+from retinanet_ext.engine import load_config
+from retinanet_ext.engine.loss_film import read_film
+from retinanet_ext.experiments.record import final_metrics
+
+
+def read_films(folders: Sequence[str | Path]) -> list[Film]:
+    """Return the films of runs, with the AP of each run's last evaluation.
+
+    Raises:
+        InputError: a run has no film, or that of another run
+    """
+    films = []
+    for folder in map(Path, folders):
+        ap = final_metrics(folder)[0].get("AP")
+        films.append(read_film(folder, ap=ap))
+    return films
+
+
+def describe_films(folders: Sequence[str | Path], films: Sequence[Film]) -> str:
+    """Return the shares of the first tenth of each training and, of four runs or more, the rank
+    correlation of each share with the final AP.
+    """
+    rows = []
+    for film in films:
+        early = early_shares(film)
+        shares = [f"{100 * share:.1f}" for quantity in QUANTITIES for share in early[quantity]]
+        ap = "–" if film.ap is None else f"{film.ap:.1f}"
+        rows.append([film.name, film.cls_loss, *shares, ap])
+    columns = [f"{quantity}:\n{group}" for quantity in QUANTITIES for group in GROUPS]
+    text = [
+        f"Percent of loss and gradient, mean over the first {100 * EARLY:.0f} % of the iterations",
+        tabulate(rows, ["run", "loss function", *columns, "final AP"], disable_numparse=True),
+        _describe_correlation(folders, films),
+    ]
+    return "\n\n".join(text)
+
+
+def _describe_correlation(folders: Sequence[str | Path], films: Sequence[Film]) -> str:
+    measured = [film for film in films if film.ap is not None]
+    if len(measured) < MIN_RUNS:
+        return (
+            f"Rank correlation with the final AP: it needs {MIN_RUNS} runs that were evaluated, "
+            f"got {len(measured)}."
+        )
+    if len({_test_data(load_config(Path(folder, "config.yaml"))) for folder in folders}) > 1:
+        return "Rank correlation with the final AP: none, because the runs have other test data."
+    rows = [
+        [quantity, group, *("–" if math.isnan(v) else f"{v:.2f}" for v in result)]
+        for (quantity, group), result in rank_correlations(measured).items()
+    ]
+    table = tabulate(rows, ["share of", "on", "Spearman", "p"], disable_numparse=True)
+    return f"Rank correlation of these shares with the final AP, {len(measured)} runs\n\n{table}"
+
+
+def _test_data(cfg: CfgNode) -> str:
+    """Return what the test data of a run depend on, as text."""
+    custom, sample = cfg.DATASETS.CUSTOM, cfg.DATASETS.SAMPLE
+    return repr((cfg.DATASETS.TEST, custom.TEST_JSON, custom.CLASSES, dict(sample)))

@@ -1,0 +1,159 @@
+"""The adviser: its measurements are those of the documents, and it says where it has none."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from retinanet_ext.cli import main
+from retinanet_ext.data import prepare_datasets
+from retinanet_ext.engine import load_config
+from retinanet_ext.engine.loss_film import describe_cls_loss
+from retinanet_ext.engine.trainer import Trainer
+from retinanet_ext.errors import InputError
+from retinanet_ext.experiments import advice
+from retinanet_ext.experiments.measured_losses import (
+    DEFAULT,
+    Setting,
+    Situation,
+    leave_one_out,
+    read_measurements,
+    recommend,
+)
+from retinanet_ext.experiments.tables import TABLES
+from retinanet_ext.modeling.matching import label_anchors
+
+ROOT = Path(__file__).parents[2]
+SETTINGS, LOSSES = read_measurements()
+HERE = Situation(100, 1400, 200, "SGD", "random")
+
+pytestmark = pytest.mark.usefixtures("restore_logging")
+
+
+def make_setting(name, rows, **situation):
+    return Setting(name, "here", replace(HERE, **situation), rows)
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=lambda setting: setting.name)
+def test_measurements_are_those_of_their_source(setting):
+    assert DEFAULT in setting.rows and set(setting.rows) <= set(LOSSES)
+    if setting.source.startswith("arXiv"):
+        rows = [row for name in ("1a", "1b") for row in TABLES[name].rows]
+        known = [f"{row.paper['AP']:.1f}" for row in rows]
+    elif setting.source.endswith(".json"):
+        runs = {}
+        point = re.match(r"dial (1:\d+)", setting.name)
+        for run in json.loads((ROOT / setting.source).read_text()):
+            is_here = run["rows"][0].endswith(point[1]) if point else run["campaign"] == "bccd"
+            if is_here and 4 * run["iterations"] == setting.situation.images_seen:
+                runs.setdefault(run["rows"][0], []).append(f"{run['AP']:.1f}")
+        known = [", ".join(aps) for aps in runs.values()]
+    else:
+        known = re.findall(r"\d\d\.\d(?:, \d\d\.\d)*", (ROOT / setting.source).read_text())
+    for row, aps in setting.rows.items():
+        assert ", ".join(f"{ap:.1f}" for ap in aps) in known, row
+
+
+def test_keys_of_a_row_make_its_loss():
+    for row, keys in LOSSES.items():
+        cfg = load_config(
+            "configs/small_R18_FPN.yaml", [str(p) for pair in keys.items() for p in pair]
+        )
+        node = cfg.MODEL.RETINANET
+        loss, *values = describe_cls_loss(cfg).split(", ")
+        assert row.startswith(("OHEM", loss.replace("cross_", "cross "))), row
+        assert ("ohem" in values) == row.startswith("OHEM")
+        assert row.endswith("weight auto") == (node.CLS_LOSS.WEIGHT == "auto")
+        for name, value in re.findall(r"(gamma|beta|(?<!class )alpha) ([.\d]+)", row):
+            assert f"{name} {float(value):g}" in values or node.CLS_LOSS.CLASS_ALPHA, row
+
+
+def test_the_nearest_setting_advises_and_the_default_stays_within_the_margin():
+    near = make_setting("near", {DEFAULT: (30.0,), "other": (30.9,)}, imbalance=120)
+    far = make_setting("far", {DEFAULT: (30.0,), "other": (50.0,)}, imbalance=400)
+    assert recommend(HERE, [near, far]).row == DEFAULT
+    near = replace(near, rows={DEFAULT: (30.0,), "other": (31.1, 31.3)})
+    found = recommend(HERE, [near, far])
+    assert found.row == "other" and found.setting is near and len(found.remarks) == 1
+    assert "imbalance 1 : 100, and not 120 to 400" in found.remarks[0]
+    unlearnt = make_setting("unlearnt", {DEFAULT: (0.0,), "third": (4.0,)})
+    assert recommend(HERE, [near, far, unlearnt]).setting is near
+
+
+def test_what_was_not_measured_is_said():
+    settings = [make_setting("a", {DEFAULT: (30.0,)}), make_setting("b", {DEFAULT: (30.0,)})]
+    for change, remark in (
+        ({"optimizer": "AdamW"}, "No loss was compared with AdamW"),
+        ({"weights": "pretrained"}, "No losses were compared with SGD from pretrained weights"),
+        ({"images_seen": 14000}, "Beyond what was measured: 14000 images, and not 1400. "),
+    ):
+        (said,) = recommend(replace(HERE, **change), settings).remarks
+        assert said.startswith(remark)
+    assert recommend(replace(HERE, imbalance=105), settings).remarks == ()
+
+
+def test_regret_is_against_the_best_row_of_the_setting_left_out():
+    settings = [
+        make_setting("a", {DEFAULT: (20.0,), "x": (30.0,), "y": (40.0,)}),
+        make_setting("b", {DEFAULT: (20.0,), "x": (30.0,), "z": (50.0,)}, imbalance=200),
+    ]
+    a, b = leave_one_out(settings)
+    assert (a.advice.row, a.best, a.ap, a.default) == ("x", "y", 10, 20)
+    assert (b.advice.row, b.best, b.ap, b.default) == ("x", "z", 20, 30)
+    regrets = leave_one_out(SETTINGS)
+    assert 0 <= sum(r.ap for r in regrets) < sum(r.default for r in regrets)
+
+
+def make_opts(tmp_path, *opts):
+    return [*map(str, opts), "MODEL.DEVICE", "cpu", "OUTPUT_DIR", str(tmp_path)]
+
+
+def test_anchors_are_those_that_the_model_labels(tmp_path):
+    opts = make_opts(tmp_path, "INPUT.RANDOM_FLIP", "none", "INPUT.MIN_SIZE_TRAIN", "[96]")
+    cfg = load_config("tests/engine/tiny.yaml", opts)
+    facts, situation = advice.examine(cfg)
+    assert facts.images == situation.train_images and situation.images_seen == 6
+    prepare_datasets(cfg, eval_only=False)
+    model = Trainer.build_model(cfg)
+    loader = Trainer.build_train_loader(cfg)
+    images = {}
+    for batch, _ in zip(loader, range(9), strict=False):
+        images |= {inputs["file_name"]: inputs for inputs in batch}
+    assert len(images) == facts.images
+    counts = torch.zeros(2)
+    for inputs in images.values():
+        features = model.backbone(model.preprocess_image([inputs]).tensor)
+        anchors = model.anchor_generator([features[name] for name in model.head_in_features])
+        labels, _ = label_anchors(
+            model.anchor_matcher, type(anchors[0]).cat(anchors), [inputs["instances"]], 3
+        )
+        counts += torch.stack([((labels >= 0) & (labels < 3)).sum(), (labels == 3).sum()])
+    assert facts.foreground == pytest.approx(counts[0].item() / len(images))
+    assert facts.background == pytest.approx(counts[1].item() / len(images))
+
+
+def test_the_command_says_what_it_rests_on(tmp_path, capsys):
+    config = ["--config-file", "tests/engine/tiny.yaml"]
+    assert main(["advise", *config, *make_opts(tmp_path, "SOLVER.OPTIMIZER", "AdamW")]) == 0
+    said = capsys.readouterr().out
+    assert "Data: 3 training images, " in said
+    assert "Beyond what was measured: 6 images, and not 960 to 3600" in said
+    assert f"Advice: {DEFAULT}" in said and "docs/results/recipe.md" in said
+    assert "MODEL.RETINANET.FOCAL_LOSS_GAMMA 2.0 \\\n" in said
+    assert "does not decide" in said  # class alpha
+    assert main(["advise", "--regret"]) == 0
+    assert "COCO 600, published" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["advise"])
+    assert "give --config-file or --run, or --regret alone" in capsys.readouterr().err
+
+
+def test_a_film_of_other_classes_is_refused(tmp_path, monkeypatch):
+    film = type("Film", (), {"classes": {"cat": {}, "dog": {}}})
+    monkeypatch.setattr(advice, "read_film", lambda run: film)
+    cfg = load_config("tests/engine/tiny.yaml", make_opts(tmp_path))
+    with pytest.raises(InputError, match=r"loss_film.json is the film of another run: .*cat, dog"):
+        advice.advise(cfg, tmp_path)
