@@ -53,19 +53,17 @@ def compiled_sums(
     try:
         found = compiled_graph(model.cuda_graphs)(model, images.tensor, *arguments)
     except FailOnRecompileLimitHit:
-        limit = torch._dynamo.config.recompile_limit
         log_first_n(
             logging.WARNING,
-            f"Images of {tuple(images.tensor.shape)} are trained on without MODEL.COMPILE, as is "
-            f"each further shape: torch compiles {limit} times at most; INPUT.SIZE_DIVISIBILITY "
-            "makes sizes fewer",
-            key="caller",
+            f"The step of a batch of {tuple(images.tensor.shape)} is not compiled, because torch "
+            "has compiled as often as torch._dynamo.config.recompile_limit allows; "
+            "INPUT.SIZE_DIVISIBILITY makes the sizes fewer",
         )
         return None
     if found is None:
         return None
     sums, num_ignored = found
-    if any(boxes is not None and len(boxes) for boxes in regions) and num_ignored is not None:
+    if num_ignored is not None and any(boxes is not None and len(boxes) for boxes in regions):
         log_mean_count("num_anchors_in_ignored_regions", num_ignored)
     return sums
 

@@ -136,8 +136,8 @@ class RetinaNetExt(DenseDetector):
 
     def _compile_network(self) -> None:
         if self.compile_training:
-            self.backbone.compile(fullgraph=True)
-            self.head.compile(fullgraph=True)
+            self.backbone.compile()
+            self.head.compile()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

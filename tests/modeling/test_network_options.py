@@ -15,6 +15,7 @@ from detectors import assert_same_detections, make_batch, make_cfg, make_model
 from retinanet_ext.engine.config_check import check_config
 from retinanet_ext.engine.predictor import Predictor
 from retinanet_ext.errors import InputError
+from retinanet_ext.modeling import compiled_step
 
 
 def losses_and_gradients(model, batch):
@@ -52,7 +53,9 @@ def test_channels_last_reaches_the_head_and_changes_rounding_alone():
 
 def test_compiled_network_is_one_graph_for_all_sizes(monkeypatch):
     """Traced alone: generating code takes minutes."""
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    options = {"backend": "eager", "fullgraph": True}
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, **options))
+    monkeypatch.setattr(compiled_step, "compiled_graph", lambda _: compiled_step.image_sums)
     plain, other = pair("MODEL.COMPILE", True)
     assert set(plain.state_dict()) == set(other.state_dict())
     for size in ((96, 128), (128, 96)):
