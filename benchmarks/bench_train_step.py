@@ -3,11 +3,11 @@
     python benchmarks/bench_train_step.py [--precision bfloat16] [--ways "ours, all" ...] [--save]
 
 R-50-FPN, 80 classes, SGD with momentum, the same images and boxes for all; medians and quartiles of
-interleaved repetitions. "network alone" is forward and backward of this detector's backbone and
-head: the time that no loss, matching or optimizer can save. torchvision's FPN takes P6 from P5, and
-its head differs only in its initial values. Autocast sets the precision of all of them; float16 on
-CUDA runs without a gradient scaler, whose cost would be equal for all. Memory is measured in a
-separate step.
+interleaved repetitions, and the time of the first step, which compiles. "network alone" is forward
+and backward of this detector's backbone and head: the time that no loss, matching or optimizer can
+save. torchvision's FPN takes P6 from P5, and its head differs only in its initial values. Autocast
+sets the precision of all of them; float16 on CUDA runs without a gradient scaler, whose cost would
+be equal for all. Memory is measured in a separate step.
 """
 
 from __future__ import annotations
@@ -150,7 +150,9 @@ def main() -> None:
         calls: dict[str, Callable[[], None]] = {
             name: (lambda name=name, given=inputs[name]: step(name, *given)) for name in ways
         }
-        first = {name: measure({name: call}, 1, warmup=0)[name].median for name, call in calls.items()}
+        first = {
+            name: measure({name: call}, 1, warmup=0)[name].median for name, call in calls.items()
+        }
         times = measure(calls, args.repeat, warmup=1)
         memory = dict.fromkeys(calls)
         if not args.no_memory:

@@ -244,8 +244,7 @@ def _grad_dtype(logits: Tensor) -> torch.dtype:
 def _level_sums_and_grad(
     loss: BoundLoss, logits: Tensor, labels: Tensor, image_weights: Tensor, alpha_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the images' weighted losses on a level, (N,) float64, and the (N, A, K, H, W) gradient.
-    """
+    """Return each image's weighted loss on a level, (N,) float64, and the logits' gradient."""
     grad_dtype = _grad_dtype(logits)
     if HAS_TRITON and logits.is_cuda and logits.numel():
         from retinanet_ext import kernels

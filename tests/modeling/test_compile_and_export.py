@@ -3,7 +3,6 @@
 import copy
 import os
 import shutil
-from functools import partial
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
 from detectors import (
@@ -27,7 +25,6 @@ from retinanet_ext.engine.instrumented_pass import InstrumentedPass
 from retinanet_ext.errors import InputError
 from retinanet_ext.modeling import to_detectron2_state_dict
 from retinanet_ext.modeling.anchor_generator import OctaveAnchorGenerator
-from retinanet_ext.modeling.compiled_step import compiled_graph
 
 
 def shrink(make, *opts):
@@ -67,22 +64,6 @@ def test_the_whole_model_compiles_to_one_graph_and_equals_eager():
     assert_close(model.criterion.loss_normalizer, eager.criterion.loss_normalizer)
     batch[0]["instances"].gt_classes[0] = 4  # what eager refuses
     assert all(loss.isnan() for loss in compiled(batch).values())
-
-
-@pytest.fixture
-def compile_by(monkeypatch):
-    """Return a function that sets the backend of MODEL.COMPILE and returns its counter."""
-    real = torch.compile
-    compiled_graph.cache_clear()
-
-    def set_backend(name):
-        torch._dynamo.reset()
-        counter = CompileCounterWithBackend(name)
-        monkeypatch.setattr(torch, "compile", partial(real, backend=counter))
-        return counter
-
-    yield set_backend
-    compiled_graph.cache_clear()
 
 
 def losses_gradients_and_counts(model, batch):
