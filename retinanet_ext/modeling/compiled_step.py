@@ -8,10 +8,10 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from detectron2.modeling.meta_arch.dense_detector import permute_to_N_HWA_K
+from detectron2.modeling.meta_arch.dense_detector import DenseDetector, permute_to_N_HWA_K
 from detectron2.structures import Boxes, ImageList
 from detectron2.utils.logger import log_first_n
 from torch import Tensor
@@ -26,18 +26,20 @@ from retinanet_ext.modeling.matching import (
     pad_targets,
 )
 
-if TYPE_CHECKING:
-    from retinanet_ext.modeling.retinanet import RetinaNetExt
-
 LEAST_BOXES = 16
 
 
 def compiled_sums(
-    model: RetinaNetExt, images: ImageList, batched_inputs: list[dict[str, Any]]
+    model: DenseDetector, images: ImageList, batched_inputs: list[dict[str, Any]]
 ) -> ImageSums | None:
     """Return the undivided losses of a batch, computed by compiled code.
 
     The number of boxes is padded to a power of two, so that it rarely calls for other code.
+
+    Args:
+        model: a ``RetinaNetExt`` in training
+        images: the images of the batch, normalised and padded
+        batched_inputs: see ``RetinaNetExt.forward``
 
     Returns:
         None where torch does not run compiled code: past its limit of recompilations, which is
@@ -51,7 +53,7 @@ def compiled_sums(
         arguments += pad_regions(regions, images.image_sizes)
     arguments = [tensor.to(model.device) for tensor in arguments]
     try:
-        found = compiled_graph(model.cuda_graphs)(model, images.tensor, *arguments)
+        found = compiled_graph(model.compile_mode)(model, images.tensor, *arguments)
     except FailOnRecompileLimitHit:
         log_first_n(
             logging.WARNING,
@@ -69,14 +71,13 @@ def compiled_sums(
 
 
 @functools.cache
-def compiled_graph(cuda_graphs: bool) -> Callable[..., tuple[ImageSums, Tensor | None] | None]:
-    """Return :func:`image_sums` as ``torch.compile`` makes it, one for all models."""
-    mode = "reduce-overhead" if cuda_graphs else None
+def compiled_graph(mode: str) -> Callable[..., tuple[ImageSums, Tensor | None] | None]:
+    """Return :func:`image_sums` as ``torch.compile`` makes it in a mode, one for all models."""
     return torch.compile(image_sums, fullgraph=True, mode=mode)
 
 
 def image_sums(
-    model: RetinaNetExt,
+    model: DenseDetector,
     images: Tensor,
     gt_boxes: Tensor,
     gt_classes: Tensor,
@@ -88,7 +89,7 @@ def image_sums(
     Uncompiled it returns None, because then the model computes its losses faster by itself.
 
     Args:
-        model: in training
+        model: a ``RetinaNetExt`` in training
         images: normalised and padded, (N, C, H, W)
         gt_boxes: (N, M, 4), see :func:`~retinanet_ext.modeling.matching.pad_targets`
         gt_classes: (N, M)

@@ -86,8 +86,7 @@ class RetinaNetExt(DenseDetector):
         ignore_ioa_thresh: float = 0.0,
         channels_last: bool = False,
         size_divisibility: int = 0,
-        compile_training: bool = False,
-        cuda_graphs: bool = False,
+        compile_mode: str = "",
     ) -> None:
         """
         Args:
@@ -108,9 +107,7 @@ class RetinaNetExt(DenseDetector):
             ignore_ioa_thresh: lowest IoA, with a region to ignore, of ignored anchors; 0: off
             channels_last: memory format of images, features and weights
             size_divisibility: training images are padded to sides that are multiples of it; 0: off
-            compile_training: compile the training step, from images to losses, and in inference
-                backbone and head
-            cuda_graphs: record what is compiled for training as CUDA graphs
+            compile_mode: ``torch.compile``'s, "default" or "reduce-overhead" (CUDA graphs); "": off
         """
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -127,15 +124,19 @@ class RetinaNetExt(DenseDetector):
         self.max_detections_per_image = max_detections_per_image
         self.test_precision = test_precision
         self.ignore_ioa_thresh = ignore_ioa_thresh
+        self._set_execution(channels_last, size_divisibility, compile_mode)
+
+    def _set_execution(
+        self, channels_last: bool, size_divisibility: int, compile_mode: str
+    ) -> None:
         self.size_divisibility = size_divisibility
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
-        self.compile_training = compile_training
-        self.cuda_graphs = cuda_graphs
+        self.compile_mode = compile_mode
         self._compile_network()
 
     def _compile_network(self) -> None:
-        if self.compile_training:
+        if self.compile_mode:
             self.backbone.compile()
             self.head.compile()
 
@@ -157,6 +158,7 @@ class RetinaNetExt(DenseDetector):
                 f"INPUT.SIZE_DIVISIBILITY {cfg.INPUT.SIZE_DIVISIBILITY} must be a multiple of the "
                 f"backbone's {backbone.size_divisibility}, or 0"
             )
+        compile_mode = "reduce-overhead" if cfg.MODEL.CUDA_GRAPHS else "default"
         shapes = [backbone.output_shape()[feature] for feature in node.IN_FEATURES]
         return {
             "backbone": backbone,
@@ -181,8 +183,7 @@ class RetinaNetExt(DenseDetector):
             "ignore_ioa_thresh": node.IGNORE_IOA_THRESH,
             "channels_last": cfg.MODEL.CHANNELS_LAST,
             "size_divisibility": cfg.INPUT.SIZE_DIVISIBILITY,
-            "compile_training": cfg.MODEL.COMPILE,
-            "cuda_graphs": cfg.MODEL.CUDA_GRAPHS,
+            "compile_mode": compile_mode if cfg.MODEL.COMPILE else "",
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -203,7 +204,7 @@ class RetinaNetExt(DenseDetector):
         if not torch.compiler.is_compiling():
             check_targets(batched_inputs, self.num_classes)
         images = self.preprocess_image(batched_inputs)
-        if self.compile_training and isinstance(self.criterion.selection, SelectAll):
+        if self.compile_mode and isinstance(self.criterion.selection, SelectAll):
             sums = compiled_sums(self, images, batched_inputs)
             if sums is not None:
                 return self.criterion.divide(sums)
