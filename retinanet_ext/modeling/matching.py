@@ -298,13 +298,16 @@ def pad_regions(
 
     Returns:
         M is a power of two, at least 8; corners are (width, height, width, height), (N, 4); both
-        are float32 on the CPU
+        are on the regions' device
     """
-    boxes = [torch.zeros(0, 4) if each is None else each.float().cpu() for each in regions]
+    device = next((each.device for each in regions if each is not None), None)
+    boxes = [torch.zeros(0, 4, device=device) if each is None else each for each in regions]
     padded = pad_sequence(boxes, batch_first=True)
     missing = num_padded(padded.shape[1], 8) - padded.shape[1]
-    corners = torch.tensor([[width, height] * 2 for height, width in image_sizes])
-    return pad(padded, (0, 0, 0, missing)), corners.float()
+    corners = torch.empty(len(boxes), 4, device=device)
+    for corner, (height, width) in zip(corners, image_sizes, strict=True):
+        corner[0::2], corner[1::2] = width, height  # a tensor of a list would be copied to a GPU
+    return pad(padded, (0, 0, 0, missing)), corners
 
 
 def num_padded(count: int, least: int) -> int:

@@ -201,10 +201,11 @@ class RetinaNetExt(DenseDetector):
             # What follows the head has no operation that autocast lowers to half precision.
             with self._test_autocast():
                 return super().forward(batched_inputs)
-        if not torch.compiler.is_compiling():
+        is_eager = not torch.compiler.is_compiling()
+        if is_eager:
             check_targets(batched_inputs, self.num_classes)
         images = self.preprocess_image(batched_inputs)
-        if self.compile_mode and isinstance(self.criterion.selection, SelectAll):
+        if is_eager and self.compile_mode and isinstance(self.criterion.selection, SelectAll):
             sums = compiled_sums(self, images, batched_inputs)
             if sums is not None:
                 return self.criterion.divide(sums)
@@ -213,7 +214,7 @@ class RetinaNetExt(DenseDetector):
         gt_instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
         regions = [inputs.get("ignore_regions") for inputs in batched_inputs]
         losses = self.forward_training(images, features, self.head(features), gt_instances, regions)
-        if torch.compiler.is_compiling():
+        if not is_eager:
             undefined = [undefined_targets(gt, self.num_classes) for gt in gt_instances]
             bad = torch.cat([mask for masks in undefined for mask in masks]).any()
             losses = {name: torch.where(bad, torch.nan, loss) for name, loss in losses.items()}
