@@ -123,8 +123,14 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # - "BN": they normalise by each batch, which random weights need
     cfg.MODEL.TIMM.NORM = "EvalBN"
 
-    # Compile backbone and head with torch.compile at the first iteration (minutes).
+    # Compile with torch.compile, at the first iteration (minutes): in training the whole step from
+    # the padded images to the losses, labels of anchors included, and in inference backbone and
+    # head. With MODEL.RETINANET.SELECTION.NAME "ohem", whose search branches on values, backbone
+    # and head in training too. See docs/speed.md#torchcompile-tracing-and-export.
     cfg.MODEL.COMPILE = False
+    # Record the compiled training step as CUDA graphs, one per size of images, which saves the time
+    # to launch kernels. Set INPUT.SIZE_DIVISIBILITY too, unless all images have one size.
+    cfg.MODEL.CUDA_GRAPHS = False
     # Store images, features and weights in torch's channels_last memory format.
     cfg.MODEL.CHANNELS_LAST = False
     # Pad training images to sides that are a multiple of this many pixels, so that batches have few

@@ -70,6 +70,7 @@ COUNTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
         for name, loss in LOSSES.items()
         for key in loss_parameter_keys(loss).values()
     },
+    "MODEL.CUDA_GRAPHS": ("MODEL.COMPILE", (True,)),
     "MODEL.TIMM.": ("MODEL.BACKBONE.NAME", ("build_retinanet_timm_fpn_backbone",)),
     "MODEL.RETINANET.SELECTION.OHEM.": ("MODEL.RETINANET.SELECTION.NAME", ("ohem",)),
     "MODEL.RETINANET.PRIOR_PROB": ("MODEL.RETINANET.PRIOR_INIT", (True,)),

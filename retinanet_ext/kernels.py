@@ -139,9 +139,9 @@ def dense_loss_of_level(
     alpha_weights: Tensor,
     gradient_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Return a level's weighted loss, a float64 scalar, and its gradient.
+    """Return the images' weighted losses on a level, (N,) float64, and their gradient.
 
-    The sum has a fixed order, so that equal inputs give equal bits.
+    A sum has a fixed order, so that equal inputs give equal bits.
 
     Args:
         loss: a loss that :func:`can_compute` supports
@@ -187,7 +187,7 @@ def dense_loss_of_level(
         CELLS=cells,
         CLASSES=classes,
     )
-    return sums.sum(dtype=torch.float64), gradient
+    return sums.view(num_images, -1).sum(1, dtype=torch.float64), gradient
 
 
 @triton.jit
@@ -235,7 +235,6 @@ def _label_kernel(
     boxes,
     classes,
     counts,
-    offsets,
     best_ious,
     labels,
     matched_idxs,
@@ -274,30 +273,27 @@ def _label_kernel(
         kind = tl.where(is_best_of_box, 1, kind)
     label = tl.load(classes + first + match, mask=inside & (count > 0), other=0)
     label = tl.where((kind == 0) | (count == 0), num_classes, tl.where(kind < 0, -1, label))
-    offset = tl.where(count > 0, tl.load(offsets + image), 0)
     place = image * num_anchors + anchor
     tl.store(labels + place, label, mask=inside)
-    tl.store(matched_idxs + place, match + offset, mask=inside)
+    tl.store(matched_idxs + place, match, mask=inside)
 
 
 def label_anchors(
     anchors: Tensor,
     boxes: Tensor,
     classes: Tensor,
-    counts: Tensor,
     *,
     num_classes: int,
     thresholds: Sequence[float],
     threshold_labels: Sequence[int],
     low_quality: int,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`retinanet_ext.modeling.matching.label_anchors`.
+    """Compute :func:`retinanet_ext.modeling.matching.label_padded`.
 
     Args:
         anchors: (R, 4) float32
         boxes: (N, M, 4) float32, padded
-        classes: (N, M) int64, padded
-        counts: number of boxes of each image, (N,) int64
+        classes: (N, M) int64, padded with -1
         num_classes: K
         thresholds: IoU thresholds in rising order
         threshold_labels: label of each interval: 0 background, -1 ignore, 1 foreground
@@ -306,6 +302,7 @@ def label_anchors(
     """
     num_images, num_boxes = classes.shape
     anchors, boxes, classes = anchors.contiguous(), boxes.contiguous(), classes.contiguous()
+    counts = (classes >= 0).sum(1)
     labels = torch.empty(num_images, len(anchors), dtype=torch.int64, device=anchors.device)
     matched_idxs = torch.empty_like(labels)
     block = 512
@@ -322,7 +319,6 @@ def label_anchors(
         boxes,
         classes,
         counts,
-        counts.cumsum(0) - counts,
         best_ious,
         labels,
         matched_idxs,

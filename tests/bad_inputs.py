@@ -1024,6 +1024,11 @@ ENVIRONMENT = [
     ),
     ("a device that is none", "is not a device", opts("MODEL.DEVICE", "gpu")),
     (
+        "CUDA graphs without CUDA",
+        "MODEL.CUDA_GRAPHS True trains on CUDA devices alone",
+        opts("MODEL.COMPILE", True, "MODEL.CUDA_GRAPHS", True),
+    ),
+    (
         "float16 without CUDA",
         "float16 trains on CUDA devices alone",
         opts("SOLVER.AMP.ENABLED", True),

@@ -107,7 +107,7 @@ def test_add_a_loss_as_its_document_says(tmp_path):
 import torch
 from detectron2.config import get_cfg
 from retinanet_ext import add_retinanet_ext_config
-from retinanet_ext.modeling.criterion import build_cls_loss
+from retinanet_ext.modeling.loss_config import build_cls_loss
 cfg = get_cfg()
 add_retinanet_ext_config(cfg)
 assert cfg.MODEL.RETINANET.CLS_LOSS.POWER == {"EXPONENT": 2.0, "ALPHA": 0.25}

@@ -28,7 +28,7 @@ LOSS = {
 }
 MATCHING = {
     **dict.fromkeys(("anchors", "boxes", "best_ious"), "*fp32"),
-    **dict.fromkeys(("classes", "counts", "offsets", "labels", "matched_idxs"), "*i64"),
+    **dict.fromkeys(("classes", "counts", "labels", "matched_idxs"), "*i64"),
     **dict.fromkeys(("num_anchors", "num_boxes", "num_classes"), "i32"),
 }
 CASES = {

@@ -200,6 +200,11 @@ def _check_solver(cfg: CfgNode, num_processes: int) -> None:
         raise InputError(
             f"SOLVER.IMS_PER_BATCH {solver.IMS_PER_BATCH} must be a multiple of {what}"
         )
+    if cfg.MODEL.COMPILE and cfg.MODEL.CUDA_GRAPHS and solver.GRAD_ACCUM_STEPS > 1:
+        raise InputError(
+            f"MODEL.CUDA_GRAPHS takes SOLVER.GRAD_ACCUM_STEPS 1, got {solver.GRAD_ACCUM_STEPS}: a "
+            "graph that runs again overwrites the gradients of the micro-batch before"
+        )
     streams, batch = cfg.DATALOADER.ASPECT_RATIO_STREAMS, solver.IMS_PER_BATCH
     if reference:
         batch = batch * num_processes // reference
@@ -249,6 +254,8 @@ def _check_device(cfg: CfgNode, num_processes: int, eval_only: bool) -> None:
     needs_cuda = {}
     if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "float16":
         needs_cuda["SOLVER.AMP.PRECISION float16"] = "set bfloat16, or SOLVER.AMP.ENABLED False"
+    if cfg.MODEL.COMPILE and cfg.MODEL.CUDA_GRAPHS:
+        needs_cuda["MODEL.CUDA_GRAPHS True"] = "set it to False"
     if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
         needs_cuda["MODEL.RESNETS.DEFORM_ON_PER_STAGE"] = "set it to [False, False, False, False]"
     for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.RETINANET.NORM"):

@@ -35,7 +35,7 @@ from retinanet_ext.engine.run_info import write_run_info
 from retinanet_ext.engine.scaling import scale_schedule
 from retinanet_ext.engine.summary import summarize
 from retinanet_ext.errors import InputError, UnexpectedResultsError
-from retinanet_ext.modeling.criterion import resolve_cls_loss_weight
+from retinanet_ext.modeling.loss_config import resolve_cls_loss_weight
 from retinanet_ext.modeling.timm_backbone import timm_weights
 
 RESULTS = ("last_checkpoint", "model_*.pth", "metrics.json", "inference")

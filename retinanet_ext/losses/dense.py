@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses.functional import upcast_to_float32
-from retinanet_ext.losses.registry import BoundLoss
+from retinanet_ext.losses.registry import LOSSES, BoundLoss
 
 HAS_TRITON = find_spec("triton") is not None
 
@@ -43,7 +43,7 @@ def dense_loss(
 
     It is differentiable once with respect to the logits, and backward runs once because it hands
     out the gradient that forward saved. A Triton kernel computes the paper's losses on a GPU.
-    Under ``torch.compile`` the loss is a plain expression, which the compiler differentiates.
+    Under ``torch.compile`` see :func:`dense_loss_per_image`.
 
     Args:
         loss: a loss of x_t
@@ -61,16 +61,42 @@ def dense_loss(
             is not checked on a GPU, where the host would have to wait, nor in compiled code.
     """
     _check(levels, labels, num_classes)
+    if torch.compiler.is_compiling():
+        sums = dense_loss_per_image(loss, levels, labels, alpha_weights, num_classes=num_classes)
+        return (sums * image_weights).sum().to(_sum_dtype(levels))
     if alpha_weights is None:
         alpha_weights = image_weights.new_ones(2)
-    if not torch.compiler.is_compiling():
-        return _DenseLoss.apply(loss, labels, image_weights, alpha_weights, num_classes, *levels)
-    total = image_weights.new_zeros((), dtype=torch.float64)
+    return _DenseLoss.apply(loss, labels, image_weights, alpha_weights, num_classes, *levels)
+
+
+def dense_loss_per_image(
+    loss: BoundLoss,
+    levels: Sequence[Tensor],
+    labels: Tensor,
+    alpha_weights: Tensor | None = None,
+    *,
+    num_classes: int,
+) -> Tensor:
+    """Return the loss of each image, (N,) float64, for code that is compiled.
+
+    The sums and the gradient are those of :func:`dense_loss`, computed by one operator that the
+    compiler does not look into. A loss without a closed form of its derivative is a plain
+    expression, which the compiler differentiates.
+    """
+    if alpha_weights is None:
+        alpha_weights = labels.new_ones(2, dtype=torch.float64)
+    if loss.loss.value_and_grad is not None and loss.loss is LOSSES.get(loss.loss.name):
+        values = [loss.values.get(name, p.default) for name, p in loss.loss.parameters.items()]
+        sums, _ = _sums_and_grads_op(
+            list(levels), labels, alpha_weights, num_classes, loss.loss.name, values
+        )
+        return sums
+    total = alpha_weights.new_zeros(len(labels), dtype=torch.float64)
     for logits, level_labels in _by_level(levels, labels, num_classes):
-        weights = image_weights.view(-1, 1, 1, 1).expand(level_labels.shape)
+        weights = torch.ones_like(level_labels, dtype=torch.float32)
         x_t, weight, _ = signed_logits(logits, level_labels, weights, alpha_weights)
-        total = total + (loss(x_t) * weight).sum(dtype=torch.float64)
-    return total.to(_sum_dtype(levels))
+        total = total + (loss(x_t) * weight).sum((1, 2, 3, 4), dtype=torch.float64)
+    return total
 
 
 def _check(levels: Sequence[Tensor], labels: Tensor, num_classes: int) -> None:
@@ -104,16 +130,11 @@ class _DenseLoss(torch.autograd.Function):
         num_classes: int,
         *levels: Tensor,
     ) -> Tensor:
-        total = image_weights.new_zeros((), dtype=torch.float64)
-        ctx.gradients = []
-        for logits, level_labels in _by_level(levels, labels, num_classes):
-            value, gradient = _level_value_and_grad(
-                loss, logits.detach(), level_labels, image_weights, alpha_weights
-            )
-            total = total + value
-            ctx.gradients.append(gradient.flatten(1, 2))
+        sums, ctx.gradients = _sums_and_grads(
+            loss, levels, labels, image_weights, alpha_weights, num_classes
+        )
         ctx.dtypes = [logits.dtype for logits in levels]
-        return total.to(_sum_dtype(levels))
+        return sums.sum().to(_sum_dtype(levels))
 
     @staticmethod
     @once_differentiable
@@ -125,6 +146,73 @@ class _DenseLoss(torch.autograd.Function):
             gradients = [gradient.mul_(grad_output) for gradient in gradients]
         # Popped one by one, so that only one gradient exists in two dtypes at a time.
         return (None,) * 5 + tuple(gradients.pop(0).to(dtype) for dtype in ctx.dtypes)
+
+
+def _sums_and_grads(
+    loss: BoundLoss,
+    levels: Sequence[Tensor],
+    labels: Tensor,
+    image_weights: Tensor,
+    alpha_weights: Tensor,
+    num_classes: int,
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the weighted loss of each image, (N,) float64, and the gradient of each level."""
+    total = image_weights.new_zeros(len(labels), dtype=torch.float64)
+    gradients = []
+    for logits, level_labels in _by_level(levels, labels, num_classes):
+        sums, gradient = _level_sums_and_grad(
+            loss, logits.detach(), level_labels, image_weights, alpha_weights
+        )
+        total = total + sums
+        gradients.append(gradient.flatten(1, 2))
+    return total, gradients
+
+
+@torch.library.custom_op(
+    "retinanet_ext::dense_loss_per_image",
+    mutates_args=(),
+    schema="(Tensor[] levels, Tensor labels, Tensor alpha_weights, int num_classes, str name, "
+    "float[] values) -> (Tensor, Tensor[])",
+)
+def _sums_and_grads_op(
+    levels: list[Tensor],
+    labels: Tensor,
+    alpha_weights: Tensor,
+    num_classes: int,
+    name: str,
+    values: list[float],
+) -> tuple[Tensor, list[Tensor]]:
+    loss = LOSSES[name]
+    ones = alpha_weights.new_ones(len(labels))
+    return _sums_and_grads(
+        loss.bind(**dict(zip(loss.parameters, values, strict=True))),
+        *(levels, labels, ones, alpha_weights, num_classes),
+    )
+
+
+@_sums_and_grads_op.register_fake
+def _(levels: list[Tensor], labels: Tensor, alpha_weights: Tensor, *_: Any) -> Any:
+    sums = alpha_weights.new_empty(labels.shape[0], dtype=torch.float64)
+    return sums, [torch.empty_like(logits, dtype=_grad_dtype(logits)) for logits in levels]
+
+
+def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    ctx.dtypes = [logits.dtype for logits in inputs[0]]
+    ctx.has_values = bool(inputs[-1])
+    ctx.save_for_backward(*output[1])
+
+
+def _scale_gradients(ctx: Any, grad_sums: Tensor, _: Any) -> tuple[Any, ...]:
+    scale = grad_sums.view(-1, 1, 1, 1)
+    gradients = [
+        (gradient * scale.to(upcast_to_float32(gradient).dtype)).to(dtype)
+        for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+    ]
+    # torch wants an empty list for an empty list, and None for each other argument.
+    return gradients, None, None, None, None, None if ctx.has_values else []
+
+
+_sums_and_grads_op.register_autograd(_scale_gradients, setup_context=_save_gradients)
 
 
 def _by_level(
@@ -149,11 +237,15 @@ def _sum_dtype(levels: Sequence[Tensor]) -> torch.dtype:
     return functools.reduce(torch.promote_types, dtypes, torch.float32)
 
 
-def _level_value_and_grad(
+def _grad_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float32 if logits.dtype == torch.float16 else logits.dtype
+
+
+def _level_sums_and_grad(
     loss: BoundLoss, logits: Tensor, labels: Tensor, image_weights: Tensor, alpha_weights: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return a level's weighted loss, a float64 scalar, and its gradient, (N, A, K, H, W)."""
-    grad_dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+    """Return each image's weighted loss on a level, (N,) float64, and the logits' gradient."""
+    grad_dtype = _grad_dtype(logits)
     if HAS_TRITON and logits.is_cuda and logits.numel():
         from retinanet_ext import kernels
 
@@ -161,10 +253,10 @@ def _level_value_and_grad(
             return kernels.dense_loss_of_level(
                 loss, logits, labels, image_weights, alpha_weights, grad_dtype
             )
-    return _value_and_grad_in_blocks(loss, logits, labels, image_weights, alpha_weights, grad_dtype)
+    return _sums_and_grad_in_blocks(loss, logits, labels, image_weights, alpha_weights, grad_dtype)
 
 
-def _value_and_grad_in_blocks(
+def _sums_and_grad_in_blocks(
     loss: BoundLoss,
     logits: Tensor,
     labels: Tensor,
@@ -172,8 +264,8 @@ def _value_and_grad_in_blocks(
     alpha_weights: Tensor,
     grad_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Compute :func:`_level_value_and_grad` in plain torch; temporaries are as large as a block."""
-    total = image_weights.new_zeros((), dtype=torch.float64)
+    """Compute :func:`_level_sums_and_grad` in plain torch; temporaries are as large as a block."""
+    total = image_weights.new_zeros(len(labels), dtype=torch.float64)
     gradient = torch.empty_like(logits, dtype=grad_dtype)
     weights = image_weights.view(-1, 1, 1, 1).expand(labels.shape)
     for images, anchors, rows in _blocks(labels, logits.shape[2]):
@@ -183,7 +275,7 @@ def _value_and_grad_in_blocks(
             logits[entries], labels[block], weights[block], alpha_weights
         )
         value, grad = loss.value_and_grad(x_t)
-        total += (value * weight).sum(2).sum(dtype=torch.float64)
+        total[images] += (value * weight).sum(2).sum((1, 2, 3), dtype=torch.float64)
         torch.mul(torch.where(positive, grad, -grad), weight, out=gradient[entries])
     return total, gradient
 

@@ -72,8 +72,8 @@ class OctaveAnchorGenerator(DefaultAnchorGenerator):
         anchors: list[Tensor] = []
         for level, stride, cell in zip(features, self.strides, cells):  # noqa: B905
             start, device = self.offset * stride, cell.device
-            x = torch.arange(start, level.shape[-1] * stride, stride, device=device)
-            y = torch.arange(start, level.shape[-2] * stride, stride, device=device)
+            x = torch.arange(level.shape[-1], device=device) * stride + start
+            y = torch.arange(level.shape[-2], device=device) * stride + start
             y, x = torch.meshgrid(y, x, indexing="ij")
             shifts = torch.stack([x, y, x, y], dim=2).view(-1, 1, 4)
             anchors.append((shifts + cell).view(-1, 4))

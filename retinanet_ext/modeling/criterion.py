@@ -6,9 +6,8 @@ anchor and its box. Boxes: XYXY in input pixels. Labels: -1 ignore, 0..K-1 class
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,20 +20,27 @@ from fvcore.nn import smooth_l1_loss
 from torch import Tensor, nn
 from torchvision.ops import complete_box_iou, distance_box_iou, generalized_box_iou
 
-from retinanet_ext.config_keys import CLASS_ALPHA, loss_parameter_keys, read_key
 from retinanet_ext.errors import InputError
-from retinanet_ext.losses import LOSSES, Interval
-from retinanet_ext.losses.dense import dense_loss, signed_logits
+from retinanet_ext.losses import Interval
+from retinanet_ext.losses.dense import dense_loss, dense_loss_per_image, signed_logits
 from retinanet_ext.losses.functional import Alpha, class_weights, upcast_to_float32
-from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, BoundLoss, check_alpha
+from retinanet_ext.losses.registry import UNBALANCED, BoundLoss
+from retinanet_ext.modeling.loss_config import build_cls_loss, build_selection, read_cls_loss_weight
 from retinanet_ext.modeling.matching import is_foreground
-from retinanet_ext.sampling import OHEM, SELECTIONS, SelectAll
-
-logger = logging.getLogger(__name__)
+from retinanet_ext.sampling import OHEM, SelectAll
 
 NORMALIZERS = ("foreground_ema", "foreground", "foreground_batch", "selected")
 BOX_IOUS = {"giou": generalized_box_iou, "diou": distance_box_iou, "ciou": complete_box_iou}
 LOG_PERIOD = 20  # iterations, as in Detectron2's PeriodicWriter
+
+
+class ImageSums(NamedTuple):
+    """Undivided losses and counts of anchors of each image, (N,) each."""
+
+    loss_cls: Tensor
+    loss_box_reg: Tensor
+    num_foreground: Tensor
+    num_selected: Tensor
 
 
 class RetinaNetCriterion(nn.Module):
@@ -177,14 +183,45 @@ class RetinaNetCriterion(nn.Module):
                 num_classes=self.num_classes,
             )
         else:
-            per_image = torch.where(selected, cls_losses, 0).sum(1)
-            loss_cls = (per_image * weights.to(per_image.dtype)).sum()
-
+            loss_cls = _weighted_sum(torch.where(selected, cls_losses, 0).sum(1), weights)
         per_image = self._box_loss_per_image(
             anchors, upcast_to_float32(deltas), foreground & selected, matched_idxs, gt_boxes
         )
-        loss_box_reg = (per_image * weights.to(per_image.dtype)).sum()
+        loss_box_reg = _weighted_sum(per_image, weights)
         return {"loss_cls": loss_cls * self.cls_loss_weight, "loss_box_reg": loss_box_reg}
+
+    def sums_per_image(
+        self,
+        anchors: Tensor,
+        logits: Sequence[Tensor],
+        deltas: Tensor,
+        labels: Tensor,
+        matched_idxs: Tensor,
+        gt_boxes: Tensor,
+    ) -> ImageSums:
+        """Return what :meth:`divide` makes the losses of, if all anchors are selected.
+
+        It has no state and no collective operation, so that it compiles to one graph. The arguments
+        are those of :meth:`forward`.
+        """
+        foreground = is_foreground(labels, self.num_classes)
+        return ImageSums(
+            dense_loss_per_image(
+                self.cls_loss, logits, labels, self.alpha_weights, num_classes=self.num_classes
+            ),
+            self._box_loss_per_image(
+                anchors, upcast_to_float32(deltas), foreground, matched_idxs, gt_boxes
+            ),
+            foreground.sum(1),
+            (labels >= 0).sum(1),
+        )
+
+    def divide(self, sums: ImageSums) -> dict[str, Tensor]:
+        """Return the losses of :meth:`forward` from :meth:`sums_per_image`."""
+        weights = self._image_weights(sums.num_foreground, sums.num_selected)
+        loss_cls = _weighted_sum(sums.loss_cls, weights) * self.cls_loss_weight
+        loss_box_reg = _weighted_sum(sums.loss_box_reg, weights)
+        return {"loss_cls": loss_cls.to(loss_box_reg.dtype), "loss_box_reg": loss_box_reg}
 
     def anchor_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Return the classification loss of each anchor, summed over classes, (N, R).
@@ -301,6 +338,10 @@ class RetinaNetCriterion(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+def _weighted_sum(per_image: Tensor, weights: Tensor) -> Tensor:
+    return (per_image * weights.to(per_image.dtype)).sum()
+
+
 def _iou_of_pairs(kind: str, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
     """Return torchvision's IoU of each box with its ground truth, both (F, 4): (F,).
 
@@ -321,79 +362,3 @@ def log_mean_count(name: str, counts: Tensor) -> None:
         storage = get_event_storage()
         if counts.device.type == "cpu" or (storage.iter + 1) % LOG_PERIOD == 0:
             storage.put_scalar(name, counts.double().mean().item())
-
-
-def build_cls_loss(cfg: CfgNode) -> tuple[BoundLoss, Alpha]:
-    """Return the loss that ``MODEL.RETINANET.CLS_LOSS`` describes, and its alpha."""
-    node = cfg.MODEL.RETINANET.CLS_LOSS
-    try:
-        loss = LOSSES[node.NAME]
-    except InputError as error:
-        raise InputError(f"MODEL.RETINANET.CLS_LOSS.NAME: {error}") from None
-    keys = loss_parameter_keys(loss)
-    values = {name: read_key(cfg, key) for name, key in keys.items()}
-    alpha = values.pop("alpha", UNBALANCED)
-    for name, value in values.items():
-        loss.parameters[name].allowed.check(keys[name], value)
-    if loss.alpha is not None:
-        check_alpha(keys["alpha"], alpha)
-    if node.CLASS_ALPHA:
-        if loss.alpha is None:
-            raise InputError(f"{CLASS_ALPHA} is set, but loss {loss.name!r} has no alpha")
-        alpha = _class_alpha(node.CLASS_ALPHA, cfg.MODEL.RETINANET.NUM_CLASSES)
-    return loss.bind(**values), alpha
-
-
-def read_cls_loss_weight(cfg: CfgNode) -> float:
-    """Return ``CLS_LOSS.WEIGHT`` as a number.
-
-    "auto" gives a positive at the initial probability pi (section 3.3) the gradient that it has
-    under cross entropy with alpha 0.75, which is 0.75 (1 - pi). The focal loss (gamma 2, alpha
-    0.25) at pi 0.01 has about a third of it.
-    """
-    node = cfg.MODEL.RETINANET
-    weight = node.CLS_LOSS.WEIGHT
-    if weight != "auto":
-        return float(Interval("[0, inf)").check("MODEL.RETINANET.CLS_LOSS.WEIGHT", weight))
-    cls_loss, alpha = build_cls_loss(cfg)
-    alphas = class_weights(alpha, node.NUM_CLASSES)
-    mean_alpha = 1.0 if alphas is None else alphas[0].mean().item()
-    prior = node.PRIOR_PROB if node.PRIOR_INIT else 0.5
-    _, gradient = cls_loss.value_and_grad(torch.tensor(prior, dtype=torch.float64).logit())
-    if not mean_alpha * gradient:
-        raise InputError("CLS_LOSS.WEIGHT auto: the loss has no gradient at a positive")
-    return 0.75 * (1 - prior) / abs(mean_alpha * gradient.item())
-
-
-def resolve_cls_loss_weight(cfg: CfgNode) -> None:
-    """Replace ``CLS_LOSS.WEIGHT auto`` by its number, so that any code can read a saved config."""
-    node = cfg.MODEL.RETINANET.CLS_LOSS
-    if node.WEIGHT == "auto" and node.NAME in LOSSES:
-        node.WEIGHT = read_cls_loss_weight(cfg)
-        logger.info("MODEL.RETINANET.CLS_LOSS.WEIGHT auto: %.4g", node.WEIGHT)
-
-
-def _class_alpha(given: Sequence[Any], num_classes: int) -> list[float]:
-    if any(isinstance(value, (list, tuple, str)) for value in given):
-        raise InputError(
-            f"{CLASS_ALPHA} names classes or is auto, which train_net.py resolves from the data; "
-            f"give {num_classes} numbers here, in the order of the classes"
-        )
-    if len(given) != num_classes:
-        raise InputError(f"{CLASS_ALPHA} has {len(given)} values for {num_classes} classes")
-    return [ALPHA_RANGE.check(f"{CLASS_ALPHA}[{i}]", value) for i, value in enumerate(given)]
-
-
-def build_selection(cfg: CfgNode) -> SelectAll | OHEM:
-    """Return the selection that ``MODEL.RETINANET.SELECTION`` describes."""
-    node = cfg.MODEL.RETINANET.SELECTION
-    if node.NAME not in SELECTIONS:
-        raise InputError(
-            f"MODEL.RETINANET.SELECTION.NAME is {node.NAME!r}; "
-            f"known selections: {', '.join(SELECTIONS)}"
-        )
-    parameters = node.get(node.NAME.upper(), {})
-    try:
-        return SELECTIONS[node.NAME](**{key.lower(): value for key, value in parameters.items()})
-    except InputError as error:
-        raise InputError(f"MODEL.RETINANET.SELECTION.{node.NAME.upper()}: {error}") from None

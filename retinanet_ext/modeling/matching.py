@@ -7,13 +7,14 @@ Boxes: XYXY in input pixels. Labels: -1 ignore, 0..K-1 class, K background.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from detectron2.modeling.matcher import Matcher
 from detectron2.structures import Boxes, Instances, pairwise_ioa
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
-from torchvision.ops import clip_boxes_to_image
 
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses.dense import HAS_TRITON
@@ -109,8 +110,8 @@ class AnchorMatcher:
 
 
 def shapes_may_follow_values(tensor: Tensor) -> bool:
-    """Tell whether to select by value: a GPU's host would wait, and compiled code cannot."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Tell whether to select by value: a GPU's host would wait."""
+    return tensor.device.type == "cpu"
 
 
 def _boxes_near(boxes: Tensor, block: Tensor) -> Tensor:
@@ -191,55 +192,139 @@ def label_anchors(
     """
     if isinstance(matcher, Matcher):
         matcher = AnchorMatcher.from_detectron2(matcher)
-    has_kernel = HAS_TRITON and anchors.tensor.is_cuda and anchors.tensor.dtype == torch.float32
-    if has_kernel and not torch.compiler.is_compiling():
-        return _label_anchors_by_kernel(matcher, anchors.tensor, gt_instances, num_classes)
+    boxes, classes = pad_targets(gt_instances, max(map(len, gt_instances)) or 1)
+    labels, matched_idxs = label_padded(matcher, anchors.tensor, boxes, classes, num_classes)
+    counts = (classes >= 0).sum(1)
+    first = (counts.cumsum(0) - counts).masked_fill(counts == 0, 0)
+    return labels, matched_idxs + first.unsqueeze(1)
+
+
+def pad_targets(gt_instances: Sequence[Instances], num_boxes: int) -> tuple[Tensor, Tensor]:
+    """Return boxes, (N, M, 4), padded with zeros, and classes, (N, M) int64, padded with -1.
+
+    A box of zeros has an IoU of 0 with every anchor, so it is matched by none.
+
+    Args:
+        gt_instances: ``gt_boxes`` and ``gt_classes`` of each image
+        num_boxes: M, at least 1 and the largest number of boxes of an image
+    """
+    boxes = pad_sequence([each.gt_boxes.tensor for each in gt_instances], batch_first=True)
+    classes = [each.gt_classes for each in gt_instances]
+    missing = num_boxes - boxes.shape[1]
+    return (
+        pad(boxes, (0, 0, 0, missing)),
+        pad(pad_sequence(classes, batch_first=True, padding_value=-1), (0, missing), value=-1),
+    )
+
+
+def label_padded(
+    matcher: AnchorMatcher, anchors: Tensor, boxes: Tensor, classes: Tensor, num_classes: int
+) -> tuple[Tensor, Tensor]:
+    """Label every anchor of every image, from padded ground truth.
+
+    In compiled code it is one operator, which the compiler does not look into: its rounding would
+    part anchors whose IoUs with a box are equal.
+
+    Args:
+        matcher: its thresholds, labels and policy
+        anchors: (R, 4)
+        boxes: (N, M, 4), see :func:`pad_targets`
+        classes: (N, M)
+        num_classes: K
+
+    Returns:
+        labels, (N, R) int64, and the index of each anchor's matched box among the M of its image,
+        (N, R) int64 (meaningless for background)
+    """
+    policy = matcher.low_quality_matches
+    label = _label_op if torch.compiler.is_compiling() else _label
+    return label(anchors, boxes, classes, num_classes, matcher.thresholds, matcher.labels, policy)
+
+
+@torch.no_grad()
+def _label(
+    anchors: Tensor,
+    boxes: Tensor,
+    classes: Tensor,
+    num_classes: int,
+    thresholds: list[float],
+    threshold_labels: list[int],
+    low_quality_matches: str,
+) -> tuple[Tensor, Tensor]:
+    if HAS_TRITON and anchors.is_cuda and anchors.dtype == torch.float32:
+        from retinanet_ext import kernels
+
+        return kernels.label_anchors(
+            *(anchors, boxes, classes),
+            num_classes=num_classes,
+            thresholds=thresholds,
+            threshold_labels=threshold_labels,
+            low_quality={"none": 0, "ignored_band": 1, "all": 2}[low_quality_matches],
+        )
+    matcher = AnchorMatcher(thresholds, threshold_labels, low_quality_matches)
     labels, matched_idxs = [], []
-    first = 0
-    for instances in gt_instances:
-        if len(instances):
-            match, match_labels = matcher(instances.gt_boxes.tensor, anchors.tensor)
-            match += first
-            label = instances.gt_classes[match - first]
-            label.masked_fill_(match_labels == 0, num_classes)
-            label.masked_fill_(match_labels == -1, -1)
-        else:
-            match = torch.zeros(len(anchors), dtype=torch.int64, device=anchors.device)
-            label = torch.full_like(match, num_classes)
+    for image_boxes, image_classes in zip(boxes, classes, strict=True):
+        match, kind = matcher(image_boxes, anchors)
+        label = image_classes[match].masked_fill_(kind == -1, -1)
+        label.masked_fill_((kind == 0) | (image_classes[0] < 0), num_classes)
         labels.append(label)
         matched_idxs.append(match)
-        first += len(instances)
     return torch.stack(labels), torch.stack(matched_idxs)
 
 
-def _label_anchors_by_kernel(
-    matcher: AnchorMatcher, anchors: Tensor, gt_instances: list[Instances], num_classes: int
-) -> tuple[Tensor, Tensor]:
-    from retinanet_ext import kernels
+_label_op = torch.library.custom_op(
+    "retinanet_ext::label_anchors",
+    _label,
+    mutates_args=(),
+    schema="(Tensor anchors, Tensor boxes, Tensor classes, int num_classes, float[] thresholds, "
+    "int[] threshold_labels, str low_quality_matches) -> (Tensor, Tensor)",
+)
 
-    classes = [instances.gt_classes for instances in gt_instances]
-    return kernels.label_anchors(
-        anchors,
-        pad_sequence([instances.gt_boxes.tensor for instances in gt_instances], batch_first=True),
-        pad_sequence(classes, batch_first=True),
-        torch.cat([labels.new_full((1,), len(labels)) for labels in classes]),
-        num_classes=num_classes,
-        thresholds=matcher.thresholds,
-        threshold_labels=matcher.labels,
-        low_quality={"none": 0, "ignored_band": 1, "all": 2}[matcher.low_quality_matches],
-    )
+
+@_label_op.register_fake
+def _(anchors: Tensor, boxes: Tensor, classes: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    shape = classes.shape[0], anchors.shape[0]
+    return classes.new_empty(shape), classes.new_empty(shape)
+
+
+def pad_regions(
+    regions: Sequence[Tensor | None], image_sizes: Sequence[tuple[int, int]]
+) -> tuple[Tensor, Tensor]:
+    """Return regions, (N, M, 4), padded with zeros, and the lower right corners of the images.
+
+    Args:
+        regions: regions of each image, (M, 4) on any device, or None
+        image_sizes: (height, width) of each image before padding
+
+    Returns:
+        M is a power of two, at least 8; corners are (width, height, width, height), (N, 4); both
+        are on the regions' device
+    """
+    device = next((each.device for each in regions if each is not None), None)
+    boxes = [torch.zeros(0, 4, device=device) if each is None else each for each in regions]
+    padded = pad_sequence(boxes, batch_first=True)
+    missing = num_padded(padded.shape[1], 8) - padded.shape[1]
+    corners = torch.empty(len(boxes), 4, device=device)
+    for corner, (height, width) in zip(corners, image_sizes, strict=True):
+        corner[0::2], corner[1::2] = width, height  # a tensor of a list would be copied to a GPU
+    return pad(padded, (0, 0, 0, missing)), corners
+
+
+def num_padded(count: int, least: int) -> int:
+    """Return the smallest power of two that is not below ``count`` and ``least``."""
+    return 1 << (max(count, least) - 1).bit_length()
 
 
 @torch.no_grad()
 def ignore_anchors(
     labels: Tensor,
     anchors: Tensor,
-    regions: Sequence[Tensor | None],
-    image_sizes: Sequence[tuple[int, int]],
+    regions: Tensor,
+    corners: Tensor,
     num_classes: int,
     ioa_thresh: float,
-) -> Tensor:
-    """Return labels with -1 for background anchors inside a region to ignore.
+) -> tuple[Tensor, Tensor]:
+    """Return labels with -1 for background anchors inside a region to ignore, and their number.
 
     Like COCO's evaluation, it compares the share of the anchor's area that one region covers (IoA).
     Only the part of the anchor inside the image counts.
@@ -247,19 +332,20 @@ def ignore_anchors(
     Args:
         labels: (N, R)
         anchors: (R, 4)
-        regions: regions of each image, (M, 4) on any device, or None
-        image_sizes: (height, width) of each image before padding
+        regions: (N, M, 4), see :func:`pad_regions`
+        corners: (N, 4)
         num_classes: K
         ioa_thresh: lowest IoA of an ignored anchor, in (0, 1]
+
+    Returns:
+        labels, (N, R), and the number of anchors of each image that became -1, (N,)
     """
-    labels = labels.clone()
-    for image_labels, boxes, size in zip(labels, regions, image_sizes, strict=True):
-        if boxes is not None and len(boxes):
-            # Boxes.clip would make the host wait for a GPU.
-            visible = Boxes(clip_boxes_to_image(anchors, size))
-            inside = (pairwise_ioa(Boxes(boxes.to(anchors)), visible) >= ioa_thresh).any(0)
-            image_labels.masked_fill_(inside & (image_labels == num_classes), -1)
-    return labels
+    inside = []
+    for boxes, corner in zip(regions.to(anchors), corners.to(anchors), strict=True):
+        visible = Boxes(torch.minimum(anchors, corner).clamp(min=0))
+        inside.append((pairwise_ioa(Boxes(boxes), visible) >= ioa_thresh).any(0))
+    ignored = torch.stack(inside) & (labels == num_classes)
+    return labels.masked_fill(ignored, -1), ignored.sum(1)
 
 
 def undefined_targets(instances: Instances, num_classes: int) -> tuple[Tensor, Tensor]:

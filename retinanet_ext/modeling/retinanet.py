@@ -22,6 +22,7 @@ from torchvision.ops import clip_boxes_to_image
 
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
+from retinanet_ext.modeling.compiled_step import compiled_sums
 from retinanet_ext.modeling.criterion import RetinaNetCriterion, log_mean_count
 from retinanet_ext.modeling.head import RetinaNetExtHead
 from retinanet_ext.modeling.inference import (
@@ -36,8 +37,10 @@ from retinanet_ext.modeling.matching import (
     check_targets,
     ignore_anchors,
     label_anchors,
+    pad_regions,
     undefined_targets,
 )
+from retinanet_ext.sampling import SelectAll
 
 
 @META_ARCH_REGISTRY.register()
@@ -83,7 +86,7 @@ class RetinaNetExt(DenseDetector):
         ignore_ioa_thresh: float = 0.0,
         channels_last: bool = False,
         size_divisibility: int = 0,
-        compile_network: bool = False,
+        compile_mode: str = "",
     ) -> None:
         """
         Args:
@@ -104,7 +107,7 @@ class RetinaNetExt(DenseDetector):
             ignore_ioa_thresh: lowest IoA, with a region to ignore, of ignored anchors; 0: off
             channels_last: memory format of images, features and weights
             size_divisibility: training images are padded to sides that are multiples of it; 0: off
-            compile_network: compile backbone and head with ``torch.compile``
+            compile_mode: ``torch.compile``'s, "default" or "reduce-overhead" (CUDA graphs); "": off
         """
         super().__init__(
             backbone, head, head_in_features, pixel_mean=pixel_mean, pixel_std=pixel_std
@@ -121,17 +124,25 @@ class RetinaNetExt(DenseDetector):
         self.max_detections_per_image = max_detections_per_image
         self.test_precision = test_precision
         self.ignore_ioa_thresh = ignore_ioa_thresh
-        self._set_execution(channels_last, size_divisibility, compile_network)
+        self._set_execution(channels_last, size_divisibility, compile_mode)
 
     def _set_execution(
-        self, channels_last: bool, size_divisibility: int, compile_network: bool
+        self, channels_last: bool, size_divisibility: int, compile_mode: str
     ) -> None:
         self.size_divisibility = size_divisibility
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory_format)
-        if compile_network:
-            self.backbone.compile(fullgraph=True)
-            self.head.compile(fullgraph=True)
+        self.compile_mode = compile_mode
+        self._compile_network()
+
+    def _compile_network(self) -> None:
+        if self.compile_mode:
+            self.backbone.compile()
+            self.head.compile()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._compile_network()  # because torch copies modules without their compiled code
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
@@ -147,6 +158,7 @@ class RetinaNetExt(DenseDetector):
                 f"INPUT.SIZE_DIVISIBILITY {cfg.INPUT.SIZE_DIVISIBILITY} must be a multiple of the "
                 f"backbone's {backbone.size_divisibility}, or 0"
             )
+        compile_mode = "reduce-overhead" if cfg.MODEL.CUDA_GRAPHS else "default"
         shapes = [backbone.output_shape()[feature] for feature in node.IN_FEATURES]
         return {
             "backbone": backbone,
@@ -171,7 +183,7 @@ class RetinaNetExt(DenseDetector):
             "ignore_ioa_thresh": node.IGNORE_IOA_THRESH,
             "channels_last": cfg.MODEL.CHANNELS_LAST,
             "size_divisibility": cfg.INPUT.SIZE_DIVISIBILITY,
-            "compile_network": cfg.MODEL.COMPILE,
+            "compile_mode": compile_mode if cfg.MODEL.COMPILE else "",
         }
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
@@ -189,15 +201,20 @@ class RetinaNetExt(DenseDetector):
             # What follows the head has no operation that autocast lowers to half precision.
             with self._test_autocast():
                 return super().forward(batched_inputs)
-        if not torch.compiler.is_compiling():
+        is_eager = not torch.compiler.is_compiling()
+        if is_eager:
             check_targets(batched_inputs, self.num_classes)
         images = self.preprocess_image(batched_inputs)
+        if is_eager and self.compile_mode and isinstance(self.criterion.selection, SelectAll):
+            sums = compiled_sums(self, images, batched_inputs)
+            if sums is not None:
+                return self.criterion.divide(sums)
         features = self.backbone(images.tensor)
         features = [features[name] for name in self.head_in_features]
         gt_instances = [inputs["instances"].to(self.device) for inputs in batched_inputs]
         regions = [inputs.get("ignore_regions") for inputs in batched_inputs]
         losses = self.forward_training(images, features, self.head(features), gt_instances, regions)
-        if torch.compiler.is_compiling():
+        if not is_eager:
             undefined = [undefined_targets(gt, self.num_classes) for gt in gt_instances]
             bad = torch.cat([mask for masks in undefined for mask in masks]).any()
             losses = {name: torch.where(bad, torch.nan, loss) for name, loss in losses.items()}
@@ -254,16 +271,14 @@ class RetinaNetExt(DenseDetector):
         if self.ignore_ioa_thresh and any(
             boxes is not None and len(boxes) for boxes in ignore_regions
         ):
-            before = labels
-            labels = ignore_anchors(
+            labels, num_ignored = ignore_anchors(
                 labels,
                 anchors.tensor,
-                ignore_regions,
-                images.image_sizes,
+                *pad_regions(ignore_regions, images.image_sizes),
                 self.num_classes,
                 self.ignore_ioa_thresh,
             )
-            log_mean_count("num_anchors_in_ignored_regions", (labels != before).sum(1))
+            log_mean_count("num_anchors_in_ignored_regions", num_ignored)
         gt_boxes = Boxes.cat([instances.gt_boxes for instances in gt_instances])
         return self.criterion(
             anchors.tensor,

@@ -179,3 +179,13 @@ def test_cpu_in_place_of_cuda(monkeypatch):
     assert cfg.MODEL.DEVICE == "cuda"
     use_cpu_without_cuda(cfg, num_threads=2)
     assert cfg.MODEL.DEVICE == "cpu"
+
+
+def test_cuda_graphs_and_micro_batches(monkeypatch):
+    opts = ["MODEL.DEVICE", "cuda", "MODEL.COMPILE", "True", "MODEL.CUDA_GRAPHS", "True"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    cfg = load_config("configs/small_R18_FPN.yaml", [*opts, "SOLVER.GRAD_ACCUM_STEPS", "2"])
+    with pytest.raises(InputError, match=r"MODEL\.CUDA_GRAPHS takes SOLVER\.GRAD_ACCUM_STEPS 1"):
+        check_config(cfg, num_processes=1, eval_only=False)
+    cfg.SOLVER.GRAD_ACCUM_STEPS = 1
+    check_config(cfg, num_processes=1, eval_only=False)

@@ -1,12 +1,15 @@
 """The whole model as torch.compile, torch.jit.trace and torch.export take it."""
 
 import copy
+import os
+import shutil
 
 import pytest
 import torch
 from detectron2.export import TracingAdapter, scripting_with_instances
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import nn
 from torch.testing import assert_close
 
@@ -18,6 +21,8 @@ from detectors import (
     make_model,
 )
 from retinanet_ext.engine import load_config
+from retinanet_ext.engine.instrumented_pass import InstrumentedPass
+from retinanet_ext.errors import InputError
 from retinanet_ext.modeling import to_detectron2_state_dict
 from retinanet_ext.modeling.anchor_generator import OctaveAnchorGenerator
 
@@ -38,34 +43,158 @@ def losses_and_gradients(call, model, batch):
     return {name: loss.detach() for name, loss in losses.items()}, gradients
 
 
-@pytest.mark.parametrize(("box_loss", "box_counts"), [("giou", [3, 1, 0]), ("smooth_l1", [0, 0])])
-def test_training_compiles_to_one_graph_and_equals_eager(box_loss, box_counts):
-    """Losses, gradients and the normaliser's moving average; images without boxes too."""
-    opts = ["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", box_loss]
+def assert_same_gradients(found, wanted, tolerance):
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        scale = gradient.abs().max().item()
+        assert_close(found[name], gradient, rtol=0, atol=tolerance * scale, msg=name)
+
+
+def test_the_whole_model_compiles_to_one_graph_and_equals_eager():
+    """By the user's own ``torch.compile``: losses, gradients and the moving average."""
+    opts = ["MODEL.RETINANET.BBOX_REG_LOSS_TYPE", "giou"]
     model, eager = shrink(make_model, *opts).train(), shrink(make_model, *opts).train()
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for seed in range(2):
-        batch = make_batch(box_counts, size=(96, 128), seed=seed)
-        found, gradients = losses_and_gradients(compiled, model, batch)
-        wanted, wanted_gradients = losses_and_gradients(eager, eager, batch)
-        assert_close(found, wanted, rtol=1e-5, atol=1e-6)
-        assert gradients.keys() == wanted_gradients.keys()
-        for name, gradient in wanted_gradients.items():
-            scale = gradient.abs().max().item()
-            assert_close(gradients[name], gradient, rtol=0, atol=1e-4 * scale, msg=name)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    batch = make_batch([3, 1, 0], size=(96, 128))
+    found, gradients = losses_and_gradients(compiled, model, batch)
+    wanted, wanted_gradients = losses_and_gradients(eager, eager, batch)
+    assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert_same_gradients(gradients, wanted_gradients, 1e-5)
     assert_close(model.criterion.loss_normalizer, eager.criterion.loss_normalizer)
-    if sum(box_counts):  # what eager refuses
-        batch[0]["instances"].gt_classes[0] = 4
-        assert all(loss.isnan() for loss in compiled(batch).values())
+    batch[0]["instances"].gt_classes[0] = 4  # what eager refuses
+    assert all(loss.isnan() for loss in compiled(batch).values())
 
 
-def test_ohem_compiles_around_its_search():
+def losses_gradients_and_counts(model, batch):
+    with EventStorage() as storage:
+        losses, gradients = losses_and_gradients(model, model, batch)
+    return losses, gradients, {name: value for name, (value, _) in storage.latest().items()}
+
+
+def assert_same_steps(model, eager, batches):
+    for batch in batches:
+        found, gradients, counts = losses_gradients_and_counts(model, batch)
+        wanted, wanted_gradients, wanted_counts = losses_gradients_and_counts(eager, batch)
+        assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        assert_same_gradients(gradients, wanted_gradients, 1e-5)
+        assert counts == wanted_counts and counts["num_pos_anchors"] >= 0
+    assert torch.equal(model.criterion.loss_normalizer, eager.criterion.loss_normalizer)
+
+
+def batches_of_all_kinds():
+    """Boxes of any number, none at all, and a region to ignore."""
+    size = (96, 128)
+    batches = [make_batch(counts, size=size) for counts in ([3, 1, 0], [0, 0, 0], [16, 5, 2])]
+    batches[1][2]["ignore_regions"] = torch.tensor([[0.0, 0.0, 60.0, 60.0]])
+    return batches
+
+
+R = "MODEL.RETINANET."
+
+
+@pytest.mark.parametrize(
+    ("backend", "loss", "box_loss", "normalizer"),
+    [
+        ("aot_eager", "focal", "smooth_l1", "foreground_ema"),
+        ("eager", "focal_star", "giou", "foreground"),
+        ("eager", "hinge", "ciou", "selected"),
+    ],
+)
+def test_a_compiled_step_is_one_graph_for_any_boxes_and_equals_eager(
+    backend, loss, box_loss, normalizer, compile_by
+):
+    """A break of the graph is an error, because the step compiles with ``fullgraph=True``."""
+    opts = [R + "CLS_LOSS.NAME", loss, R + "BBOX_REG_LOSS_TYPE", box_loss]
+    opts += [R + "LOSS_NORMALIZER", normalizer]
+    counter = compile_by(backend)
+    model = shrink(make_model, "MODEL.COMPILE", True, *opts).train()
+    eager = shrink(make_model, *opts).train()
+    assert_same_steps(model, eager, batches_of_all_kinds())
+    assert counter.frame_count == 1
+    batch = batches_of_all_kinds()[0]
+    batch[0]["instances"].gt_classes[0] = 4
+    with pytest.raises(InputError, match=r"0\.png: box 0, .* has class 4; "):
+        model(batch)
+
+
+class OneConvolution(nn.Module):
+    """A backbone of one level, and a head of a convolution per output: few kernels to generate."""
+
+    size_divisibility, padding_constraints = 32, {}
+
+    def __init__(self, *channels):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, each, 8, 8) for each in channels)
+
+    def forward(self, x):
+        if isinstance(x, torch.Tensor):
+            return {"p3": self.convs[0](x)}
+        return [[conv(level) for level in x] for conv in self.convs]
+
+
+def make_smallest(*opts):
+    model = make_model(R + "IN_FEATURES", ["p3"], *opts).train()
+    torch.manual_seed(0)
+    model.backbone, model.head = OneConvolution(3), OneConvolution(9 * 4, 9 * 4)
+    for conv in model.head.convs:
+        conv.weight = nn.Parameter(conv.weight[:, :, :1, :1].clone())
+        conv.stride = (1, 1)
+    return model
+
+
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="needs a C++ compiler")
+def test_generated_code_equals_eager(compile_by):
+    """Plain C++, without the search for the processor's instructions, which takes seconds."""
+    opts = [R + "LOSS_NORMALIZER", "foreground_batch", R + "IGNORE_IOA_THRESH", 0.0]
+    model, eager = make_smallest("MODEL.COMPILE", True, *opts), make_smallest(*opts)
+    compile_by("inductor")
+    plain = {"cpp.vec_isa_ok": False, "cpp_cache_precompile_headers": False, "compile_threads": 1}
+    with torch._inductor.config.patch(plain):
+        assert_same_steps(model, eager, batches_of_all_kinds())
+
+
+def test_sizes_are_compiled_until_they_are_dynamic_and_past_the_limit_run_eagerly(
+    compile_by, caplog
+):
+    counter = compile_by("eager")
+    model, eager = make_smallest("MODEL.COMPILE", True), make_smallest()
+    sizes = [(160, 192), (192, 160), (224, 256), (256, 192), (96, 416)]
+    assert_same_steps(model, eager, [make_batch([2, 0], size=size) for size in sizes])
+    assert counter.frame_count == 2
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=1), caplog.at_level("WARNING"):
+        assert_same_steps(model, eager, [make_batch([2, 0], size=size) for size in sizes])
+    lines = [r.getMessage() for r in caplog.records if "is not compiled" in r.getMessage()]
+    assert len(lines) == 1 and "(2, 3, 192, 160)" in lines[0] and "recompile_limit" in lines[0]
+
+
+def test_a_copy_is_compiled_as_the_model(compile_by):
+    """As the weight average is, which is evaluated in the model's place."""
+    counter = compile_by("eager")
+    average = copy.deepcopy(shrink(make_model, "MODEL.COMPILE", True)).eval()
+    with torch.no_grad():
+        average(make_batch([0], size=(96, 128)))
+    assert counter.frame_count > 0
+
+
+def test_an_explained_step_sees_what_compiled_code_hides(compile_by):
+    counter = compile_by("eager")
+    model = shrink(make_model, "MODEL.COMPILE", True).train()
+    step = InstrumentedPass(
+        model, make_batch([3, 0], size=(96, 128)), precision="float32", iteration=0, class_names=[]
+    )
+    assert step.terms["loss_cls"].sum() > 0 and step.predictions and counter.frame_count == 0
+
+
+def test_ohem_compiles_the_network_alone(compile_by):
     opts = ["MODEL.RETINANET.SELECTION.NAME", "ohem", "MODEL.RETINANET.LOSS_NORMALIZER", "selected"]
     batch = make_batch([3, 0], size=(96, 128))
-    torch._dynamo.reset()
-    compiled = torch.compile(shrink(make_model, *opts).train(), backend="eager")
+    counter = compile_by("eager")
+    compiled = shrink(make_model, "MODEL.COMPILE", True, *opts).train()
     assert_close(compiled(copy.deepcopy(batch)), shrink(make_model, *opts).train()(batch))
+    assert counter.frame_count > 0
 
 
 @pytest.fixture(scope="module")

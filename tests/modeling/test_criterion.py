@@ -15,7 +15,8 @@ from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES
 from retinanet_ext.losses.functional import elementwise_loss
 from retinanet_ext.modeling import RetinaNetCriterion
-from retinanet_ext.modeling.criterion import NORMALIZERS, resolve_cls_loss_weight
+from retinanet_ext.modeling.criterion import NORMALIZERS
+from retinanet_ext.modeling.loss_config import resolve_cls_loss_weight
 from retinanet_ext.modeling.matching import AnchorMatcher, label_anchors
 from retinanet_ext.sampling import OHEM
 

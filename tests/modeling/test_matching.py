@@ -17,6 +17,10 @@ from retinanet_ext.modeling.matching import (
     AnchorMatcher,
     ignore_anchors,
     label_anchors,
+    label_padded,
+    num_padded,
+    pad_regions,
+    pad_targets,
 )
 
 K = 5
@@ -140,6 +144,27 @@ def test_ties_on_a_grid(images, grid_anchors, rule, policy, block, on_host):
         assert_equal(rule, policy, Boxes(to_boxes(grid_anchors)), gt_instances)
 
 
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("policy", LOW_QUALITY_MATCHES)
+@pytest.mark.usefixtures("_on_host")
+def test_padding_matches_nothing(rule, policy, anchors):
+    """Labels and indices of the boxes alone, in every bit; ties, and an image without boxes."""
+    rng = torch.Generator().manual_seed(4)
+    picked = anchors.tensor[40::2997]
+    gt_instances = [make_gt(boxes) for boxes in (random_boxes(20, rng), picked, picked[:0])]
+    matcher = AnchorMatcher(*rule, policy)
+    boxes, classes = pad_targets(gt_instances, 32)
+    assert boxes.shape == (3, 32, 4) and classes.shape == (3, 32)
+    labels, matches = label_padded(matcher, anchors.tensor, boxes, classes, K)
+    for index, instances in enumerate(gt_instances):
+        alone = whole_matrix_labels(WholeMatrix(*rule, policy), anchors, [instances])
+        assert torch.equal(labels[index], alone[0][0]) and torch.equal(matches[index], alone[1][0])
+
+
+def test_number_of_padded_boxes():
+    assert [num_padded(count, 8) for count in (0, 8, 9, 16, 17, 1000)] == [8, 8, 16, 16, 32, 1024]
+
+
 def test_iou_is_detectron2s_in_every_bit(anchors):
     boxes = random_boxes(50, torch.Generator().manual_seed(1))
     for dtype in (torch.float32, torch.float64):  # with float32 anchors in either case
@@ -177,10 +202,12 @@ def test_background_in_a_region_is_ignored_by_the_share_of_the_anchor(anchors, o
     labels, _ = label_anchors(AnchorMatcher(*PAPER), anchors, gt_instances, K)
     regions = random_boxes(7, rng, low=60.0)
     sizes = [(256, 320), (200, 280)]
-    found = ignore_anchors(labels, anchors.tensor, [None, regions], sizes, K, overlap)
+    padded = pad_regions([None, regions], sizes)
+    found, counts = ignore_anchors(labels, anchors.tensor, *padded, K, overlap)
     visible = anchors.clone()
     visible.clip(sizes[1])
     inside = (pairwise_ioa(Boxes(regions), visible) >= overlap).any(0)
     assert torch.equal(found[0], labels[0])
     assert torch.equal(found[1], torch.where(inside & (labels[1] == K), -1, labels[1]))
-    assert (found[1] != labels[1]).sum() > 100 and (inside & (labels[1] < K)).any()
+    assert counts.tolist() == [0, (found[1] != labels[1]).sum()]
+    assert counts[1] > 100 and (inside & (labels[1] < K)).any()

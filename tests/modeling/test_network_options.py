@@ -1,14 +1,13 @@
 """Memory format, padding, generated code, precision: how the network is computed, not what."""
 
 import copy
-from functools import partialmethod
+from functools import partial
 
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling.meta_arch.dense_detector import DenseDetector
 from detectron2.structures import pairwise_iou
-from torch import nn
 from torch.testing import assert_close
 
 from detectors import assert_same_detections, make_batch, make_cfg, make_model
@@ -50,18 +49,20 @@ def test_channels_last_reaches_the_head_and_changes_rounding_alone():
     assert all(logits.is_contiguous(memory_format=torch.channels_last) for logits in seen)
 
 
-def test_compiled_network_is_one_graph_for_all_sizes(monkeypatch):
+def test_compiled_training_and_inference_are_one_graph_each(compile_by, monkeypatch):
     """Traced alone: generating code takes minutes."""
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    counter = compile_by("eager")
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, fullgraph=True))
     plain, other = pair("MODEL.COMPILE", True)
     assert set(plain.state_dict()) == set(other.state_dict())
-    for size in ((96, 128), (128, 96)):
-        assert_same_step(plain, other, make_batch([3, 0], size=size), rtol=1e-3, atol=1e-4)
+    assert_same_step(plain, other, make_batch([3, 0], size=(96, 128)), rtol=1e-3, atol=1e-4)
+    assert counter.frame_count == 1
     batch = make_batch([3, 0])
     with torch.no_grad():
         for wanted, found in zip(plain.eval()(batch), other.eval()(batch), strict=True):
             tolerances = {"rtol": 1e-3, "atol": 1e-5, "box_rtol": 1e-3, "box_atol": 1e-2}
             assert_same_detections(found["instances"], wanted["instances"], **tolerances)
+    assert counter.frame_count == 3  # and backbone and head
 
 
 @pytest.mark.parametrize("size", [(96, 130), (128, 128)])

@@ -2,7 +2,6 @@
 
 import copy
 import sys
-from functools import partialmethod
 
 import pytest
 import timm
@@ -89,9 +88,9 @@ def losses_and_gradients(model):
 
 
 @pytest.mark.parametrize("key", ["MODEL.COMPILE", "MODEL.CHANNELS_LAST"])
-def test_execution_changes_rounding_alone(key, monkeypatch):
+def test_execution_changes_rounding_alone(key, compile_by):
     """Compiled as one graph, and traced alone: generating code takes minutes."""
-    monkeypatch.setattr(nn.Module, "compile", partialmethod(nn.Module.compile, backend="eager"))
+    compile_by("eager")
     (losses, gradients), (expected, wanted) = (
         losses_and_gradients(make_model(*SMALL, key, value)) for value in (True, False)
     )
