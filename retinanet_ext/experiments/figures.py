@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import fill
 
 import matplotlib as mpl
 import numpy as np
@@ -20,7 +21,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from retinanet_ext.analysis.curves import loss_curve
 from retinanet_ext.analysis.plots import encode_figure
 from retinanet_ext.experiments.record import read_metrics
-from retinanet_ext.experiments.statistics import RowResult, TableResult
+from retinanet_ext.experiments.statistics import FAILS, HOLDS, RowResult, TableResult, Verdict
 from retinanet_ext.experiments.tables import ABOVE
 
 WIDTH = 8.6  # inches
@@ -64,6 +65,10 @@ DIAL = (
     "connect the means. Right: the mean's distance from the best loss at the same imbalance; bars "
     "are ± one standard deviation."
 )
+CLAIMS = (
+    "Difference in AP of each claim with its 95 % interval over seeds. Blue: the claim holds; red: "
+    "it does not; grey: it is not decided. A hollow diamond is the paper's difference."
+)
 TRAINING = (
     "Training curves, one panel per row and one line per seed: total loss (black) and "
     "classification loss (blue). Losses with different settings have different scales."
@@ -72,11 +77,18 @@ TRAINING = (
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: the name of its file, what it shows, and the SVG."""
+    """A figure.
+
+    Attributes:
+        name: of its file, without the suffix.
+        caption: what it shows.
+        is_detail: whether it belongs below the table, as training curves do.
+    """
 
     name: str
     caption: str
     svg: bytes
+    is_detail: bool = False
 
 
 def draw_figures(tables: Sequence[TableResult]) -> dict[str, list[Drawing]]:
@@ -96,11 +108,37 @@ def draw_figures(tables: Sequence[TableResult]) -> dict[str, list[Drawing]]:
         if name == "imbalance" and any(row.values("AP") for row in table.rows):
             svg = _svg(lambda table=table: draw_imbalance(table))
             figures[name].append(Drawing("imbalance", DIAL, svg))
+        if verdicts := [one for one in table.verdicts if one.difference is not None]:
+            svg = _svg(lambda verdicts=verdicts: draw_claims(verdicts))
+            figures[name].append(Drawing(f"claims_{name}", CLAIMS, svg))
         curves = {row: _curves(row) for row in table.measured}
         if any(curves.values()):
             svg = _svg(lambda curves=curves: draw_training(curves))
-            figures[name].append(Drawing(f"training_{name}", TRAINING, svg))
+            figures[name].append(Drawing(f"training_{name}", TRAINING, svg, is_detail=True))
     return figures
+
+
+def draw_claims(verdicts: Sequence[Verdict]) -> Figure:
+    """Draw the difference of each claim with its interval, beside the paper's difference."""
+    texts = [fill(verdict.claim.text, 52) for verdict in verdicts]
+    lines = [text.count("\n") + 1 for text in texts]
+    figure = Figure(figsize=(WIDTH, 0.8 + 0.2 * (sum(lines) + len(lines))), layout="constrained")
+    axes = figure.subplots()
+    places = [sum(lines[:i]) + lines[i] / 2 + i for i in range(len(lines))]
+    for place, verdict in zip(places, verdicts, strict=True):
+        colour = {HOLDS: BLUE, FAILS: RED}.get(verdict.word, GREY)
+        axes.plot(verdict.difference, place, "o", ms=5, color=colour)
+        if verdict.interval:
+            axes.plot(verdict.interval, [place, place], color=colour)
+        if verdict.paper_difference is not None:
+            axes.plot(verdict.paper_difference, place, "D", ms=5, mfc="none", color=INK)
+    axes.axvline(0, color=PALE, lw=0.9, zorder=0)
+    axes.set_yticks(places, texts, fontsize=8)
+    axes.set_ylim(sum(lines) + len(lines) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("difference in AP")
+    return figure
 
 
 def draw_training(curves: Mapping[RowResult, Sequence[np.ndarray]]) -> Figure:

@@ -50,7 +50,7 @@ class Results:
         words = [verdict.word for table in self.tables for verdict in table.verdicts]
         counts = {word: words.count(word) for word in WORDS if word in words}
         parts = ", ".join(f"{word} {number}" for word, number in counts.items())
-        return f"The paper's claims ({len(words)}): {parts}." if words else "No claim was tested."
+        return f"The claims ({len(words)}): {parts}." if words else "No claim was tested."
 
     @property
     def warnings(self) -> list[str]:
@@ -101,7 +101,8 @@ def read_results(campaign: Path) -> Results:
     """Read the records and configs in a campaign's folder.
 
     Raises:
-        InputError: the folder does not exist, a record cannot be read, or no run has ended
+        InputError: the folder does not exist, a record cannot be read, no run has ended, or the
+            seeds of a row have different configs
     """
     if not campaign.is_dir():
         raise InputError(f"{campaign}: there is no such folder; name one that the runner wrote")
@@ -123,6 +124,8 @@ def read_results(campaign: Path) -> Results:
         ]
         if any(row.runs for row in rows):
             tables.append(TableResult(table, tuple(rows)))
+    configs = {run.folder: _read_config(run.folder / "config.yaml") for run in shown}
+    _check_seeds_agree(shown, configs)
     full = [table for table in tables if len(table.measured) > 1] or tables
     return Results(
         campaign,
@@ -130,9 +133,29 @@ def read_results(campaign: Path) -> Results:
         tuple(shown),
         tuple(full),
         tuple(table.table.name for table in tables if table not in full),
-        {run.folder: _read_config(run.folder / "config.yaml") for run in shown},
+        configs,
         tuple(run for run in runs if run not in shown),
     )
+
+
+_PER_RUN = ("SEED", "OUTPUT_DIR", "MODEL.DEVICE", "DATASETS.CUSTOM.")
+"""Keys, and a prefix of keys, in which seeds of one row may differ: data are compared by digest."""
+
+
+def _check_seeds_agree(runs: Iterable[Record], configs: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Refuse seeds of one row whose saved configs differ, because their mean is of no one row."""
+    first: dict[str, Path] = {}  # key -> folder
+    for run in runs:
+        mine = configs[run.folder]
+        other = first.setdefault(run.key, run.folder) if mine else run.folder
+        theirs = configs[other]
+        for key in sorted(mine.keys() | theirs.keys()):
+            if not key.startswith(_PER_RUN) and mine.get(key) != theirs.get(key):
+                raise InputError(
+                    f"the seeds of {run.rows[0]} disagree about the configuration: {key} is "
+                    f"{theirs.get(key)} in {other} and {mine.get(key)} in {run.folder}; move one "
+                    "of the two folders away"
+                )
 
 
 def _distinct(values: Iterable[Any]) -> list[str]:

@@ -49,12 +49,17 @@ class Row:
 class Claim:
     """An ordering that the paper states or shows: the AP of ``better`` is above that of ``worse``.
 
-    If ``worse`` names several rows, the one with the highest AP counts.
+    Attributes:
+        text: the claim in words.
+        better, worse: names of rows; of several, the one with the highest AP counts.
+        than: two more rows. The claim is then that the lead of ``better`` over ``worse`` is above
+            the lead of the first of them over the second.
     """
 
     text: str
-    better: str
+    better: tuple[str, ...]
     worse: tuple[str, ...]
+    than: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,10 +201,11 @@ def _read_row(name: str, columns: Sequence[str], row: Mapping[str, Any]) -> Row:
 
 
 def _read_claim(text: str, names: Sequence[str]) -> Claim:
-    """Read ``better > worse: text``, where ``worse`` may be a pattern such as ``ohem*``."""
+    """Read ``better > worse: text``, each a name or a pattern such as ``ohem*``."""
     pair, _, words = text.partition(": ")
-    better, _, worse = pair.partition(" > ")
-    return Claim(words, better, tuple(name for name in names if fnmatchcase(name, worse)))
+    sides = pair.split(" > ")
+    better, worse = (tuple(name for name in names if fnmatchcase(name, side)) for side in sides)
+    return Claim(words, better, worse)
 
 
 def _read_tables() -> dict[str, Table]:
@@ -253,7 +259,7 @@ IMBALANCE = Table(
         for name, (loss, overrides) in DIAL_LOSSES.items()
     ),
     tuple(
-        Claim(f"at {ratio} focal is ahead of {loss}", f"focal-{ratio}", (f"{name}-{ratio}",))
+        Claim(f"at {ratio} focal is ahead of {loss}", (f"focal-{ratio}",), (f"{name}-{ratio}",))
         for ratio in IMBALANCE_DIAL
         for name, (loss, _) in DIAL_LOSSES.items()
         if name != "focal"
