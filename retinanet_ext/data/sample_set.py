@@ -154,6 +154,25 @@ that every point is evaluated on more than 200 boxes.
 """
 
 
+def objects_ratio(name: str) -> float:
+    """Return how many times fewer objects an image has than at 1:100, at a point of the dial."""
+
+    def per_image(point: Mapping[str, Any]) -> float:
+        return sum(point["NUM_OBJECTS"]) / 2 * (1 - point["EMPTY_FRACTION"])
+
+    return per_image(IMBALANCE_DIAL["1:100"]) / per_image(IMBALANCE_DIAL[name])
+
+
+PROPORTIONAL_DIAL = {
+    name: {**point, "NUM_TRAIN": round(objects_ratio(name) * point["NUM_TRAIN"])}
+    for name, point in IMBALANCE_DIAL.items()
+}
+"""The dial with as many training images as give every point about the same number of objects.
+
+They are 256, 800, 2560, 8000 and 23704 images with about 6400 objects.
+"""
+
+
 # Outlines in units of the object's radius: about the signed distance to the edge, negative inside.
 
 

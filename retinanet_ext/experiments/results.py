@@ -138,8 +138,8 @@ def read_results(campaign: Path) -> Results:
     )
 
 
-_PER_RUN = ("SEED", "OUTPUT_DIR", "MODEL.DEVICE", "DATASETS.CUSTOM.")
-"""Keys, and a prefix of keys, in which seeds of one row may differ: data are compared by digest."""
+_PER_RUN = ("SEED", "OUTPUT_DIR", "MODEL.DEVICE", "MODEL.TIMM.WEIGHTS", "DATASETS.CUSTOM.")
+"""What seeds of one row may differ in. Data and weights are compared by their content."""
 
 
 def _check_seeds_agree(runs: Iterable[Record], configs: Mapping[Path, Mapping[str, Any]]) -> None:
@@ -189,10 +189,11 @@ def _budget(config: Mapping[str, Any]) -> str:
     if "MODEL.RESNETS.DEPTH" not in config:
         return ""
     name = "ResNet" if config["MODEL.RESNETS.NUM_GROUPS"] == 1 else "ResNeXt"
+    name = config.get("MODEL.TIMM.NAME") or f"{name}-{config['MODEL.RESNETS.DEPTH']}"
     sizes = {*config["INPUT.MIN_SIZE_TRAIN"], config["INPUT.MIN_SIZE_TEST"]}
     pixels = " to ".join(dict.fromkeys(map(str, (min(sizes), max(sizes)))))
     return (
-        f"{name}-{config['MODEL.RESNETS.DEPTH']}-FPN, {pixels} px, "
+        f"{name}-FPN, {pixels} px, "
         f"{config['SOLVER.MAX_ITER']} iterations of {config['SOLVER.IMS_PER_BATCH']} images, "
         f"learning rate {config['SOLVER.BASE_LR']:g}"
     )

@@ -314,6 +314,40 @@ def test_what_no_row_could_run_with_is_refused_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("tables", "opts", "answer"),
+    [
+        (["init"], [], "table init needs MODEL.TIMM.WEIGHTS FILE"),
+        (["init"], ["MODEL.TIMM.WEIGHTS", "/nowhere.pth"], "/nowhere.pth, which is not a file"),
+        (["init", "budget"], ["MODEL.TIMM.WEIGHTS", "a.pth"], "init cannot be run by one command"),
+    ],
+)
+def test_weights_that_a_table_needs(tables, opts, answer, root, tmp_path):
+    with pytest.raises(InputError, match=answer):
+        campaign, runs = plan(root, tmp_path / "out", tables=tables, opts=[*OPTS, *opts])
+        runner.run_campaign(campaign, runs, root=root, log=lambda line: None)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_told_apart_by_content(tmp_path):
+    keys = []
+    for name, content in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).write_bytes(content)
+        opts = [*OPTS, "MODEL.TIMM.WEIGHTS", str(tmp_path / name)]
+        _, runs = plan(ROOT, tmp_path, "ce.50-imagenet", tables=["init"], opts=opts)
+        keys += [run.key for run in runs]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_grids_share_the_rows_of_one_config(tmp_path):
+    """At 1 x the budget and at the common rate, four losses are those of tables 1a, 1b and 1d."""
+    _, runs = plan(ROOT, tmp_path, tables=("budget", "fair-steps", "1a", "1b"))
+    of = {name: run.key for run in runs for name in run.rows}
+    for name, paper in (("ce.50", "1a/alpha.50"), ("ce.75", "1b/gamma0"), ("focal.25", "3/focal")):
+        assert of[f"budget/{name}-1x"] == of[f"fair-steps/{name}-common"] == of[paper]
+    assert len(runs) == 18 + 18 - 6 + 7 + 8 - 1 - 4
+
+
 @pytest.mark.parametrize(("name", "option"), [("seeds", "--seeds"), ("num_gpus", "--num-gpus")])
 def test_numbers_of_nothing(name, option, tmp_path):
     with pytest.raises(InputError, match=f"{option} must be at least 1"):
