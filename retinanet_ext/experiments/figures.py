@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from textwrap import fill
@@ -19,25 +18,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from retinanet_ext.analysis.curves import loss_curve
-from retinanet_ext.analysis.plots import encode_figure
+from retinanet_ext.experiments.drawing import (
+    BLUE,
+    GREY,
+    INK,
+    PALE,
+    PALETTE,
+    RED,
+    WIDTH,
+    Drawing,
+    render_svg,
+)
+from retinanet_ext.experiments.grid_figures import GRID_FIGURES
 from retinanet_ext.experiments.record import read_metrics
 from retinanet_ext.experiments.statistics import FAILS, HOLDS, RowResult, TableResult, Verdict
 from retinanet_ext.experiments.tables import ABOVE
 
-WIDTH = 8.6  # inches
-INK, GREY, PALE, BLUE, RED = "#222222", "#8a8a8a", "#c8c8c8", "#0072b2", "#d55e00"
-PALETTE = (BLUE, RED, "#009e73", "#a8578f", "#c98a00", INK)
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "legend.frameon": False,
-    "lines.linewidth": 1.2,
-    "text.parse_math": False,
-}
 MAX_POINTS = 150  # of a training curve
 MAX_LOSS = 100  # upper limit of the axis of training curves, as a multiple of the median
 
@@ -75,22 +71,6 @@ TRAINING = (
 )
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A figure.
-
-    Attributes:
-        name: of its file, without the suffix.
-        caption: what it shows.
-        is_detail: whether it belongs below the table, as training curves do.
-    """
-
-    name: str
-    caption: str
-    svg: bytes
-    is_detail: bool = False
-
-
 def draw_figures(tables: Sequence[TableResult]) -> dict[str, list[Drawing]]:
     """Return the figures of each table, by the table's name."""
     by_name = {table.table.name: table for table in tables}
@@ -99,21 +79,25 @@ def draw_figures(tables: Sequence[TableResult]) -> dict[str, list[Drawing]]:
         table for name in ("1e", "2") if (table := by_name.get(name)) and _with_speed(table.rows)
     ]
     if speed:
-        drawing = Drawing("figure_2", SPEED, _svg(lambda: draw_speed(speed)))
+        drawing = Drawing("figure_2", SPEED, render_svg(lambda: draw_speed(speed)))
         figures[speed[0].table.name].append(drawing)
     for name, table in by_name.items():
         if name == "fig7":
-            svg = _svg(lambda table=table: draw_focal_star(table))
+            svg = render_svg(lambda table=table: draw_focal_star(table))
             figures[name].append(Drawing("figure_7", FOCAL_STAR, svg))
         if name == "imbalance" and any(row.values("AP") for row in table.rows):
-            svg = _svg(lambda table=table: draw_imbalance(table))
+            svg = render_svg(lambda table=table: draw_imbalance(table))
             figures[name].append(Drawing("imbalance", DIAL, svg))
+        if name in GRID_FIGURES and any(row.values("AP") for row in table.rows):
+            caption, draw = GRID_FIGURES[name]
+            svg = render_svg(lambda table=table, draw=draw: draw(table))
+            figures[name].append(Drawing(name, caption, svg))
         if verdicts := [one for one in table.verdicts if one.difference is not None]:
-            svg = _svg(lambda verdicts=verdicts: draw_claims(verdicts))
+            svg = render_svg(lambda verdicts=verdicts: draw_claims(verdicts))
             figures[name].append(Drawing(f"claims_{name}", CLAIMS, svg))
         curves = {row: _curves(row) for row in table.measured}
         if any(curves.values()):
-            svg = _svg(lambda curves=curves: draw_training(curves))
+            svg = render_svg(lambda curves=curves: draw_training(curves))
             figures[name].append(Drawing(f"training_{name}", TRAINING, svg, is_detail=True))
     return figures
 
@@ -262,11 +246,6 @@ def draw_imbalance(table: TableResult) -> Figure:
 def imbalance(row: RowResult) -> float:
     """Return the number of background anchors per foreground anchor in a row of the dial."""
     return float(row.row.settings["background : foreground"].partition(":")[0])
-
-
-def _svg(draw: Callable[[], Figure]) -> bytes:
-    with mpl.rc_context(STYLE):
-        return encode_figure(draw(), ".svg")
 
 
 def _curves(row: RowResult) -> list[np.ndarray]:

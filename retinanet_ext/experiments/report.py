@@ -14,6 +14,7 @@ from detectron2.config import get_cfg
 from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.figures import Drawing, draw_figures
+from retinanet_ext.experiments.grid_report import grid_blocks
 from retinanet_ext.experiments.record import read_json
 from retinanet_ext.experiments.results import Results, flatten, read_results
 from retinanet_ext.experiments.statistics import (
@@ -142,6 +143,7 @@ def _table(result: TableResult, drawings: Sequence[Drawing]) -> Iterator[str]:
     """Yield the answer in words, its figures, the table, and then the training curves."""
     table = result.table
     yield f"## {escape(result.heading)}"
+    yield from grid_blocks(result)
     if result.summary:
         yield "\n".join(f"- {escape(sentence)}" for sentence in result.summary)
     for drawing in drawings:

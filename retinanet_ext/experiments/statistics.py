@@ -32,7 +32,7 @@ RULE = (
 SAID_BY_VALUE = ("loss", "method", "backbone", "background : foreground")
 """Columns whose values need no column name beside them."""
 
-OTHER_DATA = ("imbalance",)
+OTHER_DATA = ("imbalance", "dial")
 """Tables whose rows have different test sets. Their APs cannot be compared."""
 
 SHOWN = ("AP", "AP50", "AP75")
@@ -306,6 +306,12 @@ def probability(value: float | None) -> str:
     if value is None:
         return "–"
     return "< .001" if value < 0.0005 else f"{value:.3f}".removeprefix("0")
+
+
+def lead(a: Sequence[float], b: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Return mean(a) - mean(b), and its interval unless one of them has a single seed."""
+    found = contrast([(1.0, a), (-1.0, b)])
+    return fmean(a) - fmean(b), found.interval if found else None
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
