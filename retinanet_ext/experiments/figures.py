@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from retinanet_ext.analysis.curves import loss_curve
-from retinanet_ext.experiments.drawing import (
+from retinanet_ext.experiments.figure_style import (
     BLUE,
     GREY,
     INK,
@@ -94,7 +94,7 @@ def draw_figures(tables: Sequence[TableResult]) -> dict[str, list[Drawing]]:
             figures[name].append(Drawing(name, caption, svg))
         if verdicts := [one for one in table.verdicts if one.difference is not None]:
             svg = render_svg(lambda verdicts=verdicts: draw_claims(verdicts))
-            figures[name].append(Drawing(f"claims_{name}", CLAIMS, svg))
+            figures[name].append(Drawing(f"claims_{name}", CLAIMS, svg, name in GRID_FIGURES))
         curves = {row: _curves(row) for row in table.measured}
         if any(curves.values()):
             svg = render_svg(lambda curves=curves: draw_training(curves))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from retinanet_ext.data.sample_set import IMBALANCE_DIAL, PROPORTIONAL_DIAL, objects_ratio
+from retinanet_ext.data.dial import IMBALANCE_DIAL, PROPORTIONAL_DIAL, objects_ratio
 from retinanet_ext.experiments.rows import (
     Claim,
     Row,

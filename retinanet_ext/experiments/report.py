@@ -143,9 +143,9 @@ def _table(result: TableResult, drawings: Sequence[Drawing]) -> Iterator[str]:
     """Yield the answer in words, its figures, the table, and then the training curves."""
     table = result.table
     yield f"## {escape(result.heading)}"
-    yield from grid_blocks(result)
     if result.summary:
         yield "\n".join(f"- {escape(sentence)}" for sentence in result.summary)
+    yield from grid_blocks(result)
     for drawing in drawings:
         if not drawing.is_detail:
             yield from _drawing(drawing)

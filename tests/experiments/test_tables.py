@@ -342,7 +342,7 @@ def test_every_point_of_the_dial_shows_the_same_number_of_objects():
         cfg = row_config(PRESETS["gpu"], row, 1, (), CONFIGS)
         images = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
         assert images * boxes == pytest.approx(450 * 8 * 8.0, rel=0.02)
-        assert cfg.DATASETS.SAMPLE.NUM_TRAIN * boxes == pytest.approx(800 * 8.0, rel=0.02)
+        assert cfg.DATASETS.SAMPLE.NUM_TRAIN * boxes == pytest.approx(400 * 8.0, rel=0.02)
         assert cfg.MODEL.RETINANET.LOSS_NORMALIZER == "foreground"
 
 

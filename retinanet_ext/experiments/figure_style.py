@@ -33,7 +33,7 @@ class Drawing:
     Attributes:
         name: of its file, without the suffix.
         caption: what it shows.
-        is_detail: whether it belongs below the table, as training curves do.
+        is_detail: whether it belongs below the table; a question has one figure above.
     """
 
     name: str
