@@ -140,7 +140,10 @@ def best_rates(table: TableResult) -> list[tuple[str, ...]]:
         best = max(full, key=lambda factor: fmean(full[factor].values("AP")))
         common = rates[1.0].values("AP") if 1.0 in rates else []
         held_out = rate_by_other_seeds(
-            [{run.seed: run.metrics["AP"] or 0.0 for run in row.finished} for row in full.values()]
+            [
+                {run.seed: ap for run in row.finished if (ap := run.metrics.get("AP")) is not None}
+                for row in full.values()
+            ]
         )
         own = with_spread(full[best].values("AP"))
         cells.append((escape(loss), with_spread(common), f"x {best:g}", own, number(held_out)))

@@ -220,7 +220,11 @@ def _runs(results: Results) -> Iterator[str]:
     yield "## Every run"
     text = "All settings and metrics of each run are in `runs.csv`."
     if results.sparse:
-        text += f" Tables with only one row that was run are left out: {', '.join(results.sparse)}."
+        names = ", ".join(results.sparse)
+        text += (
+            " Tables of which one row was run, or rows of other tables alone, are left out: "
+            f"{names}."
+        )
     yield text
     yield markdown_table(
         ("folder", "rows", "seed", "status", "iterations", "starts", "wall time", "commit"),

@@ -13,6 +13,7 @@ import yaml
 
 from retinanet_ext.data.coco_json import count
 from retinanet_ext.errors import InputError
+from retinanet_ext.experiments.grids import GRIDS
 from retinanet_ext.experiments.record import UNFINISHED, Record, read_json, read_records
 from retinanet_ext.experiments.statistics import (
     WORDS,
@@ -31,7 +32,7 @@ class Results:
         info: the content of ``campaign.json``.
         tables: the tables in which at least two rows were run; if there are none, those with one.
         sparse: names of the tables left out. A run counts in every table that has its config, so
-            running one table leaves single rows in others.
+            running one table leaves single rows in others, and one level of a grid.
         configs: run's folder -> its config, flat: key -> value.
         superseded: runs left out, because their rows' config has changed since.
     """
@@ -126,7 +127,8 @@ def read_results(campaign: Path) -> Results:
             tables.append(TableResult(table, tuple(rows)))
     configs = {run.folder: _read_config(run.folder / "config.yaml") for run in shown}
     _check_seeds_agree(shown, configs)
-    full = [table for table in tables if len(table.measured) > 1] or tables
+    full = [table for table in tables if len(table.measured) > 1 and _has_own_runs(table)]
+    full = full or tables
     return Results(
         campaign,
         read_json(campaign / "campaign.json"),
@@ -136,6 +138,13 @@ def read_results(campaign: Path) -> Results:
         configs,
         tuple(run for run in runs if run not in shown),
     )
+
+
+def _has_own_runs(table: TableResult) -> bool:
+    """Return whether more was run of a grid than the rows that other tables have as well."""
+    runs = [run for row in table.rows for run in row.runs]
+    name = table.table.name
+    return name not in GRIDS or any(run.rows[0].startswith(f"{name}/") for run in runs)
 
 
 _PER_RUN = ("SEED", "OUTPUT_DIR", "MODEL.DEVICE", "MODEL.TIMM.WEIGHTS", "DATASETS.CUSTOM.")

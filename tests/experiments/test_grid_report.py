@@ -9,6 +9,7 @@ from experiments.campaigns import add_run, make_campaign
 from retinanet_ext.experiments.gradient_share import positive_share, share_of_row
 from retinanet_ext.experiments.grid_report import crossings, rate_by_other_seeds
 from retinanet_ext.experiments.report import write_report
+from retinanet_ext.experiments.results import read_results
 from retinanet_ext.experiments.tables import TABLES
 from retinanet_ext.losses import bind_loss
 
@@ -97,3 +98,14 @@ def test_every_question_has_an_answer_a_figure_and_a_table(report):
         files = (name, f"claims_{name}")
         figure, claims = (section.index(f"(figures/{file}.svg)") for file in files)
         assert figure < section.index("AP of each seed") < claims
+
+
+def test_rows_of_other_tables_do_not_open_a_grid(tmp_path):
+    """Of budget, table 1b has the rows at 1 x alone; a run of budget itself shows the table."""
+    campaign = make_campaign(tmp_path / "gpu-0123abcd")
+    shared = ["1b/gamma0", "budget/ce.75-1x"], ["1b/gamma2.0", "budget/focal.25-1x"]
+    for rows in shared:
+        add_run(campaign, "1b", rows[0].partition("/")[2], 1, 30.0, rows=rows)
+    assert [table.table.name for table in read_results(campaign).tables] == ["1b"]
+    add_run(campaign, "budget", "ce.75-3x", 1, 30.0)
+    assert [table.table.name for table in read_results(campaign).tables] == ["1b", "budget"]

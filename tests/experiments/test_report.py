@@ -208,7 +208,7 @@ def test_tables_with_one_shared_row_are_left_out_and_claim_nothing(campaign):
     assert results.sparse == ("1b", "3", "prior")
     assert results.headline == ("The claims (4): is not decided (one seed) 1, not measured 3.")
     markdown = write_report(campaign)[1].read_text(encoding="utf-8")
-    assert "only one row that was run are left out: 1b, 3, prior." in markdown
+    assert "rows of other tables alone, are left out: 1b, 3, prior." in markdown
 
 
 def test_the_best_row_is_that_of_the_highest_mean(campaign):
