@@ -122,7 +122,13 @@ def experiments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     listing = commands.add_parser("list", help="show the tables, or the rows of one")
     listing.add_argument("--table", action="append", default=[], metavar="NAME")
     run = commands.add_parser("run", help="run rows that are not finished yet", allow_abbrev=False)
-    run.add_argument("--table", action="append", default=[], metavar="NAME", help="default: all")
+    run.add_argument(
+        "--table",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="default: all that need no weights",
+    )
     run.add_argument("--row", action="append", default=[], metavar="NAME", help="default: all")
     presets = "; ".join(f"{preset.name}: {preset.what}" for preset in PRESETS.values())
     run.add_argument("--preset", required=True, metavar="NAME", help=presets)
