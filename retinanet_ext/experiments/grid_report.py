@@ -64,7 +64,7 @@ def _crossing(
     said = "; ".join(f"{with_interval(*found)} at {x:g}" for x, found in leads.items())
     crossed = [(x, y) for x, y in pairwise(leads) if (leads[x][0] > 0) != (leads[y][0] > 0)]
     if not crossed:
-        side = "ahead of" if next(iter(leads.values()))[0] > 0 else "not ahead of"
+        side = "ahead of" if next(iter(leads.values()))[0] > 0 else "behind"
         return (
             f"{label} does not cross {REFERENCE_LABEL}: by the means it is {side} it at every "
             f"number of iterations ({said})."

@@ -40,7 +40,7 @@ def test_a_crossing_within_the_interval_is_not_decided():
 def test_lines_that_do_not_cross():
     reference = {100: [30.0, 30.2], 900: [40.0, 40.2]}
     (sentence,) = crossings({REFERENCE: reference, "focal": {100: [20.0], 900: [21.0]}})
-    assert "does not cross CE, α = .75: by the means it is not ahead of it at every" in sentence
+    assert "does not cross CE, α = .75: by the means it is behind it at every" in sentence
     assert crossings({REFERENCE: reference, "focal": {100: [20.0]}}) == []
     assert crossings({"focal": {100: [20.0], 900: [21.0]}}) == []
 
