@@ -186,6 +186,8 @@ def _draw_points(
 def _log_axis(axes: Axes, points: Points, label: str) -> None:
     places = sorted({x for line in points.values() for x in line})
     axes.set_xscale("log")
+    if places:
+        axes.set_xlim(0.8 * places[0], 1.25 * places[-1])
     axes.set_xticks(places, [f"{x:g}" for x in places])
     axes.set_xticks([], minor=True)
     axes.set_xlabel(label)
