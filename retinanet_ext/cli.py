@@ -144,7 +144,13 @@ def experiments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     listing = commands.add_parser("list", help="show the tables, or the rows of one")
     listing.add_argument("--table", action="append", default=[], metavar="NAME")
     run = commands.add_parser("run", help="run rows that are not finished yet", allow_abbrev=False)
-    run.add_argument("--table", action="append", default=[], metavar="NAME", help="default: all")
+    run.add_argument(
+        "--table",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="default: all that need no weights",
+    )
     run.add_argument("--row", action="append", default=[], metavar="NAME", help="default: all")
     presets = "; ".join(f"{preset.name}: {preset.what}" for preset in PRESETS.values())
     run.add_argument("--preset", required=True, metavar="NAME", help=presets)
@@ -194,6 +200,28 @@ def _run_rows(args: argparse.Namespace) -> int:
     return int(len(records) < len(runs) or any(run.status == FAILED for run in records))
 
 
+def sample_set(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
+    """Draw the sample set at a point of the imbalance dial, as COCO json and images."""
+    from retinanet_ext.data.dial import PROPORTIONAL_DIAL
+    from retinanet_ext.data.sample_set import SampleSet, export_sample_set
+
+    parser.epilog = "docs/dial.md says how another detector is put on the dial"
+    parser.add_argument("folder", type=Path, help="a new folder: {train,val}.json, train/, val/")
+    ratio = "foreground to background anchors; default: 1:100"
+    parser.add_argument("--ratio", choices=PROPORTIONAL_DIAL, default="1:100", help=ratio)
+    number = {"type": int, "metavar": "N"}
+    parser.add_argument("--num-train", **number, help="images; default: as table dial")
+    parser.add_argument("--num-val", **number, help="images; default: as table dial")
+    parser.add_argument("--seed", **number, default=0, help="other pictures of the same kind")
+    args = parser.parse_args(argv)
+    keys = SampleSet.config_defaults() | PROPORTIONAL_DIAL[args.ratio] | {"SEED": args.seed}
+    numbers = {"NUM_TRAIN": args.num_train, "NUM_VAL": args.num_val}
+    keys |= {key: value for key, value in numbers.items() if value is not None}
+    export_sample_set(SampleSet.from_config(keys), args.folder)
+    print(f"Wrote {args.folder}: {keys['NUM_TRAIN']} + {keys['NUM_VAL']} images")
+    return 0
+
+
 def replay(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Repeat a training step that was not finite, from the file that training saved of it."""
     from detectron2.utils.logger import setup_logger
@@ -238,6 +266,7 @@ COMMANDS: dict[str, Callable[[argparse.ArgumentParser, Sequence[str]], int]] = {
     "analyze-loss": run_commands.analyze_loss,
     "plot-losses": plot_losses,
     "experiments": experiments,
+    "sample-set": sample_set,
     "replay": replay,
     "doctor": doctor,
 }

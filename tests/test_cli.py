@@ -38,7 +38,7 @@ def test_every_command_has_help_under_its_own_name(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([command, "--help"])
     assert ended.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: retinanet-ext {command} [-h] ")
+    assert capsys.readouterr().out.startswith(f"usage: retinanet-ext {command} [-h]")
 
 
 def test_argument_errors_and_input_errors_look_the_same(tmp_path, capsys):

@@ -112,48 +112,6 @@ class SampleSet:
         return cls(**values)
 
 
-IMBALANCE_DIAL: dict[str, dict[str, Any]] = {
-    name: {
-        "NUM_TRAIN": 800,
-        "NUM_VAL": num_val,
-        "IMAGE_SIZE": 192,
-        "NUM_OBJECTS": num_objects,
-        "OBJECT_SIZE": [16, 32],
-        "NUM_CLUTTER": [6, 12],
-        "EMPTY_FRACTION": empty_fraction,
-    }
-    for name, num_objects, empty_fraction, num_val in (
-        ("1:30", [22, 28], 0.0, 100),
-        ("1:100", [6, 10], 0.0, 100),
-        ("1:300", [1, 4], 0.0, 200),
-        ("1:1000", [1, 1], 0.2, 300),
-        ("1:3000", [1, 1], 0.73, 800),
-    )
-}
-"""Ratio of foreground to background anchors -> keys of ``DATASETS.SAMPLE`` that give about it.
-
-The ratio holds for levels P3 to P7 with the paper's 9 anchors per cell, ``BASE_SCALE`` 2.0, images
-at their own size and ``DATALOADER.FILTER_EMPTY_ANNOTATIONS`` False (otherwise the last two are
-about 1:800). Counted over the labels of all anchors:
-
-====== ======= ======= =============== ===============
-name   train   val     boxes per image empty images
-====== ======= ======= =============== ===============
-1:30   1:30    1:29    24.9            none
-1:100  1:98    1:98    8.0             none
-1:300  1:323   1:316   2.5             none
-1:1000 1:1056  1:1027  0.8             20 %
-1:3000 1:3068  1:2887  0.3             73 %
-====== ======= ======= =============== ===============
-
-Only the number of objects and the share of empty images differ; each object has about 8.6
-foreground anchors everywhere. The number of positives per iteration and the background per object
-of the validation set, which costs precision, change as well. Compare losses at one point: a curve
-over the points does not show the effect of imbalance on training alone. ``NUM_VAL`` differs so
-that every point is evaluated on more than 200 boxes.
-"""
-
-
 # Outlines in units of the object's radius: about the signed distance to the edge, negative inside.
 
 
@@ -201,6 +159,38 @@ _CLUTTER: tuple[_Outline, ...] = (
     lambda u, v: np.abs(_square(u, v) + 0.12) - 0.12,  # hollow square
     lambda u, v: np.maximum(_square(u, v), 0.2 - np.abs(v * 3 - np.round(v * 3))),  # stripes
 )
+
+
+def export_sample_set(parameters: SampleSet, folder: Path) -> None:
+    """Draw a sample set into a folder of its own choice, for other detectors.
+
+    Args:
+        parameters: what to draw.
+        folder: gets ``train.json`` and ``val.json`` in COCO's format and the folders ``train`` and
+            ``val`` of their images; it must be empty or not exist.
+
+    Raises:
+        InputError: the folder holds something or cannot be written, or no object was drawn
+    """
+    if folder.is_dir() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; name a new folder")
+    unfinished = folder.with_name(f"{folder.name}.unfinished-{uuid.uuid4().hex}")
+    try:
+        _write(parameters, unfinished)
+        for split in ("train", "val"):
+            content = json.loads((unfinished / f"{split}.json").read_text())
+            if not content["annotations"]:
+                raise InputError(
+                    f"none of the {len(content['images'])} {split} images has an object, because "
+                    f"{parameters.empty_fraction:.0%} of images are empty at this ratio; draw more"
+                )
+        unfinished.rename(folder)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: the sample set cannot be written: {error.strerror or error}"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def make_sample_set(parameters: SampleSet, root: str | os.PathLike[str]) -> Path:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
+from textwrap import fill
 
 import matplotlib as mpl
 import numpy as np
@@ -18,25 +18,22 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from retinanet_ext.analysis.curves import loss_curve
-from retinanet_ext.analysis.plots import encode_figure
+from retinanet_ext.experiments.figure_style import (
+    BLUE,
+    GREY,
+    INK,
+    PALE,
+    PALETTE,
+    RED,
+    WIDTH,
+    Drawing,
+    render_svg,
+)
+from retinanet_ext.experiments.grid_figures import GRID_FIGURES
 from retinanet_ext.experiments.record import read_metrics
-from retinanet_ext.experiments.statistics import RowResult, TableResult
+from retinanet_ext.experiments.statistics import FAILS, HOLDS, RowResult, TableResult, Verdict
 from retinanet_ext.experiments.tables import ABOVE
 
-WIDTH = 8.6  # inches
-INK, GREY, PALE, BLUE, RED = "#222222", "#8a8a8a", "#c8c8c8", "#0072b2", "#d55e00"
-PALETTE = (BLUE, RED, "#009e73", "#a8578f", "#c98a00", INK)
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": GREY,
-    "legend.frameon": False,
-    "lines.linewidth": 1.2,
-    "text.parse_math": False,
-}
 MAX_POINTS = 150  # of a training curve
 MAX_LOSS = 100  # upper limit of the axis of training curves, as a multiple of the median
 
@@ -64,19 +61,14 @@ DIAL = (
     "connect the means. Right: the mean's distance from the best loss at the same imbalance; bars "
     "are ± one standard deviation."
 )
+CLAIMS = (
+    "Difference in AP of each claim with its 95 % interval over seeds. Blue: the claim holds; red: "
+    "it does not; grey: it is not decided. A hollow diamond is the paper's difference."
+)
 TRAINING = (
     "Training curves, one panel per row and one line per seed: total loss (black) and "
     "classification loss (blue). Losses with different settings have different scales."
 )
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure: the name of its file, what it shows, and the SVG."""
-
-    name: str
-    caption: str
-    svg: bytes
 
 
 def draw_figures(tables: Sequence[TableResult]) -> dict[str, list[Drawing]]:
@@ -87,20 +79,50 @@ def draw_figures(tables: Sequence[TableResult]) -> dict[str, list[Drawing]]:
         table for name in ("1e", "2") if (table := by_name.get(name)) and _with_speed(table.rows)
     ]
     if speed:
-        drawing = Drawing("figure_2", SPEED, _svg(lambda: draw_speed(speed)))
+        drawing = Drawing("figure_2", SPEED, render_svg(lambda: draw_speed(speed)))
         figures[speed[0].table.name].append(drawing)
     for name, table in by_name.items():
         if name == "fig7":
-            svg = _svg(lambda table=table: draw_focal_star(table))
+            svg = render_svg(lambda table=table: draw_focal_star(table))
             figures[name].append(Drawing("figure_7", FOCAL_STAR, svg))
         if name == "imbalance" and any(row.values("AP") for row in table.rows):
-            svg = _svg(lambda table=table: draw_imbalance(table))
+            svg = render_svg(lambda table=table: draw_imbalance(table))
             figures[name].append(Drawing("imbalance", DIAL, svg))
+        if name in GRID_FIGURES and any(row.values("AP") for row in table.rows):
+            caption, draw = GRID_FIGURES[name]
+            svg = render_svg(lambda table=table, draw=draw: draw(table))
+            figures[name].append(Drawing(name, caption, svg))
+        if verdicts := [one for one in table.verdicts if one.difference is not None]:
+            svg = render_svg(lambda verdicts=verdicts: draw_claims(verdicts))
+            figures[name].append(Drawing(f"claims_{name}", CLAIMS, svg, name in GRID_FIGURES))
         curves = {row: _curves(row) for row in table.measured}
         if any(curves.values()):
-            svg = _svg(lambda curves=curves: draw_training(curves))
-            figures[name].append(Drawing(f"training_{name}", TRAINING, svg))
+            svg = render_svg(lambda curves=curves: draw_training(curves))
+            figures[name].append(Drawing(f"training_{name}", TRAINING, svg, is_detail=True))
     return figures
+
+
+def draw_claims(verdicts: Sequence[Verdict]) -> Figure:
+    """Draw the difference of each claim with its interval, beside the paper's difference."""
+    texts = [fill(verdict.claim.text, 52) for verdict in verdicts]
+    lines = [text.count("\n") + 1 for text in texts]
+    figure = Figure(figsize=(WIDTH, 0.8 + 0.2 * (sum(lines) + len(lines))), layout="constrained")
+    axes = figure.subplots()
+    places = [sum(lines[:i]) + lines[i] / 2 + i for i in range(len(lines))]
+    for place, verdict in zip(places, verdicts, strict=True):
+        colour = {HOLDS: BLUE, FAILS: RED}.get(verdict.word, GREY)
+        axes.plot(verdict.difference, place, "o", ms=5, color=colour)
+        if verdict.interval:
+            axes.plot(verdict.interval, [place, place], color=colour)
+        if verdict.paper_difference is not None:
+            axes.plot(verdict.paper_difference, place, "D", ms=5, mfc="none", color=INK)
+    axes.axvline(0, color=PALE, lw=0.9, zorder=0)
+    axes.set_yticks(places, texts, fontsize=8)
+    axes.set_ylim(sum(lines) + len(lines) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("difference in AP")
+    return figure
 
 
 def draw_training(curves: Mapping[RowResult, Sequence[np.ndarray]]) -> Figure:
@@ -224,11 +246,6 @@ def draw_imbalance(table: TableResult) -> Figure:
 def imbalance(row: RowResult) -> float:
     """Return the number of background anchors per foreground anchor in a row of the dial."""
     return float(row.row.settings["background : foreground"].partition(":")[0])
-
-
-def _svg(draw: Callable[[], Figure]) -> bytes:
-    with mpl.rc_context(STYLE):
-        return encode_figure(draw(), ".svg")
 
 
 def _curves(row: RowResult) -> list[np.ndarray]:

@@ -21,10 +21,11 @@ from retinanet_ext.experiments.presets import (
     Preset,
     find_preset,
     find_rows,
+    merge_row,
     row_arguments,
     row_config,
 )
-from retinanet_ext.experiments.tables import Row, Table
+from retinanet_ext.experiments.tables import TABLES, Row, Table
 
 SIDES = ("TRAIN", "TEST")
 
@@ -98,17 +99,21 @@ def plan(
     check_processes(num_gpus)
     _check_opts(preset, chosen, opts)
     configs = root / "configs"
-    base = row_config(preset, Row("base", {}, {}), 0, opts, configs)
+    (needs,) = {table.needs for table, _ in chosen}
+    model = chosen[0][1].model if needs else "R50"
+    base = row_config(preset, Row("base", {}, {}, model=model), 0, opts, configs)
     digests = _file_digests(base)
+    alike = [table.name for table in TABLES.values() if needs and table.needs == needs]
+    names = {f"{table.name}/{row.name}" for table, row in chosen}
     rows_of: dict[str, list[str]] = {}  # key -> table/row
-    keys: dict[str, str] = {}
-    for table, row in find_rows((), (), preset):
-        name = f"{table.name}/{row.name}"
-        keys[name] = _digest(row_config(preset, row, 0, opts, configs), digests)
-        rows_of.setdefault(keys[name], []).append(name)
     distinct: dict[str, Row] = {}
-    for table, row in chosen:
-        distinct.setdefault(keys[f"{table.name}/{row.name}"], row)
+    for table, row in find_rows(alike, (), preset):
+        name = f"{table.name}/{row.name}"
+        config = row_config if name in names else merge_row  # only what is run is checked
+        key = _digest(config(preset, row, 0, opts, configs), digests)
+        rows_of.setdefault(key, []).append(name)
+        if name in names:
+            distinct.setdefault(key, row)
     campaign = _campaign(preset, num_gpus, opts, base, digests, output)
     return campaign, [
         Run(
@@ -116,7 +121,7 @@ def plan(
             key=key,
             seed=seed,
             config_file=configs / preset.configs[row.model],
-            arguments=tuple(row_arguments(preset, row, seed, opts)),
+            arguments=tuple(row_arguments(preset, row, seed, opts, configs)),
         )
         for seed in range(1, (seeds or preset.seeds) + 1)
         for key, row in distinct.items()
@@ -130,11 +135,23 @@ def _check_opts(preset: Preset, chosen: Sequence[tuple[Table, Row]], opts: Seque
             f"config values come as pairs KEY VALUE, got {' '.join(opts)}; "
             "several tables are given as --table A --table B"
         )
+    for table, _ in chosen:
+        if table.needs not in ("", *opts[::2]):
+            raise InputError(
+                f"table {table.name} needs {table.needs} FILE at the end of the command: weights "
+                "for the rows that do not start from random ones"
+            )
+        if table.needs != chosen[0][0].needs:
+            raise InputError(
+                f"tables {chosen[0][0].name} and {table.name} cannot be run by one command: only "
+                "one of them takes weights"
+            )
     for key in opts[::2]:
         if key in ("OUTPUT_DIR", "SEED"):
             raise InputError(f"{key} is set by the runner; see --output and --seeds")
         for table, row in chosen:
-            if key in row.overrides or key in row.preset_overrides.get(preset.name, {}):
+            own = {**row.overrides, **row.preset_overrides.get(preset.name, {})}
+            if key in own and key != table.needs:
                 raise InputError(
                     f"{key} is what table {table.name} itself sets (row {row.name}); leave it "
                     "out, or name other tables with --table"
@@ -189,10 +206,14 @@ def _describe_data(cfg: CfgNode, digests: Mapping[str, str]) -> dict[str, dict[s
 
 
 def _digest(cfg: CfgNode, digests: Mapping[str, str]) -> str:
-    """Return a digest of what a run's result depends on: data files by content, not by path."""
-    cfg = cfg.clone()
-    cfg.OUTPUT_DIR, cfg.SEED = "", 0
+    """Return a digest of what a run's result depends on: files by content, not by path."""
+    content = {**cfg, "OUTPUT_DIR": "", "SEED": 0}
+    custom = dict(cfg.DATASETS.CUSTOM)
     for side in SIDES:
-        cfg.DATASETS.CUSTOM[f"{side}_JSON"] = digests[side] if _annotation_files(cfg, side) else ""
-        cfg.DATASETS.CUSTOM[f"{side}_IMAGES"] = ""
-    return hashlib.sha256(json.dumps(cfg, sort_keys=True).encode()).hexdigest()[:12]
+        custom[f"{side}_JSON"] = digests[side] if _annotation_files(cfg, side) else ""
+        custom[f"{side}_IMAGES"] = ""
+    content["DATASETS"] = {**cfg.DATASETS, "CUSTOM": custom}
+    if (weights := Path(cfg.MODEL.TIMM.WEIGHTS)).is_file():
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        content["MODEL"] = {**cfg.MODEL, "TIMM": {**cfg.MODEL.TIMM, "WEIGHTS": digest}}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -11,7 +11,9 @@ from typing import Any
 from detectron2.config import CfgNode
 from tabulate import tabulate
 
+from retinanet_ext.config_keys import read_key
 from retinanet_ext.engine import load_config
+from retinanet_ext.engine.config_load import AUTO_KEYS
 from retinanet_ext.engine.config_warnings import ineffective_keys
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.tables import TABLES, Row, Table
@@ -35,7 +37,10 @@ class Preset:
     seeds: int = 1
 
 
-_SMALL = dict.fromkeys(("R50", "R101", "X101"), "small_R18_FPN.yaml")
+_SMALL = {
+    **dict.fromkeys(("R50", "R101", "X101"), "small_R18_FPN.yaml"),
+    "MobileNetV2": "small_mobilenetv2_FPN.yaml",
+}
 _SMALL_OVERRIDES = {
     "DATASETS.TRAIN": ("retinanet_ext_sample_train",),
     "DATASETS.TEST": ("retinanet_ext_sample_val",),
@@ -122,7 +127,7 @@ def find_rows(
     """Return rows with their tables, in the order of :data:`TABLES`.
 
     Args:
-        tables: names of tables; none means all tables of the preset
+        tables: names of tables; none means all tables of the preset that need no key
         rows: names of rows; none means all. Each must be in one of the tables.
         preset: how they will be run
 
@@ -138,7 +143,7 @@ def find_rows(
     found = [
         (table, row)
         for table in TABLES.values()
-        if (table.name in tables if tables else preset.name in table.presets)
+        if (table.name in tables if tables else preset.name in table.presets and not table.needs)
         for row in table.rows
     ]
     known = list(dict.fromkeys(row.name for _, row in found))
@@ -149,16 +154,24 @@ def find_rows(
     return [(table, row) for table, row in found if not rows or row.name in rows]
 
 
-def row_arguments(preset: Preset, row: Row, seed: int, opts: Sequence[str]) -> list[str]:
+def row_arguments(
+    preset: Preset, row: Row, seed: int, opts: Sequence[str], configs: Path
+) -> list[str]:
     """Return a row's config as KEY VALUE pairs: the preset's, then ``opts``, then the row's own.
 
-    What a row varies cannot be overridden; otherwise its name would be wrong.
+    What a row varies cannot be overridden; otherwise its name would be wrong. What it multiplies
+    can.
     """
-    return [*_pairs(preset.overrides), *opts, *_pairs(_own(preset, row, seed))]
+    own = _own(preset, row, seed, _shared_config(preset, row, opts, configs))
+    return [*_pairs(preset.overrides), *opts, *_pairs(own)]
 
 
-def _own(preset: Preset, row: Row, seed: int) -> dict[str, Any]:
-    return {**row.overrides, **row.preset_overrides.get(preset.name, {}), "SEED": seed}
+def _own(preset: Preset, row: Row, seed: int, shared: CfgNode) -> dict[str, Any]:
+    own = {**row.overrides, **row.preset_overrides.get(preset.name, {}), "SEED": seed}
+    for key, factor in row.factors.items():
+        value = read_key(shared, key)
+        own[key] = max(1, round(factor * value)) if isinstance(value, int) else factor * value
+    return own
 
 
 def _pairs(overrides: Mapping[str, Any]) -> list[str]:
@@ -167,7 +180,7 @@ def _pairs(overrides: Mapping[str, Any]) -> list[str]:
 
 
 def row_config(preset: Preset, row: Row, seed: int, opts: Sequence[str], configs: Path) -> CfgNode:
-    """Return the config that :func:`row_arguments` gives.
+    """Return the config that :func:`row_arguments` gives, after a check of its keys.
 
     Args:
         preset, row: what to run
@@ -178,13 +191,28 @@ def row_config(preset: Preset, row: Row, seed: int, opts: Sequence[str], configs
     Raises:
         InputError: a key that is unknown, or has no effect beside the row's other settings
     """
-    shared = (*_pairs(preset.overrides), *opts)
-    cfg = _load_once(str(configs / preset.configs[row.model]), shared).clone()
-    cfg.merge_from_list([part for pair in _own(preset, row, seed).items() for part in pair])
+    cfg = merge_row(preset, row, seed, opts, configs)
     # Otherwise all rows of a sweep would give the same result.
     if ineffective := ineffective_keys(cfg):
         raise InputError(f"row {row.name}: {ineffective[0]}")
     return cfg
+
+
+def merge_row(preset: Preset, row: Row, seed: int, opts: Sequence[str], configs: Path) -> CfgNode:
+    """Return the config that :func:`row_arguments` gives, without checking it."""
+    cfg = _shared_config(preset, row, opts, configs).clone()
+    own = _own(preset, row, seed, cfg)
+    for key in own.keys() & AUTO_KEYS:  # yacs would refuse "auto" in the place of a number
+        group, _, name = key.rpartition(".")
+        read_key(cfg, group)[name] = own.pop(key)
+    cfg.merge_from_list([part for pair in own.items() for part in pair])
+    return cfg
+
+
+def _shared_config(preset: Preset, row: Row, opts: Sequence[str], configs: Path) -> CfgNode:
+    """Return the config of a row without what the row itself changes; not to be modified."""
+    file = str(configs / preset.configs[row.model])
+    return _load_once(file, (*_pairs(preset.overrides), *opts))
 
 
 _load_once = cache(load_config)

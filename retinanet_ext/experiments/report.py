@@ -14,9 +14,17 @@ from detectron2.config import get_cfg
 from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.figures import Drawing, draw_figures
+from retinanet_ext.experiments.grid_report import grid_blocks
 from retinanet_ext.experiments.record import read_json
 from retinanet_ext.experiments.results import Results, flatten, read_results
-from retinanet_ext.experiments.statistics import RULE, TableResult, duration, number, signed
+from retinanet_ext.experiments.statistics import (
+    RULE,
+    TableResult,
+    duration,
+    number,
+    probability,
+    signed,
+)
 from retinanet_ext.files import make_folder, write_file
 from retinanet_ext.page import anchor, escape, markdown_table, render_page
 
@@ -100,10 +108,7 @@ def render_markdown(results: Results, figures: Mapping[str, Sequence[Drawing]]) 
     blocks += [f"> **Note.** {escape(warning)}" for warning in results.warnings]
     blocks += _findings(results)
     for table in results.tables:
-        blocks += _table(table)
-        for drawing in figures[table.table.name]:
-            caption = escape(drawing.caption)
-            blocks += [f"![{caption}](figures/{drawing.name}.svg)", f"*{caption}*"]
+        blocks += _table(table, figures[table.table.name])
     blocks += _loss_cdfs(results)
     blocks += _pictures(results)
     blocks += _runs(results)
@@ -121,22 +126,45 @@ def _findings(results: Results) -> Iterator[str]:
             escape(verdict.text),
             verdict.word,
             verdict.measured,
+            probability(verdict.p),
             signed(verdict.paper_difference),
         )
         for table in results.tables
         for verdict in table.verdicts
     ]
     if rows:
-        numbers = ("difference in AP (95 % interval)", "in the paper")
-        head = ("table", "the paper's claim", "here", *numbers)
-        yield markdown_table(head, rows, numbers=(3, 4))
+        numbers = ("difference in AP (95 % interval)", "p (Holm)", "in the paper")
+        head = ("table", "claim", "here", *numbers)
+        yield markdown_table(head, rows, numbers=(3, 4, 5))
         yield RULE
 
 
-def _table(result: TableResult) -> Iterator[str]:
-    table, metrics = result.table, result.metrics
+def _table(result: TableResult, drawings: Sequence[Drawing]) -> Iterator[str]:
+    """Yield the answer in words, its figures, the table, and then the training curves."""
+    table = result.table
     yield f"## {escape(result.heading)}"
+    if result.summary:
+        yield "\n".join(f"- {escape(sentence)}" for sentence in result.summary)
+    yield from grid_blocks(result)
+    for drawing in drawings:
+        if not drawing.is_detail:
+            yield from _drawing(drawing)
     yield escape(f"{table.source[0].upper()}{table.source[1:]}. {table.note}".strip())
+    yield _numbers(result)
+    for drawing in drawings:
+        if drawing.is_detail:
+            yield from _drawing(drawing)
+
+
+def _drawing(drawing: Drawing) -> Iterator[str]:
+    caption = escape(drawing.caption)
+    yield f"![{caption}](figures/{drawing.name}.svg)"
+    yield f"*{caption}*"
+
+
+def _numbers(result: TableResult) -> str:
+    """Return a table with a line per row: the paper's numbers and those measured."""
+    table, metrics = result.table, result.metrics
     settings = list(dict.fromkeys(name for row in table.rows for name in row.settings))
     paper = [f"paper {metric}" for metric in metrics]
     if not any(row.paper for row in table.rows):
@@ -151,7 +179,7 @@ def _table(result: TableResult) -> Iterator[str]:
         cells = [*names, *printed[: len(paper)], *row.cells(metrics), seeds, escape(row.status)]
         rows.append(cells)
     head = [*settings, *paper, *metrics, "AP of each seed", "runs"]
-    yield markdown_table(head, rows, numbers=range(len(settings), len(head) - 1))
+    return markdown_table(head, rows, numbers=range(len(settings), len(head) - 1))
 
 
 def _loss_cdfs(results: Results) -> Iterator[str]:
@@ -192,7 +220,11 @@ def _runs(results: Results) -> Iterator[str]:
     yield "## Every run"
     text = "All settings and metrics of each run are in `runs.csv`."
     if results.sparse:
-        text += f" Tables with only one row that was run are left out: {', '.join(results.sparse)}."
+        names = ", ".join(results.sparse)
+        text += (
+            " Tables of which one row was run, or rows of other tables alone, are left out: "
+            f"{names}."
+        )
     yield text
     yield markdown_table(
         ("folder", "rows", "seed", "status", "iterations", "starts", "wall time", "commit"),

@@ -13,6 +13,7 @@ import yaml
 
 from retinanet_ext.data.coco_json import count
 from retinanet_ext.errors import InputError
+from retinanet_ext.experiments.grids import GRIDS
 from retinanet_ext.experiments.record import UNFINISHED, Record, read_json, read_records
 from retinanet_ext.experiments.statistics import (
     WORDS,
@@ -31,7 +32,7 @@ class Results:
         info: the content of ``campaign.json``.
         tables: the tables in which at least two rows were run; if there are none, those with one.
         sparse: names of the tables left out. A run counts in every table that has its config, so
-            running one table leaves single rows in others.
+            running one table leaves single rows in others, and one level of a grid.
         configs: run's folder -> its config, flat: key -> value.
         superseded: runs left out, because their rows' config has changed since.
     """
@@ -50,7 +51,7 @@ class Results:
         words = [verdict.word for table in self.tables for verdict in table.verdicts]
         counts = {word: words.count(word) for word in WORDS if word in words}
         parts = ", ".join(f"{word} {number}" for word, number in counts.items())
-        return f"The paper's claims ({len(words)}): {parts}." if words else "No claim was tested."
+        return f"The claims ({len(words)}): {parts}." if words else "No claim was tested."
 
     @property
     def warnings(self) -> list[str]:
@@ -101,7 +102,8 @@ def read_results(campaign: Path) -> Results:
     """Read the records and configs in a campaign's folder.
 
     Raises:
-        InputError: the folder does not exist, a record cannot be read, or no run has ended
+        InputError: the folder does not exist, a record cannot be read, no run has ended, or the
+            seeds of a row have different configs
     """
     if not campaign.is_dir():
         raise InputError(f"{campaign}: there is no such folder; name one that the runner wrote")
@@ -123,16 +125,46 @@ def read_results(campaign: Path) -> Results:
         ]
         if any(row.runs for row in rows):
             tables.append(TableResult(table, tuple(rows)))
-    full = [table for table in tables if len(table.measured) > 1] or tables
+    configs = {run.folder: _read_config(run.folder / "config.yaml") for run in shown}
+    _check_seeds_agree(shown, configs)
+    full = [table for table in tables if len(table.measured) > 1 and _has_own_runs(table)]
+    full = full or tables
     return Results(
         campaign,
         read_json(campaign / "campaign.json"),
         tuple(shown),
         tuple(full),
         tuple(table.table.name for table in tables if table not in full),
-        {run.folder: _read_config(run.folder / "config.yaml") for run in shown},
+        configs,
         tuple(run for run in runs if run not in shown),
     )
+
+
+def _has_own_runs(table: TableResult) -> bool:
+    """Return whether more was run of a grid than the rows that other tables have as well."""
+    runs = [run for row in table.rows for run in row.runs]
+    name = table.table.name
+    return name not in GRIDS or any(run.rows[0].startswith(f"{name}/") for run in runs)
+
+
+_PER_RUN = ("SEED", "OUTPUT_DIR", "MODEL.DEVICE", "MODEL.TIMM.WEIGHTS", "DATASETS.CUSTOM.")
+"""What seeds of one row may differ in. Data and weights are compared by their content."""
+
+
+def _check_seeds_agree(runs: Iterable[Record], configs: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Refuse seeds of one row whose saved configs differ, because their mean is of no one row."""
+    first: dict[str, Path] = {}  # key -> folder
+    for run in runs:
+        mine = configs[run.folder]
+        other = first.setdefault(run.key, run.folder) if mine else run.folder
+        theirs = configs[other]
+        for key in sorted(mine.keys() | theirs.keys()):
+            if not key.startswith(_PER_RUN) and mine.get(key) != theirs.get(key):
+                raise InputError(
+                    f"the seeds of {run.rows[0]} disagree about the configuration: {key} is "
+                    f"{theirs.get(key)} in {other} and {mine.get(key)} in {run.folder}; move one "
+                    "of the two folders away"
+                )
 
 
 def _distinct(values: Iterable[Any]) -> list[str]:
@@ -166,10 +198,11 @@ def _budget(config: Mapping[str, Any]) -> str:
     if "MODEL.RESNETS.DEPTH" not in config:
         return ""
     name = "ResNet" if config["MODEL.RESNETS.NUM_GROUPS"] == 1 else "ResNeXt"
+    name = config.get("MODEL.TIMM.NAME") or f"{name}-{config['MODEL.RESNETS.DEPTH']}"
     sizes = {*config["INPUT.MIN_SIZE_TRAIN"], config["INPUT.MIN_SIZE_TEST"]}
     pixels = " to ".join(dict.fromkeys(map(str, (min(sizes), max(sizes)))))
     return (
-        f"{name}-{config['MODEL.RESNETS.DEPTH']}-FPN, {pixels} px, "
+        f"{name}-FPN, {pixels} px, "
         f"{config['SOLVER.MAX_ITER']} iterations of {config['SOLVER.IMS_PER_BATCH']} images, "
         f"learning rate {config['SOLVER.BASE_LR']:g}"
     )

@@ -31,6 +31,7 @@ from retinanet_ext.experiments import record
 from retinanet_ext.experiments.plan import Campaign, Run
 from retinanet_ext.experiments.record import Record
 from retinanet_ext.experiments.statistics import duration
+from retinanet_ext.modeling.timm_backbone import timm_weights
 
 CAMPAIGN = "campaign.json"
 OUTPUT = "output.txt"
@@ -96,7 +97,8 @@ def run_campaign(
 def _check(runs: Sequence[Run], num_gpus: int, jobs: int) -> dict[str, Any]:
     """Refuse what every process would refuse, and return the hardware that they will use.
 
-    The config of every row is checked; the data and the model only of the first.
+    The config of every row is checked, and that its file of a backbone's weights exists; the data
+    and the model only of the first.
     """
     first = load_config(str(runs[0].config_file), runs[0].arguments)
     use_cpu_without_cuda(first, num_threads=torch.get_num_threads())
@@ -104,6 +106,7 @@ def _check(runs: Sequence[Run], num_gpus: int, jobs: int) -> dict[str, Any]:
         cfg = load_config(str(run.config_file), run.arguments)
         cfg.MODEL.DEVICE = first.MODEL.DEVICE
         check_config(cfg, num_processes=num_gpus, eval_only=False)
+        timm_weights(cfg)
     find_weights(first, resume=False, eval_only=False)
     prepare_datasets(first, eval_only=False)
     Trainer.build_model(first)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from statistics import fmean, stdev
+from statistics import fmean, stdev, variance
+
+from scipy.stats import t
 
 from retinanet_ext.data.coco_json import count
-from retinanet_ext.evaluation.bootstrap import welch_interval
 from retinanet_ext.experiments.record import DIVERGED, FAILED, FINISHED, Record
 from retinanet_ext.experiments.tables import Claim, Row, Table
 
-HOLDS, FAILS, NOISE = "holds", "does not hold", "within the noise"
-ONE_SEED, UNMEASURED = "one seed", "not measured"
-WORDS = (HOLDS, FAILS, NOISE, ONE_SEED, UNMEASURED)
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "is not decided"
+ONE_SEED, UNMEASURED = "is not decided (one seed)", "not measured"
+WORDS = (HOLDS, FAILS, UNDECIDED, ONE_SEED, UNMEASURED)
+LEVEL = 0.95
 
 RULE = (
-    "A claim says that one row of a table has a higher AP than another. The interval is Welch's "
-    "95 % t interval of the difference between the two means over seeds. The claim holds if the "
-    "whole interval lies above 0, does not hold if it lies below 0, and is within the noise "
-    "otherwise. If either row has a single seed, there is no interval and no conclusion. A row "
+    "A claim says that one row of a table has a higher AP than another, or a larger lead over a "
+    "third. The interval is Welch's 95 % t interval of the difference between the means over "
+    "seeds. Its p is corrected by Holm's method over the claims of the table. A claim with p below "
+    ".05 holds if the difference is above 0, and does not hold if it is below; any other claim is "
+    "not decided. If a row has a single seed, there is no interval and nothing is decided. A row "
     "that diverged with every seed loses to one that finished. Means are over the runs that "
     "finished; ± is the standard deviation over seeds."
 )
@@ -29,7 +32,7 @@ RULE = (
 SAID_BY_VALUE = ("loss", "method", "backbone", "background : foreground")
 """Columns whose values need no column name beside them."""
 
-OTHER_DATA = ("imbalance",)
+OTHER_DATA = ("imbalance", "dial")
 """Tables whose rows have different test sets. Their APs cannot be compared."""
 
 SHOWN = ("AP", "AP50", "AP75")
@@ -104,21 +107,33 @@ class RowResult:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """A weighted sum of means over seeds, with Welch's 95 % t interval and two-sided p."""
+
+    value: float
+    interval: tuple[float, float]
+    p: float
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """The verdict on a claim of the paper.
+    """The verdict on a claim.
 
     Attributes:
         word: one of :data:`WORDS`.
-        difference: mean AP of the better row minus that of the worse one; None if one has no AP.
-        interval: Welch's interval of the difference; None with a single seed on either side.
+        difference: mean AP of the better row minus that of the worse one; of a claim about leads,
+            the first lead minus the second. None if a row has no AP.
+        interval: Welch's interval of the difference; None if a row has a single seed.
+        p: Holm's corrected p of the difference; None where there is no interval.
         paper_difference: the same difference between the printed APs.
-        remarks: runs that did not finish, and which row the better one was compared with.
+        remarks: runs that did not finish, and which rows of several were compared.
     """
 
     claim: Claim
     word: str
     difference: float | None
     interval: tuple[float, float] | None
+    p: float | None
     paper_difference: float | None
     remarks: tuple[str, ...]
 
@@ -130,10 +145,7 @@ class Verdict:
     @property
     def measured(self) -> str:
         """Return the difference, followed by its interval in brackets."""
-        if self.interval is None:
-            return signed(self.difference)
-        low, high = map(signed, self.interval)
-        return f"{signed(self.difference)} ({low} to {high})"
+        return with_interval(self.difference, self.interval)
 
 
 def highest(rows: Sequence[RowResult]) -> RowResult | None:
@@ -142,31 +154,90 @@ def highest(rows: Sequence[RowResult]) -> RowResult | None:
     return max(rows, key=lambda row: fmean(row.values("AP")), default=None)
 
 
-def judge(claim: Claim, better: RowResult, others: Sequence[RowResult]) -> Verdict:
-    """Compare ``better`` with the row of ``others`` that has the highest AP; see :data:`RULE`."""
-    worse = highest(others) or others[0]
-    a, b = better.values("AP"), worse.values("AP")
-    difference = fmean(a) - fmean(b) if a and b else None
-    interval = welch_interval(a, b)
+def contrast(terms: Sequence[tuple[float, Sequence[float]]]) -> Difference | None:
+    """Compare means over seeds by Welch's t test, with Satterthwaite's degrees of freedom.
+
+    The terms +1 and -1 give Welch's test of two means; four terms compare two differences.
+
+    Args:
+        terms: pairs of a factor and the values per seed
+
+    Returns:
+        the sum of factor x mean; None if a term has fewer than two values
+    """
+    if min(len(values) for _, values in terms) < 2:
+        return None
+    value = sum(factor * fmean(values) for factor, values in terms)
+    parts = [factor**2 * variance(values) / len(values) for factor, values in terms]
+    total = sum(parts)
+    if total == 0:
+        return Difference(value, (value, value), float(value == 0))
+    squares = [part**2 / (len(values) - 1) for part, (_, values) in zip(parts, terms, strict=True)]
+    freedom, error = total**2 / sum(squares), math.sqrt(total)
+    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * error
+    p = 2 * float(t.sf(abs(value) / error, freedom))
+    return Difference(value, (value - half, value + half), p)
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """Return p-values corrected for their number, in the same order.
+
+    Source: S. Holm, A Simple Sequentially Rejective Multiple Test Procedure, Scandinavian Journal
+    of Statistics 6 (1979).
+    """
+    corrected, largest = [0.0] * len(values), 0.0
+    for rank, index in enumerate(sorted(range(len(values)), key=values.__getitem__)):
+        largest = max(largest, min(1.0, (len(values) - rank) * values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def judge(claims: Sequence[Claim], rows: Mapping[str, RowResult]) -> list[Verdict]:
+    """Return the verdicts on the claims of a table; see :data:`RULE`."""
+    verdicts = [_compare(claim, rows) for claim in claims]
+    tested = [index for index, verdict in enumerate(verdicts) if verdict.p is not None]
+    corrected = holm([verdicts[index].p or 0.0 for index in tested])
+    for index, p in zip(tested, corrected, strict=True):
+        found = verdicts[index]
+        sign = HOLDS if (found.difference or 0.0) > 0 else FAILS
+        verdicts[index] = replace(found, word=sign if p < 1 - LEVEL else UNDECIDED, p=p)
+    return verdicts
+
+
+def _compare(claim: Claim, rows: Mapping[str, RowResult]) -> Verdict:
+    """Return a verdict whose p is not corrected; where there is a p, its word is not final."""
+    sides = [[rows[name] for name in names] for names in (claim.better, claim.worse)]
+    better, worse = compared = [highest(side) or side[0] for side in sides]
+    compared = [*compared, *(rows[name] for name in claim.than)]
+    values = [row.values("AP") for row in compared]
+    terms = list(zip((1.0, -1.0, -1.0, 1.0), values, strict=False))
+    found = contrast(terms)
+    difference = sum(factor * fmean(v) for factor, v in terms) if all(values) else None
     remarks = [
         f"{row.label}: {note}"
-        for row in (better, worse)
+        for row in compared
         for note in (row.notes if row.runs else ["not run"])
     ]
-    if len(others) > 1 and b:
-        remarks.append(f"the highest of them: {worse.label}")
-    papers = [row.row.paper.get("AP") for row in (better, *others)]
-    if (a and worse.has_diverged) or (b and better.has_diverged):
-        seeds = min(sum(run.status != FAILED for run in row.runs) for row in (better, worse))
-        word = ONE_SEED if seeds < 2 else HOLDS if a else FAILS
-    elif difference is None:
-        word = UNMEASURED
-    elif interval is None:
-        word = ONE_SEED
-    else:
-        word = HOLDS if interval[0] > 0 else FAILS if interval[1] < 0 else NOISE
-    paper = None if None in papers else papers[0] - max(papers[1:])
-    return Verdict(claim, word, difference, interval, paper, tuple(remarks))
+    for side, row in zip(sides, (better, worse), strict=True):
+        if len(side) > 1 and row.values("AP"):
+            remarks.append(f"the highest of them: {row.label}")
+    word = UNMEASURED if difference is None else UNDECIDED if found else ONE_SEED
+    if not claim.than and ({better.has_diverged, worse.has_diverged} == {True, False}):
+        survivor, lost = (worse, better) if better.has_diverged else (better, worse)
+        if survivor.values("AP"):
+            seeds = min(sum(run.status != FAILED for run in row.runs) for row in (survivor, lost))
+            word = ONE_SEED if seeds < 2 else HOLDS if survivor is better else FAILS
+    papers = [[row.row.paper.get("AP") for row in side] for side in sides]
+    has_papers = not claim.than and None not in papers[0] + papers[1]
+    return Verdict(
+        claim,
+        word,
+        difference,
+        found.interval if found else None,
+        found.p if found else None,
+        max(papers[0]) - max(papers[1]) if has_papers else None,
+        tuple(remarks),
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,11 +270,17 @@ class TableResult:
 
     @cached_property
     def verdicts(self) -> list[Verdict]:
-        rows = {row.row.name: row for row in self.rows}
-        return [
-            judge(claim, rows[claim.better], [rows[name] for name in claim.worse])
-            for claim in self.table.claims
-        ]
+        return judge(self.table.claims, {row.row.name: row for row in self.rows})
+
+    @property
+    def summary(self) -> list[str]:
+        """Return a sentence per verdict, with the claims that it was given to."""
+        sentences = []
+        for word in WORDS:
+            claims = [verdict.claim.text for verdict in self.verdicts if verdict.word == word]
+            if claims:
+                sentences.append(f"{word[0].upper()}{word[1:]}: {'; '.join(claims)}.")
+        return sentences
 
 
 def number(value: float | None) -> str:
@@ -214,6 +291,33 @@ def number(value: float | None) -> str:
 def signed(value: float | None) -> str:
     """Return a difference with its sign, the minus typographic; a dash for None."""
     return "–" if value is None else f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
+
+
+def with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
+    """Return a difference, followed by its interval in brackets if there is one."""
+    if interval is None:
+        return signed(value)
+    low, high = map(signed, interval)
+    return f"{signed(value)} ({low} to {high})"
+
+
+def probability(value: float | None) -> str:
+    """Return a p with three decimals, without the zero before them; a dash for None."""
+    if value is None:
+        return "–"
+    return "< .001" if value < 0.0005 else f"{value:.3f}".removeprefix("0")
+
+
+def lead(a: Sequence[float], b: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Return mean(a) - mean(b), and its interval unless one of them has a single seed."""
+    found = contrast([(1.0, a), (-1.0, b)])
+    return fmean(a) - fmean(b), found.interval if found else None
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Return Student's 95 % interval of a mean over seeds; None for a single value."""
+    found = contrast([(1.0, values)])
+    return found.interval if found else None
 
 
 def with_spread(values: Sequence[float]) -> str:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,11 +15,13 @@ import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from PIL import Image
+from pycocotools.coco import COCO
 
+from retinanet_ext.cli import main
 from retinanet_ext.data import SampleSet, make_sample_set, prepare_datasets, sample_set
 from retinanet_ext.data.anchor_coverage import build_grid, measure_coverage, training_boxes
 from retinanet_ext.data.coco_json import read_coco_json, to_dataset_dicts
-from retinanet_ext.data.sample_set import IMBALANCE_DIAL
+from retinanet_ext.data.dial import IMBALANCE_DIAL
 from retinanet_ext.engine import load_config
 from retinanet_ext.errors import InputError
 
@@ -251,3 +254,42 @@ def test_points_differ_in_their_objects_alone(dial: dict[str, Path]) -> None:
                 outside[max(y - 2, 0) : y + height + 2, max(x - 2, 0) : x + width + 2] = False
         assert outside.mean() > 0.2
         assert all((picture == pictures[0])[outside].all() for picture in pictures)
+
+
+def test_point_of_the_dial_as_coco_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The exported files are what the dial trains on, and any COCO reader takes them."""
+    folder = tmp_path / "dial"
+    numbers = ["--num-train", "6", "--num-val", "2", "--seed", "7"]
+    assert main(["sample-set", str(folder), "--ratio", "1:300", *numbers]) == 0
+    assert capsys.readouterr().out == f"Wrote {folder}: 6 + 2 images\n"
+    node = {**SampleSet.config_defaults(), **IMBALANCE_DIAL["1:300"]}
+    node |= {"NUM_TRAIN": 6, "NUM_VAL": 2, "SEED": 7}
+    own = make_sample_set(SampleSet.from_config(node), tmp_path / "own")
+    assert digest(folder) == digest(own)
+    coco = COCO(str(folder / "train.json"))
+    assert len(coco.getImgIds()) == len(list((folder / "train").iterdir())) == 6
+    assert len(coco.getCatIds()) == 5 and coco.getAnnIds()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (
+            ["--ratio", "1:3000", "--num-train", "2", "--num-val", "2"],
+            "none of the 2 train images",
+        ),
+        (["--num-train", "0"], "NUM_TRAIN must be a number in"),
+        ([], "is not empty; name a new folder"),
+    ],
+)
+def test_what_cannot_be_exported(
+    arguments: list[str], answer: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = tmp_path / "new"
+    if not arguments:
+        folder = tmp_path
+        (folder / "mine").touch()
+    assert main(["sample-set", str(folder), "--seed", "2", *arguments]) == 2
+    line = capsys.readouterr().err
+    assert re.search(answer, line) and line.count("\n") == 1
+    assert not [*tmp_path.rglob("train*")]

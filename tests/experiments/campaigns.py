@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from retinanet_ext.experiments.presets import PRESETS
 from retinanet_ext.experiments.record import Record, write_json
 from retinanet_ext.experiments.tables import TABLES
 
@@ -22,6 +23,8 @@ MODEL:
 SOLVER: {BASE_LR: 0.02, IMS_PER_BATCH: 4, MAX_ITER: 350}
 """
 HARDWARE = {"cpu": "Intel(R) Xeon(R)", "threads": 1, "gpus": [], "num_processes": 1}
+SMALL = PRESETS["small"].configs
+WHAT_A_ROW_IS = ("overrides", "preset_overrides", "factors")
 VERSIONS = {"retinanet_ext": "0.3.0", "torch": "2.11.0"}
 
 
@@ -49,7 +52,8 @@ def same_runs(table: str, row: str) -> list[str]:
         f"{other.name}/{one.name}"
         for other in TABLES.values()
         for one in other.rows
-        if (one.overrides, one.preset_overrides) == (first.overrides, first.preset_overrides)
+        if all(getattr(one, what) == getattr(first, what) for what in WHAT_A_ROW_IS)
+        and SMALL[one.model] == SMALL[first.model]
     ]
     return sorted(same, key=lambda name: name != f"{table}/{row}")
 

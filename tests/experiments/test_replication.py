@@ -40,9 +40,12 @@ def reported(tmp_path_factory):
 
 
 def test_claims(reported):
-    (printed,) = (table for table in tables(TEXT) if "the paper's claim" in table[0])
+    (printed,) = (table for table in tables(TEXT) if table[0][1] == "claim")
     assert len(printed) == 1 + 24
     assert printed == reported["bccd"][0]
+    words = [row[2] for row in printed[1:]]
+    assert (words.count("holds"), words.count("is not decided")) == (5, 19)
+    assert "5 hold, none does not hold and 19 are not decided" in TEXT
 
 
 def test_tables_of_the_paper(reported):

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
+from scipy.stats import ttest_ind
 
 from experiments.campaigns import add_run, make_campaign
 from retinanet_ext.errors import InputError
@@ -17,13 +18,17 @@ from retinanet_ext.experiments.results import read_results
 from retinanet_ext.experiments.statistics import (
     FAILS,
     HOLDS,
-    NOISE,
     ONE_SEED,
+    UNDECIDED,
     UNMEASURED,
+    contrast,
+    holm,
+    judge,
+    probability,
     signed,
-    welch_interval,
     with_spread,
 )
+from retinanet_ext.experiments.tables import Claim
 
 HOSTILE = "<script>alert(1)</script> a|b \"quoted\" & 'x'\n# *bold* `code` [link](http://a.b)"
 
@@ -59,16 +64,27 @@ def test_mean_and_spread_are_over_seeds(campaign):
     assert with_spread([]) == "–"
 
 
-def test_welch_interval_by_hand():
-    """Textbook: d ± t(df) sqrt(va/na + vb/nb), df by Welch and Satterthwaite."""
-    a, b = [30.0, 31.0, 32.0], [28.0, 29.0]
-    # Variances 1 and .5; squared errors 1/3 and 1/4; df = (7/12)^2 / (1/9/2 + 1/16/1) = 2.882;
-    # t = 3.2564 by the CDF of Student's t, integrated numerically.
-    df = (7 / 12) ** 2 / ((1 / 3) ** 2 / 2 + (1 / 4) ** 2 / 1)
-    half = student_quantile(0.975, df) * math.sqrt(7 / 12)
-    assert welch_interval(a, b) == pytest.approx((2.5 - half, 2.5 + half), abs=1e-4)
-    assert welch_interval([31.5, 31.5], [31.0, 31.0]) == (0.5, 0.5)
-    assert welch_interval([31.0, 31.5], [31.0]) is None
+def test_contrast_of_two_means_is_scipys_welch_test():
+    a, b = [30.0, 31.0, 32.5], [28.0, 29.0]
+    found, expected = contrast([(1.0, a), (-1.0, b)]), ttest_ind(a, b, equal_var=False)
+    interval = expected.confidence_interval(0.95)
+    assert found.value == pytest.approx(sum(a) / 3 - 28.5)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.interval == pytest.approx((interval.low, interval.high))
+    same = contrast([(1.0, [31.5, 31.5]), (-1.0, [31.0, 31.0])])
+    assert (same.interval, same.p) == ((0.5, 0.5), 0.0)
+    assert contrast([(1.0, [31.0, 31.5]), (-1.0, [31.0])]) is None
+
+
+def test_contrast_of_two_leads_by_hand():
+    """Four samples of variance 1/2, 2, 1/2 and 2, two values each: df = 2.5^2 / (2 (1/16 + 1))."""
+    samples = [30.0, 31.0], [28.0, 30.0], [20.0, 21.0], [24.0, 26.0]
+    found = contrast(list(zip((1.0, -1.0, -1.0, 1.0), samples, strict=True)))
+    half = student_quantile(0.975, 2.5**2 / 2.125) * math.sqrt(2.5)
+    assert found.value == 6.0  # 1.5 - (-4.5)
+    assert found.interval == pytest.approx((6 - half, 6 + half), abs=1e-3)
+    bound = student_quantile(1 - found.p / 2, 2.5**2 / 2.125) * math.sqrt(2.5)
+    assert bound == pytest.approx(6.0, abs=1e-3)
 
 
 def student_quantile(probability, df):
@@ -81,14 +97,54 @@ def student_quantile(probability, df):
     return x
 
 
+def test_holm_by_hand():
+    """The example of four hypotheses: .005 x 4, .01 x 3, then never below the one before."""
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]) == [1.0, 1.0] and holm([]) == []
+    assert [probability(p) for p in (0.0312, 0.0004, None)] == [".031", "< .001", "–"]
+
+
+def test_more_claims_need_more_evidence(campaign):
+    """A difference that decides a claim alone does not decide it among five."""
+    aps = {"gamma2.0": [33, 34], "gamma0": [28, 29]}
+    for name, values in aps.items():
+        for seed, ap in enumerate(values, start=1):
+            add_run(campaign, "1b", name, seed, ap)
+    alone = verdict(campaign, "γ = 2 ahead of γ = 0")
+    for name in ("gamma.50", "gamma1.0", "gamma5.0", "gamma2.0-alpha.50"):
+        for seed, ap in enumerate((28.0, 33.0), start=1):
+            add_run(campaign, "1b", name, seed, ap)
+    among_five = verdict(campaign, "γ = 2 ahead of γ = 0")
+    assert (alone.word, among_five.word) == (HOLDS, UNDECIDED)
+    assert alone.interval == among_five.interval
+    assert among_five.p == pytest.approx(5 * alone.p)
+
+
+def test_a_claim_about_leads(campaign):
+    """Focal's lead over cross entropy at 1:300 against the one at 1:30."""
+    aps = {
+        "focal-1:300": (30, 31),
+        "ce-1:300": (20, 21),
+        "focal-1:30": (50, 51),
+        "ce-1:30": (55, 56),
+    }
+    for name, values in aps.items():
+        for seed, ap in enumerate(values, start=1):
+            add_run(campaign, "imbalance", name, seed, ap)
+    rows = {row.row.name: row for row in table(campaign, "imbalance").rows}
+    claim = Claim("the lead grows", ("focal-1:300",), ("ce-1:300",), ("focal-1:30", "ce-1:30"))
+    (found,) = judge([claim], rows)
+    assert (found.word, found.difference, found.paper_difference) == (HOLDS, 15.0, None)
+
+
 @pytest.mark.parametrize(
     ("better", "worse", "word", "measured"),
     [
         # Equal variances of .5: t with 2 degrees of freedom, 4.30 sqrt(.5)
         ([33, 34], [28, 29], HOLDS, "+5.0 (+2.0 to +8.0)"),
-        ([30, 31], [28, 29], NOISE, "+2.0 (−1.0 to +5.0)"),
+        ([30, 31], [28, 29], UNDECIDED, "+2.0 (−1.0 to +5.0)"),
         ([28, 29], [33, 34], FAILS, "−5.0 (−8.0 to −2.0)"),
-        ([31, 31], [31, 31], NOISE, "+0.0 (+0.0 to +0.0)"),
+        ([31, 31], [31, 31], UNDECIDED, "+0.0 (+0.0 to +0.0)"),
         ([31.5, 31.5], [31, 31], HOLDS, "+0.5 (+0.5 to +0.5)"),
         ([30, 32], [29], ONE_SEED, "+2.0"),
         ([30], [31], ONE_SEED, "−1.0"),
@@ -150,9 +206,9 @@ def test_tables_with_one_shared_row_are_left_out_and_claim_nothing(campaign):
     results = read_results(campaign)
     assert [one.table.name for one in results.tables] == ["1a"]
     assert results.sparse == ("1b", "3", "prior")
-    assert results.headline == ("The paper's claims (4): one seed 1, not measured 3.")
+    assert results.headline == ("The claims (4): is not decided (one seed) 1, not measured 3.")
     markdown = write_report(campaign)[1].read_text(encoding="utf-8")
-    assert "only one row that was run are left out: 1b, 3, prior." in markdown
+    assert "rows of other tables alone, are left out: 1b, 3, prior." in markdown
 
 
 def test_the_best_row_is_that_of_the_highest_mean(campaign):
@@ -252,7 +308,8 @@ def test_every_kind_of_row_is_said(campaign):
 def section(markdown, heading):
     """The lines of the first table below a heading."""
     below = markdown[markdown.index(f"# {heading}") :]
-    return [line for line in below.split("\n\n")[2].splitlines() if line.startswith("|")]
+    first = next(block for block in below.split("\n\n") if block.startswith("|"))
+    return first.splitlines()
 
 
 def test_texts_from_outside_are_escaped(campaign):
@@ -316,6 +373,7 @@ def test_figures_and_pictures(everything):
     names = {path.stem for path in (everything / "figures").iterdir()}
     assert names == {
         *(f"training_{name}" for name in ("1a", "1e", "2", "3", "fig7", "imbalance")),
+        *(f"claims_{name}" for name in ("1a", "2", "3", "imbalance")),
         *("figure_2", "figure_7", "imbalance"),
     }
     for path in (everything / "figures").iterdir():
@@ -388,7 +446,7 @@ def test_a_full_disk_leaves_the_earlier_report(campaign):
     paths = write_report(campaign)
     before = [path.read_bytes() for path in paths]
     add_run(campaign, "1a", "alpha.75", 1, 31.0)
-    with files_of_at_most(100), pytest.raises(InputError, match=r"runs\.csv cannot be written"):
+    with files_of_at_most(100), pytest.raises(InputError, match=r"svg cannot be written"):
         write_report(campaign)
     assert [path.read_bytes() for path in paths] == before
     assert not list(campaign.rglob(".*"))
@@ -405,7 +463,7 @@ def test_a_claim_against_several_rows_is_held_against_the_highest(campaign):
     assert found.paper_difference == pytest.approx(36.0 - 32.8)
 
 
-@pytest.mark.parametrize(("ap", "word"), [(25.0, HOLDS), (30.0, NOISE), (35.0, FAILS)])
+@pytest.mark.parametrize(("ap", "word"), [(25.0, HOLDS), (30.0, UNDECIDED), (35.0, FAILS)])
 def test_a_claim_that_nothing_is_gained_is_judged_like_the_others(ap, word, campaign):
     for seed in (1, 2):
         add_run(campaign, "1c", "scales3-aspects3", seed, 30 + seed / 10)
@@ -419,3 +477,14 @@ def test_runs_of_a_row_that_has_changed_are_left_out(campaign):
     assert row(campaign, "alpha.50", "1a").values("AP") == [30.0]
     _, markdown, _ = write_report(campaign)
     assert "Left out, because their rows have changed since" in markdown.read_text(encoding="utf-8")
+
+
+def test_seeds_that_disagree_about_the_configuration_are_refused(campaign):
+    first, second = (add_run(campaign, "1a", "alpha.50", seed, 30.0) for seed in (1, 2))
+    config = second.folder / "config.yaml"
+    config.write_text(config.read_text() + "SEED: 2\n")
+    write_report(campaign)
+    config.write_text(config.read_text().replace("0.02", "0.04"))
+    named = f"SOLVER.BASE_LR is 0.02 in {first.folder} and 0.04 in {second.folder}"
+    with pytest.raises(InputError, match=f"seeds of 1a/alpha.50 disagree .*{re.escape(named)}"):
+        write_report(campaign)

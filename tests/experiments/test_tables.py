@@ -8,9 +8,16 @@ from detectron2.config import CfgNode, get_cfg
 
 from detectors import build_without_memory
 from retinanet_ext import add_retinanet_ext_config
+from retinanet_ext.engine import load_config
 from retinanet_ext.engine.config_check import check_config
 from retinanet_ext.errors import InputError
-from retinanet_ext.experiments.presets import PRESETS, find_preset, find_rows, row_config
+from retinanet_ext.experiments.presets import (
+    PRESETS,
+    find_preset,
+    find_rows,
+    row_arguments,
+    row_config,
+)
 from retinanet_ext.experiments.tables import METRICS, TABLES
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -250,10 +257,13 @@ def test_claims_agree_with_the_printed_numbers():
     compared = 0
     for table in TABLES.values():
         for claim in table.claims:
-            better = table[claim.better].paper.get("AP")
-            others = [table[name].paper.get("AP") for name in claim.worse]
-            if better is not None and None not in others:
-                assert better > max(others), (table.name, claim.text)
+            better, worse = (
+                [table[name].paper.get("AP") for name in names]
+                for names in (claim.better, claim.worse)
+            )
+            assert better and worse, (table.name, claim.text)
+            if None not in better + worse:
+                assert max(better) > max(worse), (table.name, claim.text)
                 compared += 1
     assert compared > 20
 
@@ -302,6 +312,48 @@ def test_small_tables_keep_the_papers_relations():
 def test_what_does_not_exist_is_answered_with_what_does(ask, answer):
     with pytest.raises(InputError, match=answer):
         ask()
+
+
+@pytest.mark.parametrize("preset", ["small", "gpu", "quick"])
+def test_budget_and_rate_are_multiples_of_the_preset_or_the_command_line(preset):
+    preset = PRESETS[preset]
+    iterations, period = (
+        preset.overrides[f"SOLVER.{key}"] for key in ("MAX_ITER", "CHECKPOINT_PERIOD")
+    )
+    cfg = row_config(preset, TABLES["budget"]["matched-9x"], 1, (), CONFIGS)
+    assert (9 * iterations, 9 * period) == (cfg.SOLVER.MAX_ITER, cfg.SOLVER.CHECKPOINT_PERIOD)
+    first = row_config(preset, TABLES["budget"]["matched-1x"], 1, (), CONFIGS)
+    assert cfg.SOLVER.WARMUP_ITERS == first.SOLVER.WARMUP_ITERS
+    opts = ("SOLVER.MAX_ITER", "40", "SOLVER.BASE_LR", "0.1")
+    row = TABLES["budget"]["matched-3x"]
+    assert row_config(preset, row, 1, opts, CONFIGS).SOLVER.MAX_ITER == 120
+    row = TABLES["fair-steps"]["ohem-half"]
+    assert row_config(preset, row, 1, opts, CONFIGS).SOLVER.BASE_LR == 0.05
+    arguments = row_arguments(preset, row, 1, opts, CONFIGS)
+    file = CONFIGS / preset.configs[row.model]
+    assert load_config(str(file), arguments) == row_config(preset, row, 1, opts, CONFIGS)
+
+
+def test_every_point_of_the_dial_shows_the_same_number_of_objects():
+    """Counted on the drawn sets: 24.9, 8.0, 2.5, 0.8 and 0.3 boxes per image."""
+    per_image = {"1:30": 24.9, "1:100": 8.0, "1:300": 2.5, "1:1000": 0.8, "1:3000": 0.27}
+    for ratio, boxes in per_image.items():
+        row = TABLES["dial"][f"focal-foreground-{ratio}"]
+        cfg = row_config(PRESETS["gpu"], row, 1, (), CONFIGS)
+        images = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
+        assert images * boxes == pytest.approx(450 * 8 * 8.0, rel=0.02)
+        assert cfg.DATASETS.SAMPLE.NUM_TRAIN * boxes == pytest.approx(400 * 8.0, rel=0.02)
+        assert cfg.MODEL.RETINANET.LOSS_NORMALIZER == "foreground"
+
+
+def test_rows_that_start_from_weights_and_from_nothing():
+    opts = ("MODEL.TIMM.WEIGHTS", "weights.pth")
+    configs = {
+        start: row_config(PRESETS["gpu"], TABLES["init"][f"focal.25-{start}"], 1, opts, CONFIGS)
+        for start in ("imagenet", "random")
+    }
+    found = {name: (c.MODEL.TIMM.WEIGHTS, c.MODEL.TIMM.NORM) for name, c in configs.items()}
+    assert found == {"imagenet": ("weights.pth", "EvalBN"), "random": ("", "BN")}
 
 
 def test_what_a_row_varies_cannot_be_overridden():
