@@ -127,7 +127,7 @@ def plot_losses(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 def _draw_films(folders: Sequence[str]) -> tuple[str, Figure]:
     """Print what the films of runs say, and return the name and the figure of them."""
-    from retinanet_ext.analysis.film import film_figure
+    from retinanet_ext.analysis.film_figure import film_figure
     from retinanet_ext.experiments.film_report import describe_films, read_films
 
     films = read_films(folders)

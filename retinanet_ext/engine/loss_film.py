@@ -177,7 +177,7 @@ def describe_cls_loss(cfg: CfgNode) -> str:
 
 
 def read_film(folder: str | Path, ap: float | None = None) -> Film:
-    """Return the film in a run's folder.
+    """Return the film in a run's folder, without the steps that were not finite.
 
     Args:
         folder: OUTPUT_DIR of a training with ``SOLVER.LOSS_FILM_PERIOD``
@@ -204,6 +204,9 @@ def read_film(folder: str | Path, ap: float | None = None) -> Film:
         )
     run = {"seed": cfg.SEED, "cls_loss": describe_cls_loss(cfg)}
     _check_run(path, records, run, classes)
+    records = [record for record in records if record["loss"] and record["gradient"]]
+    if not records:
+        raise InputError(f"{path} has only steps that were not finite")
     return Film(
         name=folder.name,
         cls_loss=run["cls_loss"],
@@ -217,7 +220,7 @@ def read_film(folder: str | Path, ap: float | None = None) -> Film:
 
 
 def _stack_shares(records: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
-    """Return quantity -> shares, (T, 3); NaN where a step was not finite."""
+    """Return quantity -> shares, (T, 3)."""
     return {q: np.array([record[q] for record in records], dtype=float) for q in QUANTITIES}
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog, get_detection_dataset_dicts
@@ -266,6 +267,8 @@ def _describe_film(film: Film) -> str:
         what = "a larger gamma has little to take from them"
 
     def shares(values: Sequence[float]) -> str:
+        if np.isnan(values).any():
+            return "nothing was recorded"
         return ", ".join(
             f"{group} {100 * v:.1f} %" for group, v in zip(GROUPS, values, strict=True)
         )

@@ -6,21 +6,18 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from detectron2.config import CfgNode
+from scipy.stats import spearmanr
 from tabulate import tabulate
 
-from retinanet_ext.analysis.film import (
-    EARLY,
-    GROUPS,
-    MIN_RUNS,
-    QUANTITIES,
-    Film,
-    early_shares,
-    rank_correlations,
-)
+from retinanet_ext.analysis.film import EARLY, GROUPS, QUANTITIES, Film, early_shares
 from retinanet_ext.engine import load_config
 from retinanet_ext.engine.loss_film import read_film
 from retinanet_ext.experiments.record import final_metrics
+
+MIN_RUNS = 4
+"""Runs that a rank correlation needs: of three, any order is likely by chance."""
 
 
 def read_films(folders: Sequence[str | Path]) -> list[Film]:
@@ -43,7 +40,11 @@ def describe_films(folders: Sequence[str | Path], films: Sequence[Film]) -> str:
     rows = []
     for film in films:
         early = early_shares(film)
-        shares = [f"{100 * share:.1f}" for quantity in QUANTITIES for share in early[quantity]]
+        shares = [
+            "–" if math.isnan(share) else f"{100 * share:.1f}"
+            for quantity in QUANTITIES
+            for share in early[quantity]
+        ]
         ap = "–" if film.ap is None else f"{film.ap:.1f}"
         rows.append([film.name, film.cls_loss, *shares, ap])
     columns = [f"{quantity}:\n{group}" for quantity in QUANTITIES for group in GROUPS]
@@ -56,11 +57,15 @@ def describe_films(folders: Sequence[str | Path], films: Sequence[Film]) -> str:
 
 
 def _describe_correlation(folders: Sequence[str | Path], films: Sequence[Film]) -> str:
-    measured = [film for film in films if film.ap is not None]
+    measured = [
+        film
+        for film in films
+        if film.ap is not None and not np.isnan(early_shares(film)["loss"]).any()
+    ]
     if len(measured) < MIN_RUNS:
         return (
-            f"Rank correlation with the final AP: it needs {MIN_RUNS} runs that were evaluated, "
-            f"got {len(measured)}."
+            f"Rank correlation with the final AP: it needs {MIN_RUNS} runs that were evaluated "
+            f"and whose films have their first tenth, got {len(measured)}."
         )
     if len({_test_data(load_config(Path(folder, "config.yaml"))) for folder in folders}) > 1:
         return "Rank correlation with the final AP: none, because the runs have other test data."
@@ -76,3 +81,24 @@ def _test_data(cfg: CfgNode) -> str:
     """Return what the test data of a run depend on, as text."""
     custom, sample = cfg.DATASETS.CUSTOM, cfg.DATASETS.SAMPLE
     return repr((cfg.DATASETS.TEST, custom.TEST_JSON, custom.CLASSES, dict(sample)))
+
+
+def rank_correlations(films: Sequence[Film]) -> dict[tuple[str, str], tuple[float, float]]:
+    """Return whether an early share predicts the order of the final APs.
+
+    Args:
+        films: of :data:`MIN_RUNS` runs or more, all with an AP on the same test data
+
+    Returns:
+        quantity and group -> Spearman's rank correlation and its two-sided p-value; NaN if all runs
+        have the same share
+    """
+    early = [early_shares(film) for film in films]
+    found = {}
+    for quantity in QUANTITIES:
+        for index, group in enumerate(GROUPS):
+            shares = [float(numbers[quantity][index]) for numbers in early]
+            constant = len(set(shares)) == 1 or len({film.ap for film in films}) == 1
+            result = (math.nan,) * 2 if constant else spearmanr(shares, [f.ap for f in films])
+            found[quantity, group] = (float(result[0]), float(result[1]))
+    return found

@@ -187,8 +187,8 @@ def _start(
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
             env={
-                "OMP_NUM_THREADS": str(hardware["threads"]),
                 **os.environ,
+                "OMP_NUM_THREADS": str(hardware["threads"]),
                 "PYTHONUNBUFFERED": "1",
             },
             start_new_session=True,  # Ctrl-C reaches the runner alone

@@ -114,7 +114,7 @@ def export_run(
             metadata = replace(metadata, precision="int8")
             quantization = quantize(source, written, metadata, cfg, calibration_images)
         write_file(path, written.read_bytes())
-    images = "the run's test images" if has_data else "drawn images, because it has no test data"
+    images = "the run's test images" if has_data else "drawn images, without usable test data"
     exported = Exported(path, metadata, comparisons, images, quantization)
     _write_report(exported)
     return exported

@@ -70,7 +70,7 @@ class DetectionLog:
         self._job_file = folder / JOB
         self._job = json.loads(to_json(job))
         saved = json.loads(self._job_file.read_bytes()) if self._job_file.is_file() else {}
-        self.complete = saved.pop("complete", False)
+        self.complete = saved.pop("complete", False) and self.path.is_file()
         keys = sorted({*saved, *self._job}) if saved else []
         differ = [key for key in keys if saved.get(key) != self._job.get(key)]
         if differ:

@@ -152,7 +152,9 @@ def _write_video(path: Path, pictures: Iterable[np.ndarray], rate: float) -> Non
     """
     part = path.with_name(f".part_{path.name}")  # OpenCV chooses the container by the suffix
     pictures = iter(pictures)
-    first = next(pictures)
+    first = next(pictures, None)
+    if first is None:
+        raise InputError(f"{path} cannot be drawn: no frame of the video can be read any more")
     height, width = first.shape[:2]
     frames = 0
     with atomic_write(path, part=part):

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from retinanet_ext.analysis.film import GROUPS, Film, early_shares, film_figure, rank_correlations
+from retinanet_ext.analysis.film import GROUPS, Film, early_shares
+from retinanet_ext.analysis.film_figure import film_figure
+from retinanet_ext.experiments.film_report import describe_films, rank_correlations
 
 
 def make_film(positives, ap, classes=2):
@@ -35,6 +37,14 @@ def test_the_first_tenth_is_averaged_and_ranked():
 def test_a_record_each_thousand_iterations_is_still_an_early_one():
     film = make_film(0.9, 40)
     assert early_shares(Film(**{**film.__dict__, "num_iterations": 5}))["gradient"][0] > 0.8
+
+
+def test_a_film_that_begins_late_is_left_out():
+    late = make_film(0.9, 40)
+    late = Film(**{**late.__dict__, "iterations": late.iterations + 50})
+    assert np.isnan(early_shares(late)["loss"]).all()
+    text = describe_films([], [late, *[make_film(0.5, 20)] * 3])
+    assert "got 3" in text and "nan" not in text
 
 
 @pytest.mark.parametrize(("films", "columns"), [(1, 3), (2, 2)])

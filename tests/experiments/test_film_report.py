@@ -42,7 +42,10 @@ def test_films_are_drawn_and_ranked(tmp_path, capsys):
     assert lines["loss positives"] == "–"  # the same in all
     assert (tmp_path / "film.png").stat().st_size > 1000
 
-    assert "needs 4 runs that were evaluated, got 3" in describe(runs[:3])
+    assert (
+        "needs 4 runs that were evaluated and whose films have their first tenth, got 3"
+        in describe(runs[:3])
+    )
     other = make_run(tmp_path / "other", 3.0, 50.0, "DATASETS.CUSTOM.TEST_JSON", "other.json")
     assert "none, because the runs have other test data" in describe([*runs, other])
 
