@@ -34,9 +34,11 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
         cfg: as ``detectron2.config.get_cfg()`` gives it; changed in place
     """
     cfg.MODEL.RETINANET.CLS_LOSS = CfgNode()
-    # Classification loss: "focal", "focal_star", "cross_entropy", "hinge", or another one that is
-    # registered in retinanet_ext/losses. Its parameters are in the node of the same name; focal
-    # reads MODEL.RETINANET.FOCAL_LOSS_ALPHA and MODEL.RETINANET.FOCAL_LOSS_GAMMA.
+    # Classification loss: "focal", "focal_star", "cross_entropy", "hinge", one of those published
+    # later ("asymmetric", "equalized_focal", "ghm_c", "poly1_focal", "quality_focal", "varifocal"),
+    # or another one that is registered in retinanet_ext/losses. Its parameters are in the node of
+    # the same name; focal reads MODEL.RETINANET.FOCAL_LOSS_ALPHA and
+    # MODEL.RETINANET.FOCAL_LOSS_GAMMA.
     cfg.MODEL.RETINANET.CLS_LOSS.NAME = "focal"
     # Alpha per class, in place of the loss's one alpha: K numbers in [0, 1], in the order of the
     # classes; or pairs `[["Platelets", 0.75], ...]`, in YAML also `{Platelets: 0.75}`, where
@@ -52,8 +54,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
             if not key.startswith("MODEL.RETINANET.CLS_LOSS."):  # Detectron2 has it
                 continue
             node = cfg.MODEL.RETINANET.CLS_LOSS.setdefault(name.upper(), CfgNode())
-            default = loss.alpha if parameter == "alpha" else loss.parameters[parameter].default
-            node[key.rsplit(".", 1)[1]] = default
+            own = loss.parameters.get(parameter)
+            node[key.rsplit(".", 1)[1]] = loss.alpha if own is None else own.default
 
     cfg.MODEL.RETINANET.SELECTION = CfgNode()
     # Which anchors count in the loss:

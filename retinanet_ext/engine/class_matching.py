@@ -12,8 +12,13 @@ from torch import Tensor, nn
 from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.errors import InputError
 
-CLASSIFIER = ("head.cls_score.weight", "head.cls_score.bias")
-"""Parameters with one output per anchor and class, here and in Detectron2's RetinaNet."""
+CLASSIFIER = (
+    "head.cls_score.weight",
+    "head.cls_score.bias",
+    "criterion.cls_loss.class_gradients",
+)
+"""Parameters with one output per anchor and class, here and in Detectron2's RetinaNet; and the
+statistic of the equalised focal loss, two numbers per class."""
 
 logger = logging.getLogger(__name__)
 
