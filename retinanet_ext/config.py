@@ -127,8 +127,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
 
     # Compile with torch.compile, at the first iteration (minutes): in training the whole step from
     # the padded images to the losses, labels of anchors included, and in inference backbone and
-    # head. With MODEL.RETINANET.SELECTION.NAME "ohem", whose search branches on values, backbone
-    # and head in training too. See docs/speed.md#torchcompile-tracing-and-export.
+    # head. With MODEL.RETINANET.SELECTION.NAME "ohem", whose search branches on values, and with a
+    # loss of more than x_t, backbone and head in training too. See docs/speed.md#torchcompile-tracing-and-export.
     cfg.MODEL.COMPILE = False
     # Record the compiled training step as CUDA graphs, one per size of images, which saves the time
     # to launch kernels. Set INPUT.SIZE_DIVISIBILITY too, unless all images have one size.
@@ -244,13 +244,13 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
 
     # Number of micro-batches per optimizer step, 1 to 65536. IMS_PER_BATCH counts the images of all
     # of them. A step equals that of one batch of as many images, including the loss normaliser,
-    # except for what depends on a single micro-batch: padding to its largest image, BatchNorm, and
-    # MODEL.RETINANET.SELECTION.OHEM.SCOPE "process".
+    # except for what depends on a single micro-batch: padding to its largest image, BatchNorm,
+    # MODEL.RETINANET.SELECTION.OHEM.SCOPE "process", and the gradient density of the loss "ghm_c".
     cfg.SOLVER.GRAD_ACCUM_STEPS = 1
 
     # Iterations between records of which anchors carry the loss of the batch and its gradient:
     # positives, hard and easy negatives, by class and level (figure 4 over the training). They are
-    # lines of loss_film.json. It needs MODEL.COMPILE False. 0: off. See docs/advise.md.
+    # lines of loss_film.json. It needs MODEL.COMPILE False and a loss of x_t. 0: off. See docs/advise.md.
     cfg.SOLVER.LOSS_FILM_PERIOD = 0
 
     cfg.SOLVER.BEST = CfgNode()

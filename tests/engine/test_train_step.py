@@ -152,7 +152,7 @@ SKIP = ("SOLVER.NON_FINITE.POLICY", "skip")
 def test_a_skipped_step_changes_nothing(tmp_path, caplog):
     good = [BATCHES[0]] * 2
     spoilt = [good[0], spoil(good[0]), spoil(good[0]), good[0]]
-    opts = ("OUTPUT_DIR", str(tmp_path), *SKIP)
+    opts = ("OUTPUT_DIR", str(tmp_path), *SKIP, "MODEL.RETINANET.CLS_LOSS.NAME", "ghm_c")
     expected = make_trainer(*opts, batches=good, norm="BN")
     run(expected)
     trainer = make_trainer(*opts, batches=spoilt, norm="BN")
