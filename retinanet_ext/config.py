@@ -128,7 +128,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
     # Compile with torch.compile, at the first iteration (minutes): in training the whole step from
     # the padded images to the losses, labels of anchors included, and in inference backbone and
     # head. With MODEL.RETINANET.SELECTION.NAME "ohem", whose search branches on values, and with a
-    # loss of more than x_t, backbone and head in training too. See docs/speed.md#torchcompile-tracing-and-export.
+    # loss of more than x_t, backbone and head in training too. See
+    # docs/speed.md#torchcompile-tracing-and-export.
     cfg.MODEL.COMPILE = False
     # Record the compiled training step as CUDA graphs, one per size of images, which saves the time
     # to launch kernels. Set INPUT.SIZE_DIVISIBILITY too, unless all images have one size.
@@ -250,7 +251,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
 
     # Iterations between records of which anchors carry the loss of the batch and its gradient:
     # positives, hard and easy negatives, by class and level (figure 4 over the training). They are
-    # lines of loss_film.json. It needs MODEL.COMPILE False and a loss of x_t. 0: off. See docs/advise.md.
+    # lines of loss_film.json. It needs MODEL.COMPILE False and a loss of x_t. 0: off. See
+    # docs/advise.md.
     cfg.SOLVER.LOSS_FILM_PERIOD = 0
 
     cfg.SOLVER.BEST = CfgNode()
