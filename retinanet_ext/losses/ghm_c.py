@@ -43,9 +43,8 @@ class GHMCLoss(StatefulLoss):
 
     def next_state(self, sums: Tensor) -> Tensor:
         average = self.momentum * self.density + (1 - self.momentum) * sums
-        rests = sums == 0
-        rests[-1] = False
-        return torch.where(rests, self.density, average)
+        bins = torch.where(sums[:-1] > 0, average[:-1], self.density[:-1])
+        return torch.cat([bins, average[-1:]])
 
     def value_and_grad(self, entries: Entries) -> tuple[Tensor, Tensor]:
         """Return GHM-C and its gradient, w (p - y), because the weight w is a constant."""
