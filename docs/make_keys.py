@@ -140,7 +140,7 @@ def describe_losses() -> dict[str, str]:
         formula = (inspect.getdoc(loss.formula) or loss.name).splitlines()[0]
         for name, key in loss_parameter_keys(loss).items():
             what = f'{name.capitalize()} of "{loss.name}" ({loss.reference}), in '
-            if name == "alpha":
+            if name not in loss.parameters:
                 described[key] = f"{what}[0, 1]; -1.0: no class balancing"
             else:
                 described[key] = f"{what}{loss.parameters[name].allowed.text}: `{formula}`"

@@ -34,9 +34,11 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
         cfg: as ``detectron2.config.get_cfg()`` gives it; changed in place
     """
     cfg.MODEL.RETINANET.CLS_LOSS = CfgNode()
-    # Classification loss: "focal", "focal_star", "cross_entropy", "hinge", or another one that is
-    # registered in retinanet_ext/losses. Its parameters are in the node of the same name; focal
-    # reads MODEL.RETINANET.FOCAL_LOSS_ALPHA and MODEL.RETINANET.FOCAL_LOSS_GAMMA.
+    # Classification loss: "focal", "focal_star", "cross_entropy", "hinge", one of those published
+    # later ("asymmetric", "equalized_focal", "ghm_c", "poly1_focal", "quality_focal", "varifocal"),
+    # or another one that is registered in retinanet_ext/losses. Its parameters are in the node of
+    # the same name; focal reads MODEL.RETINANET.FOCAL_LOSS_ALPHA and
+    # MODEL.RETINANET.FOCAL_LOSS_GAMMA.
     cfg.MODEL.RETINANET.CLS_LOSS.NAME = "focal"
     # Alpha per class, in place of the loss's one alpha: K numbers in [0, 1], in the order of the
     # classes; or pairs `[["Platelets", 0.75], ...]`, in YAML also `{Platelets: 0.75}`, where
@@ -52,8 +54,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
             if not key.startswith("MODEL.RETINANET.CLS_LOSS."):  # Detectron2 has it
                 continue
             node = cfg.MODEL.RETINANET.CLS_LOSS.setdefault(name.upper(), CfgNode())
-            default = loss.alpha if parameter == "alpha" else loss.parameters[parameter].default
-            node[key.rsplit(".", 1)[1]] = default
+            own = loss.parameters.get(parameter)
+            node[key.rsplit(".", 1)[1]] = loss.alpha if own is None else own.default
 
     cfg.MODEL.RETINANET.SELECTION = CfgNode()
     # Which anchors count in the loss:
@@ -125,8 +127,9 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
 
     # Compile with torch.compile, at the first iteration (minutes): in training the whole step from
     # the padded images to the losses, labels of anchors included, and in inference backbone and
-    # head. With MODEL.RETINANET.SELECTION.NAME "ohem", whose search branches on values, backbone
-    # and head in training too. See docs/speed.md#torchcompile-tracing-and-export.
+    # head. With MODEL.RETINANET.SELECTION.NAME "ohem", whose search branches on values, and with a
+    # loss of more than x_t, backbone and head in training too. See
+    # docs/speed.md#torchcompile-tracing-and-export.
     cfg.MODEL.COMPILE = False
     # Record the compiled training step as CUDA graphs, one per size of images, which saves the time
     # to launch kernels. Set INPUT.SIZE_DIVISIBILITY too, unless all images have one size.
@@ -242,13 +245,14 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
 
     # Number of micro-batches per optimizer step, 1 to 65536. IMS_PER_BATCH counts the images of all
     # of them. A step equals that of one batch of as many images, including the loss normaliser,
-    # except for what depends on a single micro-batch: padding to its largest image, BatchNorm, and
-    # MODEL.RETINANET.SELECTION.OHEM.SCOPE "process".
+    # except for what depends on a single micro-batch: padding to its largest image, BatchNorm,
+    # MODEL.RETINANET.SELECTION.OHEM.SCOPE "process", and the gradient density of the loss "ghm_c".
     cfg.SOLVER.GRAD_ACCUM_STEPS = 1
 
     # Iterations between records of which anchors carry the loss of the batch and its gradient:
     # positives, hard and easy negatives, by class and level (figure 4 over the training). They are
-    # lines of loss_film.json. It needs MODEL.COMPILE False. 0: off. See docs/advise.md.
+    # lines of loss_film.json. It needs MODEL.COMPILE False and a loss of x_t. 0: off. See
+    # docs/advise.md.
     cfg.SOLVER.LOSS_FILM_PERIOD = 0
 
     cfg.SOLVER.BEST = CfgNode()

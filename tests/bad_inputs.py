@@ -608,6 +608,16 @@ CONFIG = [
         opts("SOLVER.LOSS_FILM_PERIOD", 10, "MODEL.COMPILE", True),
     ),
     (
+        "a film of a loss that needs more than x_t",
+        "SOLVER.LOSS_FILM_PERIOD 10 takes a loss of x_t",
+        opts("SOLVER.LOSS_FILM_PERIOD", 10, "MODEL.RETINANET.CLS_LOSS.NAME", "varifocal"),
+    ),
+    (
+        "an auto weight of a loss that needs more than x_t",
+        "WEIGHT auto is for a loss of x_t; ghm_c takes a number",
+        opts("MODEL.RETINANET.CLS_LOSS.WEIGHT", "auto", "MODEL.RETINANET.CLS_LOSS.NAME", "ghm_c"),
+    ),
+    (
         "a range of scales the wrong way round",
         "INPUT.SCALE_JITTER takes [least, most]",
         opts("INPUT.SCALE_JITTER", "[2.0, 0.5]"),

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.cuda
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", [n for n, loss in LOSSES.items() if not loss.is_module])
 def test_losses_and_gradients_equal_the_cpus(name):
     values, gradients = [], []
     for device in ("cpu", "cuda"):

@@ -97,10 +97,12 @@ def test_links_and_keys_of_a_page_exist(page):
 
 def test_add_a_loss_as_its_document_says(tmp_path):
     text = (ROOT / "docs/add_a_loss.md").read_text()
-    code = re.search(r"```python\n(.*?)```", text, re.S).group(1)
+    codes = re.findall(r"```python\n(.*?)```", text, re.S)
     config = re.search(r"```yaml\n(.*?)```", text, re.S).group(1)
     shutil.copytree(ROOT / "retinanet_ext", tmp_path / "retinanet_ext")
-    (tmp_path / re.search(r"`(retinanet_ext/losses/\w+\.py)`", text).group(1)).write_text(code)
+    files = re.findall(r"^`(retinanet_ext/losses/\w+\.py)`:", text, re.M)
+    for file, code in zip(files, codes, strict=True):
+        (tmp_path / file).write_text(code)
     base = ROOT / "configs/retinanet_R50_FPN.yaml"
     (tmp_path / "power.yaml").write_text(yaml.safe_dump({"_BASE_": str(base)}) + config)
     program = """
@@ -116,6 +118,12 @@ loss, alpha = build_cls_loss(cfg)
 x = torch.linspace(-20, 20, 9, dtype=torch.float64)
 assert torch.allclose(loss(x), (1 - x.sigmoid()) ** 1.5) and alpha == 0.25
 assert cfg.MODEL.RETINANET.CLS_LOSS.NAME == "power"
+assert cfg.MODEL.RETINANET.CLS_LOSS.LENIENT == {"THRESHOLD": 0.01}
+cfg.MODEL.RETINANET.CLS_LOSS.NAME = "lenient"
+loss, alpha = build_cls_loss(cfg)
+x = torch.tensor([[[-9.0, 0.0]]], dtype=torch.float64, requires_grad=True)
+loss(x, torch.tensor([[1]])).backward()
+assert alpha == -1 and x.grad.tolist() == [[[0.0, -0.5]]]
 import pytest
 raise SystemExit(pytest.main(["-q", "-k", "power"]))
 """

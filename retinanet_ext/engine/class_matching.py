@@ -15,6 +15,9 @@ from retinanet_ext.errors import InputError
 CLASSIFIER = ("head.cls_score.weight", "head.cls_score.bias")
 """Parameters with one output per anchor and class, here and in Detectron2's RetinaNet."""
 
+STATISTIC = "criterion.cls_loss.class_gradients"
+"""That of the equalised focal loss: two numbers per class, laid out as outputs of two anchors."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -79,7 +82,7 @@ def match_weights(
 ) -> None:
     """Replace the classifier's parameters, except where other dimensions do not fit the model."""
     own = model.state_dict()
-    for name in CLASSIFIER:
+    for name in (*CLASSIFIER, STATISTIC):
         if name not in weights or name not in own:
             continue
         (rows, *shape), (own_rows, *own_shape) = weights[name].shape, own[name].shape

@@ -21,7 +21,7 @@ from retinanet_ext.config_keys import all_keys, read_key
 from retinanet_ext.data.images import num_channels, parse_pixel_range
 from retinanet_ext.engine.solver import FLAT_COSINE
 from retinanet_ext.errors import InputError, first_line
-from retinanet_ext.losses import Interval
+from retinanet_ext.losses import LOSSES, Interval
 from retinanet_ext.modeling import RetinaNetExt
 from retinanet_ext.modeling.inference import check_precision
 
@@ -140,6 +140,12 @@ def check_config(cfg: CfgNode, *, num_processes: int, eval_only: bool) -> None:
             raise InputError(
                 f"SOLVER.LOSS_FILM_PERIOD {cfg.SOLVER.LOSS_FILM_PERIOD} needs MODEL.COMPILE False, "
                 "because compiled code does not hand out the gradient of the logits"
+            )
+        name = cfg.MODEL.RETINANET.CLS_LOSS.NAME
+        if cfg.SOLVER.LOSS_FILM_PERIOD and name in LOSSES and LOSSES[name].is_module:
+            raise InputError(
+                f"SOLVER.LOSS_FILM_PERIOD {cfg.SOLVER.LOSS_FILM_PERIOD} takes a loss of x_t, and "
+                f"MODEL.RETINANET.CLS_LOSS.NAME {name} depends on more: set the period to 0"
             )
         _check_solver(cfg, num_processes)
         _check_selection(cfg)

@@ -126,7 +126,8 @@ class InstrumentedPass:
     def _record_terms(self, criterion: RetinaNetCriterion, arguments: dict[str, Any]) -> None:
         labels, self.matched_idxs = arguments["labels"], arguments["matched_idxs"]
         rows = [permute_to_N_HWA_K(logits, criterion.num_classes) for logits in arguments["logits"]]
-        losses = criterion.anchor_losses(torch.cat(rows, dim=1), labels)
+        quality = criterion.box_quality(**{k: v for k, v in arguments.items() if k != "logits"})
+        losses = criterion.anchor_losses(torch.cat(rows, dim=1), labels, quality)
         self.terms["loss_cls"] = losses.masked_fill(labels < 0, 0)
         image, anchor = is_foreground(labels, criterion.num_classes).nonzero(as_tuple=True)
         box_losses = criterion.box_losses(

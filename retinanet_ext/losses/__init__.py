@@ -1,4 +1,4 @@
-"""Classification losses of the paper, in pure torch.
+"""Classification losses of the paper, and some published later, in pure torch.
 
 Every module in this folder is imported, so that adding a loss takes one file that registers it
 (docs/add_a_loss.md). x_t is the logit signed by the target (appendix A): x_t = x for the object's

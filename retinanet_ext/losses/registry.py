@@ -2,7 +2,8 @@
 
 A loss is one function of x_t, the logit signed by the target (appendix A): x_t = x for the object's
 class and -x otherwise, so that p_t = sigmoid(x_t). The criterion chooses which anchors count,
-balances by alpha, sums and normalises.
+balances by alpha, sums and normalises. A loss that needs more than x_t is a module, see
+:class:`~retinanet_ext.losses.module.LossModule`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor
 
 from retinanet_ext.errors import InputError
+from retinanet_ext.losses.module import LossModule
 
-Formula = Callable[..., Tensor]
+Formula = Callable[..., Any]
 ValueAndGrad = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -80,7 +82,8 @@ class Loss:
 
     Attributes:
         name: the name in a config, e.g. ``focal_star``
-        formula: x_t of any shape -> loss of each entry, same shape; takes keyword-only parameters
+        formula: x_t of any shape -> loss of each entry, same shape; takes keyword-only parameters.
+            Of a loss of more than x_t, its subclass of ``LossModule``
         reference: where it is defined, e.g. ``"section 3.2, equation 4"``
         parameters: name -> default and range, read from the formula's signature
         alpha: default class-balancing weight (-1: none); None if the loss is never balanced
@@ -94,11 +97,38 @@ class Loss:
     alpha: float | None
     value_and_grad: ValueAndGrad | None = None
 
+    @property
+    def is_module(self) -> bool:
+        """Whether the loss needs more than x_t; :meth:`build` then takes the place of ``bind``."""
+        return isinstance(self.formula, type)
+
     def bind(self, **values: float) -> BoundLoss:
-        """Return the loss as a function of x_t; a value out of range raises ``InputError``."""
+        """Return the loss as a function of x_t.
+
+        Raises:
+            InputError: a value is out of range, or the loss is not a function of x_t
+        """
+        if self.is_module:
+            raise InputError(
+                f"loss {self.name!r} depends on more than x_t (a target's sign or quality, the "
+                "batch): it has no curve over x_t"
+            )
+        self._check(values)
+        return BoundLoss(self, values)
+
+    def build(self, num_classes: int, **values: float) -> LossModule:
+        """Return the module of a loss of more than x_t.
+
+        Raises:
+            InputError: a value is out of range
+        """
+        self._check(values)
+        module: LossModule = self.formula(num_classes, **values)
+        return module
+
+    def _check(self, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self.parameters[name].allowed.check(f"{self.name}: {name}", value)
-        return BoundLoss(self, values)
 
 
 @dataclass(frozen=True, eq=False)  # by identity, because torch.compile hashes it
@@ -110,7 +140,8 @@ class BoundLoss:
 
     def __call__(self, x_t: Tensor) -> Tensor:
         """Return the loss of each entry, differentiable."""
-        return self.loss.formula(x_t, **self.values)
+        value: Tensor = self.loss.formula(x_t, **self.values)
+        return value
 
     def value_and_grad(self, x_t: Tensor) -> tuple[Tensor, Tensor]:
         """Return the loss of each entry and its derivative, neither of them differentiable.
@@ -163,7 +194,8 @@ def register_loss(
 ) -> Callable[[Formula], Formula]:
     """Register the decorated formula as a loss; docs/add_a_loss.md shows how to add one.
 
-    The formula takes x_t and keyword-only parameters. Each parameter has a default and is annotated
+    The formula takes x_t and keyword-only parameters; a subclass of ``LossModule`` takes them in
+    its ``__init__``. Each parameter has a default and is annotated
     with its range: ``gamma: Annotated[float, Interval("[0, inf)")] = 2.0``. Its config keys and the
     tests of its contract follow from the signature.
 
@@ -197,7 +229,8 @@ def register_loss(
 
 
 def _parameters(name: str, formula: Formula) -> dict[str, Parameter]:
-    hints: dict[str, Any] = get_type_hints(formula, include_extras=True)
+    function = formula.__init__ if isinstance(formula, type) else formula  # type: ignore[misc]
+    hints: dict[str, Any] = get_type_hints(function, include_extras=True)
     parameters = {}
     for parameter in inspect.signature(formula).parameters.values():
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
@@ -211,5 +244,6 @@ def _parameters(name: str, formula: Formula) -> dict[str, Parameter]:
             )
         allowed: Interval = ranges[0]
         allowed.check(f"loss {name!r}: default of {parameter.name}", parameter.default)
-        parameters[parameter.name] = Parameter(float(parameter.default), allowed)
+        number_type = get_args(hint)[0]
+        parameters[parameter.name] = Parameter(number_type(parameter.default), allowed)
     return parameters

@@ -24,7 +24,9 @@ from retinanet_ext.errors import InputError
 from retinanet_ext.losses import Interval
 from retinanet_ext.losses.dense import dense_loss, dense_loss_per_image, signed_logits
 from retinanet_ext.losses.functional import Alpha, class_weights, upcast_to_float32
+from retinanet_ext.losses.module import LossModule
 from retinanet_ext.losses.registry import UNBALANCED, BoundLoss
+from retinanet_ext.modeling.box_quality import box_quality, iou_of_pairs
 from retinanet_ext.modeling.loss_config import build_cls_loss, build_selection, read_cls_loss_weight
 from retinanet_ext.modeling.matching import is_foreground
 from retinanet_ext.sampling import OHEM, SelectAll
@@ -46,7 +48,7 @@ class ImageSums(NamedTuple):
 class RetinaNetCriterion(nn.Module):
     """Classification loss of the selected anchors and box regression loss of the foreground.
 
-    The only state is the moving average of the normaliser ``foreground_ema``, a buffer, so that a
+    Its own state is the moving average of the normaliser ``foreground_ema``, a buffer, so that a
     resumed run continues with it. Loading weights without it (Detectron2's) keeps its value. The
     normaliser counts the anchors of the whole batch, over all processes and micro-batches, so that
     the result does not depend on how a batch is divided.
@@ -73,7 +75,7 @@ class RetinaNetCriterion(nn.Module):
         self,
         *,
         num_classes: int,
-        cls_loss: BoundLoss,
+        cls_loss: BoundLoss | LossModule,
         alpha: Alpha = UNBALANCED,
         selection: SelectAll | OHEM | None = None,
         normalizer: str = "foreground_ema",
@@ -85,8 +87,8 @@ class RetinaNetCriterion(nn.Module):
         """
         Args:
             num_classes: K
-            cls_loss: a loss of x_t, see :func:`~retinanet_ext.losses.bind_loss`
-            alpha: class-balancing weight, one number or K; -1 for none
+            cls_loss: a loss of x_t, see :func:`~retinanet_ext.losses.bind_loss`, or a module
+            alpha: class-balancing weight of a loss of x_t, one number or K; -1 for none
             selection: which anchors count; by default all that are not ignored
             normalizer: ``foreground_ema``, ``foreground``, ``foreground_batch`` or ``selected``;
                 docs/keys.md explains them under ``MODEL.RETINANET.LOSS_NORMALIZER``
@@ -142,6 +144,11 @@ class RetinaNetCriterion(nn.Module):
             cls_loss_weight=read_cls_loss_weight(cfg),
         )
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether all anchors count, by a loss of x_t: the fused path, which also compiles."""
+        return isinstance(self.selection, SelectAll) and isinstance(self.cls_loss, BoundLoss)
+
     def forward(
         self,
         anchors: Tensor,
@@ -161,11 +168,12 @@ class RetinaNetCriterion(nn.Module):
             matched_idxs: index of each anchor's box in ``gt_boxes``, (N, R)
             gt_boxes: boxes of all images, (M, 4)
         """
-        if isinstance(self.selection, SelectAll):
-            cls_losses, selected = None, labels >= 0
-        else:
+        cls_losses, selected = None, labels >= 0
+        if not self.is_dense:
             rows = [permute_to_N_HWA_K(level, self.num_classes) for level in logits]
-            cls_losses = self.anchor_losses(torch.cat(rows, dim=1), labels)
+            quality = self.box_quality(anchors, deltas, labels, matched_idxs, gt_boxes)
+            cls_losses = self.anchor_losses(torch.cat(rows, dim=1), labels, quality)
+        if isinstance(self.selection, OHEM):
             boxes = anchors
             if self.selection.nms_boxes == "predictions":
                 decode = self.box2box_transform.apply_deltas
@@ -223,7 +231,9 @@ class RetinaNetCriterion(nn.Module):
         loss_box_reg = _weighted_sum(sums.loss_box_reg, weights)
         return {"loss_cls": loss_cls.to(loss_box_reg.dtype), "loss_box_reg": loss_box_reg}
 
-    def anchor_losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def anchor_losses(
+        self, logits: Tensor, labels: Tensor, quality: Tensor | None = None
+    ) -> Tensor:
         """Return the classification loss of each anchor, summed over classes, (N, R).
 
         OHEM selects by it. The loss of ignored anchors is 0.
@@ -231,12 +241,37 @@ class RetinaNetCriterion(nn.Module):
         Args:
             logits: (N, R, K)
             labels: (N, R)
+            quality: IoU of the foreground's decoded boxes with their ground truth, (N, R)
+
+        Raises:
+            InputError: the target of the loss is the quality, and there is none
         """
+        if isinstance(self.cls_loss, LossModule):
+            return self.cls_loss(logits, labels, quality)
         labels = labels[..., None, None]
         alpha_weights = logits.new_ones(2) if self.alpha_weights is None else self.alpha_weights
         ones = torch.ones_like(labels, dtype=logits.dtype)
         x_t, weight, _ = signed_logits(logits[..., None, None], labels, ones, alpha_weights)
         return (self.cls_loss(x_t) * weight).flatten(2).sum(2)
+
+    def box_quality(
+        self,
+        anchors: Tensor,
+        deltas: Tensor,
+        labels: Tensor,
+        matched_idxs: Tensor,
+        gt_boxes: Tensor,
+    ) -> Tensor | None:
+        """Return the quality that :meth:`anchor_losses` takes, None if the loss does not need it.
+
+        The arguments are those of :meth:`forward`.
+        """
+        if not (isinstance(self.cls_loss, LossModule) and self.cls_loss.needs_quality):
+            return None
+        foreground = is_foreground(labels, self.num_classes)
+        return box_quality(
+            self.box2box_transform, anchors, deltas, foreground, matched_idxs, gt_boxes
+        )
 
     def _box_loss_per_image(
         self,
@@ -267,7 +302,7 @@ class RetinaNetCriterion(nn.Module):
             targets = self._box_targets(anchors, gt_boxes)
             return smooth_l1_loss(deltas, targets, beta=self.smooth_l1_beta).sum(1)
         boxes = self.box2box_transform.apply_deltas(deltas, anchors)
-        return 1 - _iou_of_pairs(self.box_reg_loss_type, boxes, gt_boxes)
+        return 1 - iou_of_pairs(BOX_IOUS[self.box_reg_loss_type], boxes, gt_boxes)
 
     def _box_targets(self, anchors: Tensor, gt_boxes: Tensor) -> Tensor:
         """Compute ``Box2BoxTransform.get_deltas`` without its assertion, which waits for a GPU."""
@@ -284,6 +319,8 @@ class RetinaNetCriterion(nn.Module):
         """
         self._num_micro_batches = num_micro_batches
         self._micro_counts = []
+        if isinstance(self.cls_loss, LossModule):
+            self.cls_loss.begin_batch(num_micro_batches)
 
     @torch.no_grad()
     def end_batch(self) -> Tensor:
@@ -293,6 +330,8 @@ class RetinaNetCriterion(nn.Module):
         """
         counts, self._micro_counts = self._micro_counts, []
         self._num_micro_batches = 1
+        if isinstance(self.cls_loss, LossModule):
+            self.cls_loss.end_batch()
         if self.normalizer == "foreground":  # counted per image
             return torch.ones_like(self.loss_normalizer)
         provisional = self.loss_normalizer.clone()
@@ -335,21 +374,15 @@ class RetinaNetCriterion(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         state_dict.setdefault(prefix + "loss_normalizer", self.loss_normalizer)
+        own = self.state_dict(prefix=prefix)
+        for key in [key for key in state_dict if key.startswith(f"{prefix}cls_loss.")]:
+            if key not in own:  # the statistic of another loss
+                del state_dict[key]
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _weighted_sum(per_image: Tensor, weights: Tensor) -> Tensor:
     return (per_image * weights.to(per_image.dtype)).sum()
-
-
-def _iou_of_pairs(kind: str, boxes: Tensor, gt_boxes: Tensor) -> Tensor:
-    """Return torchvision's IoU of each box with its ground truth, both (F, 4): (F,).
-
-    Its loss functions index the boxes that overlap, which waits for a GPU. Those of fvcore and
-    Detectron2 also assert that boxes are valid, which would end a diverging run unexplained.
-    """
-    iou = BOX_IOUS[kind]
-    return torch.vmap(lambda box, gt_box: iou(box[None], gt_box[None])[0, 0])(boxes, gt_boxes)
 
 
 def log_mean_count(name: str, counts: Tensor) -> None:

@@ -13,13 +13,14 @@ from retinanet_ext.config_keys import CLASS_ALPHA, loss_parameter_keys, read_key
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses import LOSSES, Interval
 from retinanet_ext.losses.functional import Alpha, class_weights
+from retinanet_ext.losses.module import LossModule
 from retinanet_ext.losses.registry import ALPHA_RANGE, UNBALANCED, BoundLoss, check_alpha
 from retinanet_ext.sampling import OHEM, SELECTIONS, SelectAll
 
 logger = logging.getLogger(__name__)
 
 
-def build_cls_loss(cfg: CfgNode) -> tuple[BoundLoss, Alpha]:
+def build_cls_loss(cfg: CfgNode) -> tuple[BoundLoss | LossModule, Alpha]:
     """Return the loss that ``MODEL.RETINANET.CLS_LOSS`` describes, and its alpha."""
     node = cfg.MODEL.RETINANET.CLS_LOSS
     try:
@@ -28,7 +29,7 @@ def build_cls_loss(cfg: CfgNode) -> tuple[BoundLoss, Alpha]:
         raise InputError(f"MODEL.RETINANET.CLS_LOSS.NAME: {error}") from None
     keys = loss_parameter_keys(loss)
     values = {name: read_key(cfg, key) for name, key in keys.items()}
-    alpha = values.pop("alpha", UNBALANCED)
+    alpha = UNBALANCED if loss.alpha is None else values.pop("alpha")
     for name, value in values.items():
         loss.parameters[name].allowed.check(keys[name], value)
     if loss.alpha is not None:
@@ -37,6 +38,8 @@ def build_cls_loss(cfg: CfgNode) -> tuple[BoundLoss, Alpha]:
         if loss.alpha is None:
             raise InputError(f"{CLASS_ALPHA} is set, but loss {loss.name!r} has no alpha")
         alpha = _class_alpha(node.CLASS_ALPHA, cfg.MODEL.RETINANET.NUM_CLASSES)
+    if loss.is_module:
+        return loss.build(cfg.MODEL.RETINANET.NUM_CLASSES, **values), alpha
     return loss.bind(**values), alpha
 
 
@@ -52,6 +55,12 @@ def read_cls_loss_weight(cfg: CfgNode) -> float:
     if weight != "auto":
         return float(Interval("[0, inf)").check("MODEL.RETINANET.CLS_LOSS.WEIGHT", weight))
     cls_loss, alpha = build_cls_loss(cfg)
+    if isinstance(cls_loss, LossModule):
+        raise InputError(
+            "MODEL.RETINANET.CLS_LOSS.WEIGHT auto is for a loss of x_t; "
+            f"{node.CLS_LOSS.NAME} takes a number, because its gradient at a positive depends on "
+            "more"
+        )
     alphas = class_weights(alpha, node.NUM_CLASSES)
     mean_alpha = 1.0 if alphas is None else alphas[0].mean().item()
     prior = node.PRIOR_PROB if node.PRIOR_INIT else 0.5

@@ -40,7 +40,6 @@ from retinanet_ext.modeling.matching import (
     pad_regions,
     undefined_targets,
 )
-from retinanet_ext.sampling import SelectAll
 
 
 @META_ARCH_REGISTRY.register()
@@ -205,7 +204,7 @@ class RetinaNetExt(DenseDetector):
         if is_eager:
             check_targets(batched_inputs, self.num_classes)
         images = self.preprocess_image(batched_inputs)
-        if is_eager and self.compile_mode and isinstance(self.criterion.selection, SelectAll):
+        if is_eager and self.compile_mode and self.criterion.is_dense:
             sums = compiled_sums(self, images, batched_inputs)
             if sums is not None:
                 return self.criterion.divide(sums)

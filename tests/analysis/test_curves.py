@@ -71,7 +71,7 @@ def test_spec_with_spaces_and_defaults():
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
-        ("focale", "unknown loss 'focale'; known losses: cross_entropy, focal, focal_star"),
+        ("focale", "unknown loss 'focale'; known losses: asymmetric, cross_entropy"),
         ("focal:gama=2", "'focal:gama=2': focal has no parameter 'gama'; it has: gamma"),
         ("focal:2", "no parameter '2'; it has: gamma"),
         ("cross_entropy:gamma=2", "it has: none"),
@@ -79,6 +79,7 @@ def test_spec_with_spaces_and_defaults():
         ("focal:gamma=two", r"gamma must be a number in \[0, inf\), got 'two'"),
         ("focal:gamma=nan", "got 'nan'"),
         ("focal:gamma", "got ''"),
+        ("varifocal", "'varifocal' depends on more than x_t"),
         ("focal_star:gamma=0", r"in \(0, inf\), got '0'"),
     ],
 )

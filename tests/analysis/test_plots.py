@@ -111,7 +111,7 @@ def test_command_line(tmp_path, capsys):
     ("argv", "expected"),
     [
         (["4"], "figure 4 is drawn from measurements by retinanet-ext analyze-loss"),
-        (["softmax"], "unknown loss 'softmax'; known losses: cross_entropy"),
+        (["softmax"], "unknown loss 'softmax'; known losses: asymmetric, cross_entropy"),
         (["focal:gamma=-1"], "gamma must be a number in [0, inf), got '-1'"),
         (["1", "--output", "figure.jpg"], "figure.jpg: figures are written as .svg or .png"),
     ],

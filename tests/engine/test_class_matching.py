@@ -125,6 +125,42 @@ def test_fine_tuning_keeps_the_outputs_of_known_classes(names, weights, caplog):
     assert "start anew for: " in caplog.text
 
 
+EFL = ("MODEL.RETINANET.CLS_LOSS.NAME", "equalized_focal")
+
+
+@pytest.fixture
+def efl_weights(tmp_path):
+    """A checkpoint of four classes with a loss that keeps two numbers per class."""
+    model = make_model(*EFL)
+    model.criterion.cls_loss.class_gradients += torch.arange(1, 9)
+    Checkpointer(model, str(tmp_path), class_names=SAVED).save("efl")
+    return str(tmp_path / "efl.pth")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(REORDERED, [4, 3, 1, 2, 8, 7, 5, 6]), (["WBC", "new", "RBC"], [2, 0, 1, 6, 0, 5])],
+)
+def test_statistics_of_the_loss_follow_the_names(names, expected, efl_weights):
+    model, _ = load(efl_weights, names, *EFL, num_classes=len(names), reinit_mismatched=True)
+    assert model.criterion.cls_loss.class_gradients.tolist() == expected
+
+
+def test_statistics_of_another_number_of_classes_are_refused_or_start_anew(efl_weights):
+    content = torch.load(efl_weights)
+    for name in CLASSIFIER:
+        del content["model"][name]
+    del content["class_names"]
+    torch.save(content, efl_weights)
+    with pytest.raises(
+        InputError, match=r"class_gradients is \(8,\), the model's \(6,\); .*REINIT"
+    ):
+        load(efl_weights, (), *EFL, num_classes=3)
+    model, _ = load(efl_weights, (), *EFL, num_classes=3, reinit_mismatched=True)
+    assert model.criterion.cls_loss.class_gradients.tolist() == [0] * 6
+    load(efl_weights, (), "MODEL.RETINANET.CLS_LOSS.NAME", "ghm_c", num_classes=3)  # no use for it
+
+
 def test_a_shape_that_fits_by_chance_starts_anew(weights):
     """4 classes with 9 anchors per cell are as many outputs as 12 with 3."""
     opts = ("MODEL.ANCHOR_GENERATOR.SCALES_PER_OCTAVE", 1)

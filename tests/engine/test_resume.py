@@ -33,7 +33,10 @@ def read_metrics(folder, name="metrics.json"):
     "opts",
     [
         (),
-        ("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler", "SOLVER.GRAD_ACCUM_STEPS", 2),
+        (
+            *("DATALOADER.SAMPLER_TRAIN", "RepeatFactorTrainingSampler"),
+            *("SOLVER.GRAD_ACCUM_STEPS", 2, "MODEL.RETINANET.CLS_LOSS.NAME", "equalized_focal"),
+        ),
         ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "bfloat16"),
         ("TEST.PRECISE_BN.ENABLED", True, "TEST.PRECISE_BN.NUM_ITER", 2, "TEST.EVAL_PERIOD", 3),
     ],

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 
 from detectors import make_batch, make_cfg
 from retinanet_ext.engine.replay import replay_step
-from retinanet_ext.engine.train_step import AccumulatingTrainer
+from retinanet_ext.engine.train_step import AccumulatingTrainer, unwrap
 from retinanet_ext.errors import NonFiniteError
 from retinanet_ext.modeling.criterion import NORMALIZERS
 
@@ -55,8 +55,11 @@ def run(trainer, steps=2):
 
 
 def weights(trainer):
+    """Return the weights, and the statistic of a loss that has one."""
     named = trainer.model.named_parameters()
-    return {name.removeprefix("module."): p.detach().clone() for name, p in named}
+    found = {name.removeprefix("module."): p.detach().clone() for name, p in named}
+    loss = unwrap(trainer.model).criterion.cls_loss
+    return found | (loss.state_dict() if isinstance(loss, nn.Module) else {})
 
 
 def assert_same_weights(found, expected):
@@ -88,6 +91,9 @@ def test_micro_batches_are_one_batch(opts):
     assert_close(parts.model.criterion.loss_normalizer, whole.model.criterion.loss_normalizer)
 
 
+MORE = [(2, "focal"), (2, "equalized_focal"), (1, "ghm_c")]
+"""Numbers of micro-batches and losses that two processes train with besides."""
+
 EMPTY_SHARE = [make_images((3, 2, 0, 0), seed=2)] * 2
 
 
@@ -100,12 +106,15 @@ def test_a_process_without_boxes_changes_nothing(device, tmp_path):
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    for normalizer in NORMALIZERS:
-        one = make_trainer(*normalized_by(normalizer), "MODEL.DEVICE", device, batches=EMPTY_SHARE)
+    cases = [(normalizer, "focal") for normalizer in NORMALIZERS]
+    cases += [(NORMALIZERS[0], loss) for _, loss in MORE if loss != "focal"]
+    for normalizer, loss in cases:
+        opts = (*normalized_by(normalizer), "MODEL.RETINANET.CLS_LOSS.NAME", loss)
+        one = make_trainer(*opts, "MODEL.DEVICE", device, batches=EMPTY_SHARE)
         run(one)
-        for file in tmp_path.glob(f"{normalizer}-*.pth"):
+        for file in tmp_path.glob(f"{normalizer}-{loss}-*.pth"):
             assert_same_weights(torch.load(file), weights(one))
-    assert len(list(tmp_path.glob("*.pth"))) == 2 * (len(NORMALIZERS) + 1)
+    assert len(list(tmp_path.glob("*.pth"))) == 2 * (len(NORMALIZERS) + len(MORE))
 
 
 def test_models_without_such_a_criterion_get_the_mean_of_their_micro_batches():
@@ -143,7 +152,7 @@ SKIP = ("SOLVER.NON_FINITE.POLICY", "skip")
 def test_a_skipped_step_changes_nothing(tmp_path, caplog):
     good = [BATCHES[0]] * 2
     spoilt = [good[0], spoil(good[0]), spoil(good[0]), good[0]]
-    opts = ("OUTPUT_DIR", str(tmp_path), *SKIP)
+    opts = ("OUTPUT_DIR", str(tmp_path), *SKIP, "MODEL.RETINANET.CLS_LOSS.NAME", "ghm_c")
     expected = make_trainer(*opts, batches=good, norm="BN")
     run(expected)
     trainer = make_trainer(*opts, batches=spoilt, norm="BN")

@@ -4,14 +4,13 @@ They communicate by gloo and share the device, where NCCL needs a GPU for each.
 """
 
 import sys
-from itertools import product
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
-from test_train_step import EMPTY_SHARE, make_trainer, normalized_by, run, weights
+from test_train_step import EMPTY_SHARE, MORE, make_trainer, normalized_by, run, weights
 
 from retinanet_ext.modeling.criterion import NORMALIZERS
 
@@ -24,15 +23,17 @@ def train(rank: int, folder: Path, device: str) -> None:
     comm.create_local_process_group(2)
     half = slice(2) if rank == 0 else slice(2, 4)
     batches = [batch[half] for batch in EMPTY_SHARE]
-    for normalizer, count in [*product(NORMALIZERS, [1]), (NORMALIZERS[0], 2)]:
+    cases = [(normalizer, 1, "focal") for normalizer in NORMALIZERS]
+    cases += [(NORMALIZERS[0], count, loss) for count, loss in MORE]
+    for normalizer, count, loss in cases:
         opts = (*normalized_by(normalizer), "SOLVER.GRAD_ACCUM_STEPS", count)
-        opts += ("MODEL.DEVICE", device)
+        opts += ("MODEL.DEVICE", device, "MODEL.RETINANET.CLS_LOSS.NAME", loss)
         trainer = make_trainer(*opts, batches=batches)
         trainer.model = create_ddp_model(
             trainer.model, device_ids=None, gradient_as_bucket_view=True
         )
         run(trainer)
-        torch.save(weights(trainer), folder / f"{normalizer}-{count}-{rank}.pth")
+        torch.save(weights(trainer), folder / f"{normalizer}-{loss}-{count}-{rank}.pth")
     dist.destroy_process_group()
 
 

@@ -161,6 +161,11 @@ def hinge(margin):
     return {f"{LOSS}.NAME": "hinge", f"{LOSS}.HINGE.MARGIN": margin}
 
 
+def descendant(name, **parameters):
+    values = {f"{LOSS}.{name.upper()}.{key}": value for key, value in parameters.items()}
+    return {f"{LOSS}.NAME": name, **values}
+
+
 SQUARE, THREE = [1.0], [0.5, 1.0, 2.0]
 ROWS = {
     **{f"1a/alpha{a}": ce(float(a)) for a in (".10", ".25", ".50", ".75", ".90", ".99", ".999")},
@@ -198,6 +203,13 @@ ROWS = {
         f"fig7/gamma{gamma}-beta{beta}": star(float(gamma), float(beta))
         for gamma, beta in (setting.split(",") for setting in FIGURE_7.split())
     },
+    "descendants/focal": {},
+    "descendants/poly1_focal": descendant("poly1_focal", GAMMA=2.0, EPSILON=1.0, ALPHA=0.25),
+    "descendants/asymmetric": descendant("asymmetric", GAMMA_POS=0.0, GAMMA_NEG=4.0, MARGIN=0.05),
+    "descendants/ghm_c": descendant("ghm_c", BINS=30, MOMENTUM=0.75),
+    "descendants/equalized_focal": descendant("equalized_focal", ALPHA=0.25, GAMMA=2.0, SCALE=8.0),
+    "descendants/varifocal": descendant("varifocal", ALPHA=0.75, GAMMA=2.0),
+    "descendants/quality_focal": descendant("quality_focal", BETA=2.0),
 }
 
 

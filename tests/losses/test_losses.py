@@ -22,6 +22,7 @@ from retinanet_ext.losses import (
 GAMMAS = [0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
 ALPHAS = [-1.0, 0.0, 0.25, 0.5, 0.999, 1.0]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OF_X_T = [name for name, loss in LOSSES.items() if not loss.is_module]
 LOGITS = [-1e4, -1e3, -120.0, -17.5, -8.0, -1.0, -1e-3, 0.0, 0.3, 4.0, 16.75, 60.0, 1e3, 1e4]
 
 
@@ -118,7 +119,7 @@ def test_focal_equals_fvcore_wherever_fvcore_is_finite(alpha, gamma):
     assert finite.all() or 0 < gamma < 1
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", OF_X_T)
 def test_gradcheck_and_second_derivative(name):
     torch.manual_seed(0)
     x = torch.empty(32, dtype=torch.float64).uniform_(-6, 6).requires_grad_()
@@ -127,7 +128,7 @@ def test_gradcheck_and_second_derivative(name):
     assert torch.autograd.gradgradcheck(formula, x)
 
 
-@pytest.mark.parametrize("name", sorted(LOSSES))
+@pytest.mark.parametrize("name", OF_X_T)
 def test_contract_of_every_registered_loss(name):
     """What any loss must hold: finite, never negative, never rising in x_t, no NaN anywhere."""
     x = torch.tensor(LOGITS, dtype=torch.float64).sort().values.requires_grad_()

@@ -9,6 +9,7 @@ from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import Boxes, Instances
 from fvcore.nn import giou_loss
 from torch.testing import assert_close
+from torchvision.ops import box_iou
 
 from detectors import build_without_memory, make_batch, make_cfg, make_model
 from retinanet_ext.errors import InputError
@@ -21,6 +22,7 @@ from retinanet_ext.modeling.matching import AnchorMatcher, label_anchors
 from retinanet_ext.sampling import OHEM
 
 K = 4
+MODULES = [name for name, loss in LOSSES.items() if loss.is_module]
 FVCORE = {"giou": giou_loss, "diou": diou_loss, "ciou": ciou_loss}
 
 
@@ -57,7 +59,7 @@ def predictions(num_images=3, num_anchors=200, seed=0):
     return anchors, logits, deltas, labels, matches, boxes
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - MODULES))
 @pytest.mark.parametrize("alpha", [-1.0, 0.3, [0.1, 0.4, 0.6, 0.99]])
 def test_anchor_losses_equal_the_loss_of_one_hot_targets(name, alpha):
     _, logits, _, labels, _, _ = predictions()
@@ -162,6 +164,9 @@ LOSS_OPTS = {
         "MODEL.RETINANET.SELECTION.OHEM.NEG_POS_RATIO", 3.0,
         "MODEL.RETINANET.SELECTION.OHEM.NMS_BOXES", "predictions",
         "MODEL.RETINANET.SELECTION.OHEM.SCOPE", "process"],
+    "ohem, quality focal": ["MODEL.RETINANET.SELECTION.NAME", "ohem",
+                            "MODEL.RETINANET.CLS_LOSS.NAME", "quality_focal"],
+    **{name: ["MODEL.RETINANET.CLS_LOSS.NAME", name] for name in MODULES},
 }  # fmt: skip
 
 
@@ -209,6 +214,14 @@ def test_auto_weight_gives_positives_the_gradient_of_balanced_cross_entropy(name
     assert logits.grad[0, 0, 2].item() == pytest.approx(-0.75 * 0.99)
 
 
+@pytest.mark.parametrize("name", MODULES)
+def test_auto_weight_is_for_losses_of_x_t(name):
+    cfg = make_cfg(R + "CLS_LOSS.NAME", name)
+    cfg.MODEL.RETINANET.CLS_LOSS.WEIGHT = "auto"
+    with pytest.raises(InputError, match=f"WEIGHT auto is for a loss of x_t; {name} takes"):
+        resolve_cls_loss_weight(cfg)
+
+
 def test_loss_weight_scales_the_classification_loss_alone():
     data = predictions()
     plain, weighted = (apply(criterion(cls_loss_weight=w), *data) for w in (1.0, 2.5))
@@ -220,7 +233,7 @@ def test_loss_weight_scales_the_classification_loss_alone():
     ("opts", "words"),
     [
         ([R + "CLS_LOSS.WEIGHT", -1.0], ["CLS_LOSS.WEIGHT", "[0, inf)", "-1.0"]),
-        ([R + "CLS_LOSS.NAME", "focl"], ["CLS_LOSS.NAME", "focl", "cross_entropy, focal"]),
+        ([R + "CLS_LOSS.NAME", "focl"], ["CLS_LOSS.NAME", "focl", "equalized_focal, focal"]),
         ([R + "SELECTION.NAME", "hard"], ["SELECTION.NAME", "hard", "all, ohem"]),
         ([R + "FOCAL_LOSS_GAMMA", -1.0], ["FOCAL_LOSS_GAMMA", "[0, inf)", "-1.0"]),
         ([R + "FOCAL_LOSS_ALPHA", 1.5], ["FOCAL_LOSS_ALPHA", "[0, 1]", "1.5"]),
@@ -230,6 +243,10 @@ def test_loss_weight_scales_the_classification_loss_alone():
          ["CLS_LOSS.HINGE.MARGIN", "(0, 1]"]),
         ([R + "CLS_LOSS.NAME", "hinge", R + "CLS_LOSS.CLASS_ALPHA", [0.1, 0.2, 0.3, 0.4]],
          ["CLASS_ALPHA", "hinge", "no alpha"]),
+        ([R + "CLS_LOSS.NAME", "varifocal", R + "CLS_LOSS.CLASS_ALPHA", [0.1, 0.2, 0.3, 0.4]],
+         ["CLASS_ALPHA", "varifocal", "no alpha"]),
+        ([R + "CLS_LOSS.NAME", "ghm_c", R + "CLS_LOSS.GHM_C.MOMENTUM", 1.0],
+         ["CLS_LOSS.GHM_C.MOMENTUM", "[0, 1)", "1.0"]),
         ([R + "CLS_LOSS.CLASS_ALPHA", [0.1, 0.2]], ["CLASS_ALPHA", "2 values", "4 classes"]),
         ([R + "CLS_LOSS.CLASS_ALPHA", [["x", 0.2]] * 4], ["CLASS_ALPHA names classes", "4 num"]),
         ([R + "CLS_LOSS.CLASS_ALPHA", [0.1, 3.0, 0.2, 0.2]], ["CLASS_ALPHA[1]", "[0, 1]", "3.0"]),
@@ -330,11 +347,24 @@ def test_box_targets_are_detectron2s():
     assert_close(module._box_targets(anchors, boxes), expected)
 
 
-@pytest.mark.parametrize("normalizer", NORMALIZERS)
-def test_micro_batches_are_one_batch(normalizer):
+@pytest.mark.parametrize(
+    ("normalizer", "name"),
+    [
+        *((normalizer, "") for normalizer in NORMALIZERS),
+        *(("foreground_ema", name) for name in MODULES if name != "ghm_c"),
+        ("foreground", "equalized_focal"),
+    ],
+)
+def test_micro_batches_are_one_batch(normalizer, name):
     """Losses and gradients of images one by one, an image without objects among them."""
     anchors, logits, deltas, labels, matches, boxes = predictions(num_images=4)
-    whole, parts = criterion(normalizer=normalizer), criterion(normalizer=normalizer)
+    whole, parts = (
+        criterion(
+            normalizer=normalizer,
+            **({"cls_loss": LOSSES[name].build(K), "alpha": -1.0} if name else {}),
+        )
+        for _ in range(2)
+    )
 
     def losses_and_gradients(module, images):
         leaves = [t[images].clone().requires_grad_() for t in (logits, deltas)]
@@ -351,4 +381,60 @@ def test_micro_batches_are_one_batch(normalizer):
         for index, gradient in enumerate(wanted_gradients):
             found = torch.cat([gradients[index] for _, gradients in steps]) * scale.float()
             assert_close(found, gradient)
+    assert_close(parts.state_dict(), whole.state_dict(), rtol=1e-6, atol=0)
     assert_close(parts.loss_normalizer, whole.loss_normalizer, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_is_summed_over_anchors_and_divided_as_any_loss(name):
+    anchors, logits, deltas, labels, matches, boxes = predictions()
+    deltas *= 0.1
+    losses = apply(
+        criterion(cls_loss=LOSSES[name].build(K)), anchors, logits, deltas, labels, matches, boxes
+    )
+    foreground = (labels >= 0) & (labels < K)
+    decode = Box2BoxTransform(weights=(1.0, 1.0, 1.0, 1.0)).apply_deltas
+    quality = torch.stack(
+        [
+            box_iou(decode(image, anchors), boxes[index]).diagonal()
+            for image, index in zip(deltas, matches, strict=True)
+        ]
+    )
+    expected = LOSSES[name].build(K)(logits, labels, quality.where(foreground, torch.nan))
+    assert_close(losses["loss_cls"], expected.sum() / foreground.sum())
+
+
+def test_images_without_boxes_have_no_quality_and_a_loss():
+    anchors, logits, deltas, labels, matches, boxes = predictions()
+    labels[:] = K
+    module = criterion(cls_loss=LOSSES["varifocal"].build(K))
+    losses = apply(module, anchors, logits, deltas, labels, 0 * matches, boxes[:0])
+    assert losses["loss_cls"] > 0 and losses["loss_box_reg"] == 0
+
+
+def test_the_soft_target_has_no_gradient_and_needs_its_boxes():
+    anchors, logits, deltas, labels, matches, boxes = predictions()
+    deltas = (0.1 * deltas).requires_grad_()
+    logits.requires_grad_()
+    module = criterion(cls_loss=LOSSES["quality_focal"].build(K))
+    losses = apply(module, anchors, logits, deltas, labels, matches, boxes)
+    gradients = torch.autograd.grad(losses["loss_cls"], [logits, deltas], allow_unused=True)
+    assert gradients[0].any() and gradients[1] is None
+    with pytest.raises(InputError, match="needs the quality of each anchor"):
+        module.anchor_losses(logits, labels)
+
+
+def test_statistics_are_loaded_where_they_are_and_kept_where_not():
+    case, efl = predictions(), criterion(cls_loss=LOSSES["equalized_focal"].build(K))
+    apply(efl, *case)
+    saved = copy.deepcopy(efl.state_dict())
+    resumed = criterion(cls_loss=LOSSES["equalized_focal"].build(K))
+    resumed.load_state_dict(saved)
+    assert torch.equal(apply(efl, *case)["loss_cls"], apply(resumed, *case)["loss_cls"])
+    ghm = criterion(cls_loss=LOSSES["ghm_c"].build(K))
+    apply(ghm, *case)
+    before = ghm.cls_loss.density.clone()
+    for module in (ghm, criterion()):
+        result = module.load_state_dict(saved)  # of another loss
+        assert not result.missing_keys and not result.unexpected_keys
+    assert before[0] > 0 and torch.equal(ghm.cls_loss.density, before)
