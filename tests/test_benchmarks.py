@@ -1,9 +1,9 @@
 """The benchmarks' page agrees with the saved results, and device.py starts what it says."""
 
 import argparse
+import importlib
 import json
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,18 +15,14 @@ from retinanet_ext.experiments.plan import plan
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
-def test_the_page_is_made_from_the_results():
-    program = "import summarize; print(summarize.summarize(), end='')"
-    made = subprocess.run(
-        [sys.executable, "-c", program], cwd=FOLDER, capture_output=True, text=True
-    )
-    assert made.stdout == (FOLDER / "README.md").read_text(encoding="utf-8"), made.stderr
+def test_the_page_is_made_from_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    monkeypatch.chdir(FOLDER)
+    page = importlib.import_module("summarize").summarize()
+    assert page == (FOLDER / "README.md").read_text(encoding="utf-8")
     for path in FOLDER.glob("results/*.json"):  # only the newest per setting is kept
         content = json.loads(path.read_text())
-        assert (
-            f"{content['date']}, torch {content['torch']}, commit {content['commit']}"
-            in made.stdout
-        )
+        assert f"{content['date']}, torch {content['torch']}, commit {content['commit']}" in page
 
 
 class ParsedError(Exception):
@@ -71,12 +67,14 @@ def test_every_command_of_the_device_script_takes_its_arguments(
                 runpy.run_path(str(root / script), run_name="__main__")
 
 
-def test_the_device_script_leaves_a_page_of_what_ran(tmp_path):
-    command = [sys.executable, "benchmarks/device.py", "--data", "data", "--dry-run"]
-    command += ["--parts", "report", "--out", str(tmp_path)]
-    run = subprocess.run(command, cwd=FOLDER.parent, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    parts = json.loads((tmp_path / "device.json").read_text())["parts"]
-    assert parts["report"]["report"]["exit_code"] == 2  # there are no runs to report
+def test_the_device_script_leaves_a_page_of_what_ran(device, tmp_path):
+    args = device.argument_parser().parse_args(["--data", "data", "--out", str(tmp_path)])
+    part = device.Part(
+        {"fine": ["-c", "print('done')"], "slow": ["-c", "import time; time.sleep(60)"]}, 2
+    )
+    results = {"part": device.run(part, 2, args)}
+    device.write_page(results, args)
+    found = json.loads((tmp_path / "device.json").read_text())["parts"]["part"]
+    assert [found[name]["exit_code"] for name in ("fine", "slow")] == [0, "cut off"]
     page = (tmp_path / "device.md").read_text()
-    assert "## report: report" in page and "error: " in page
+    assert "## part: fine" in page and "\ndone\n" in page

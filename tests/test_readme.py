@@ -185,7 +185,7 @@ def test_experiments_on_coco_say_what_is_missing(folder):
 def test_coco_on_eight_gpus_says_what_is_missing(folder):
     eight = command("python train_net.py --config-file configs/retinanet_R101")
     assert eight[-2:] == ["--num-gpus", "8"]
-    coco = run([*eight[:-1], "2"], folder)  # which are started sooner
+    coco = run([*eight[:-1], "1"], folder)  # which is started sooner
     assert coco.returncode == 2 and "Traceback" not in coco.stderr
     path = folder / "datasets/coco/annotations/instances_train2017.json"
     assert str(path) in coco.stderr and "DETECTRON2_DATASETS" in coco.stderr

@@ -9,11 +9,10 @@ from training import train_in_double
 pytestmark = pytest.mark.usefixtures("restore_logging")
 
 
-@pytest.mark.parametrize("normalizer", ["foreground_ema", "foreground"])
-def test_shares_of_a_batch_train_as_the_batch(normalizer, tmp_path, monkeypatch):
+def test_shares_of_a_batch_train_as_the_batch(tmp_path, monkeypatch):
     """Images of one size, as each share is padded to its own largest image."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    opts = ("MODEL.RETINANET.LOSS_NORMALIZER", normalizer, "MODEL.RESNETS.NORM", "FrozenBN")
+    opts = ("MODEL.RESNETS.NORM", "FrozenBN")
     opts += ("SOLVER.IMS_PER_BATCH", 4, "SOLVER.MAX_ITER", 10, "INPUT.MIN_SIZE_TRAIN", "[64]")
     opts += ("SOLVER.BASE_LR", 0.0005)
     whole, parts, shares = (tmp_path / name for name in ("whole", "parts", "shares"))

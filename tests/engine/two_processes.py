@@ -10,9 +10,7 @@ import torch
 import torch.distributed as dist
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
-from test_train_step import EMPTY_SHARE, MORE, make_trainer, normalized_by, run, weights
-
-from retinanet_ext.modeling.criterion import NORMALIZERS
+from test_train_step import CASES, EMPTY_SHARE, make_trainer, normalized_by, run, weights
 
 
 def train(rank: int, folder: Path, device: str) -> None:
@@ -23,9 +21,7 @@ def train(rank: int, folder: Path, device: str) -> None:
     comm.create_local_process_group(2)
     half = slice(2) if rank == 0 else slice(2, 4)
     batches = [batch[half] for batch in EMPTY_SHARE]
-    cases = [(normalizer, 1, "focal") for normalizer in NORMALIZERS]
-    cases += [(NORMALIZERS[0], count, loss) for count, loss in MORE]
-    for normalizer, count, loss in cases:
+    for normalizer, count, loss in CASES:
         opts = (*normalized_by(normalizer), "SOLVER.GRAD_ACCUM_STEPS", count)
         opts += ("MODEL.DEVICE", device, "MODEL.RETINANET.CLS_LOSS.NAME", loss)
         trainer = make_trainer(*opts, batches=batches)
@@ -33,7 +29,7 @@ def train(rank: int, folder: Path, device: str) -> None:
             trainer.model, device_ids=None, gradient_as_bucket_view=True
         )
         run(trainer)
-        torch.save(weights(trainer), folder / f"{normalizer}-{loss}-{count}-{rank}.pth")
+        torch.save(weights(trainer), folder / f"{normalizer}-{rank}.pth")
     dist.destroy_process_group()
 
 
