@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from detectron2.structures import BoxMode
@@ -18,6 +18,26 @@ from detectron2.structures import BoxMode
 from retinanet_ext.errors import InputError
 
 LISTS = ("images", "categories", "annotations")
+
+
+class AnnotationFile(NamedTuple):
+    """Annotations of any format as the content of a COCO json; entries are not checked.
+
+    Attributes:
+        path: a COCO json, a YOLO ``data.yaml`` or a folder of Pascal VOC XML.
+        image_root: folder that ``file_name`` entries are relative to.
+        content: the lists of a COCO json, in which test data may lack the annotations.
+        box_format: what the four numbers of a ``bbox`` are.
+        faults: a sentence about each label that cannot be read.
+        notes: other sentences about the file.
+    """
+
+    path: str
+    image_root: str
+    content: dict[str, Any]
+    box_format: str = "xywh"
+    faults: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def read_coco_json(json_file: str, *, needs_annotations: bool = True) -> dict[str, Any]:

@@ -115,17 +115,17 @@ def _image_files(source: Source, *, mends: bool) -> Iterator[str]:
     if not source.is_ours:
         yield from (record["file_name"] for record in DatasetCatalog.get(source.name))
         return
-    contents = source.read()
-    for json_file, image_root in zip(source.json_files, source.image_roots, strict=True):
-        others = MisnamedFiles(image_root) if mends and os.path.isdir(image_root) else None
-        for entry in contents[json_file]["images"]:
+    for file in source.read():
+        root = file.image_root
+        others = MisnamedFiles(root) if mends and os.path.isdir(root) else None
+        for entry in file.content["images"]:
             name = entry.get("file_name") if isinstance(entry, dict) else None
             if not isinstance(name, str):
                 continue
-            if others and not os.path.isfile(os.path.join(image_root, name)):
+            if others and not os.path.isfile(os.path.join(root, name)):
                 match = others.find(name)
                 name = (match and match.path) or name
-            yield os.path.join(image_root, name)
+            yield os.path.join(root, name)
 
 
 def _register(cfg: CfgNode, source: Source) -> list[str]:

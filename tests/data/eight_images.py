@@ -19,6 +19,7 @@ from PIL import Image
 
 from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.data import ValidationResult, prepare_datasets
+from retinanet_ext.data.coco_json import AnnotationFile
 from retinanet_ext.data.findings import DEFAULT_POLICY
 from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.validation import check_data_set, check_file
@@ -112,8 +113,8 @@ def check(
     """Check the content of a json, which stays as it is."""
     before = copy.deepcopy(content)
     policy = {**DEFAULT_POLICY, **policy}
-    options = {"reader": ImageReader(), "box_format": box_format}
-    checked = check_data_set(check_file("mine.json", content, str(image_root), policy, **options))
+    file = AnnotationFile("mine.json", str(image_root), content, box_format)
+    checked = check_data_set(check_file(file, policy, reader=ImageReader()))
     assert str(content) == str(before)  # NaN is not equal to itself
     return checked
 
