@@ -173,10 +173,10 @@ def num_channels(image_format: str) -> int:
     Raises:
         InputError: the format is unknown, or Detectron2 cannot convert it to an array.
     """
+    if image_format in ("BGR", "YUV-BT.601"):  # Detectron2 computes these from RGB
+        return 3
     try:
-        # Detectron2 computes these from RGB; Pillow does not know them.
-        ours = image_format in ("BGR", "YUV-BT.601")
-        channels = 3 if ours else Image.getmodebands(image_format)
+        channels = Image.getmodebands(image_format)
     except KeyError:
         channels = 0
     if channels > 1 or image_format == "L":
@@ -207,13 +207,11 @@ def parse_pixel_range(value: Any) -> str | Range:
 
 
 def measure_pixel_range(files: Sequence[str], max_pixels: int) -> list[str] | list[float]:
-    """Measure the value of ``INPUT.PIXEL_RANGE`` that "percentiles" stands for.
+    """Return the two numbers that ``INPUT.PIXEL_RANGE percentiles`` stands for.
 
-    The percentiles are taken over the images of more than 8 bits in an even sample of the files.
-    Files that cannot be read are passed over, because the data check names them.
-
-    Returns:
-        the two percentiles, or ["auto"] if no image has more than 8 bits.
+    The percentiles are taken over the images of more than 8 bits in an even sample of the files;
+    ["auto"] is returned if there are none. Files that cannot be read are passed over, because the
+    data check names them.
 
     Raises:
         InputError: no file exists, or all pixels are equal.
@@ -265,14 +263,11 @@ def find_size_fault(record: Mapping[str, Any], size: Sequence[int] | None) -> st
     """
     if size is None:
         return None
-    width, height = size
-    expected = tuple(
-        found if (given := record.get(key)) is None else given
-        for key, found in (("width", width), ("height", height))
-    )
-    if (width, height) == expected:
+    width, height = (record.get(key) for key in ("width", "height"))
+    expected = size[0] if width is None else width, size[1] if height is None else height
+    if tuple(size) == expected:
         return None
-    return f"it has {width} x {height} pixels when upright, not {expected[0]} x {expected[1]}"
+    return f"it has {size[0]} x {size[1]} pixels when upright, not {expected[0]} x {expected[1]}"
 
 
 def has_several_frames(image: Image.Image) -> bool:

@@ -39,12 +39,7 @@ class CheckedDatasetMapper(DatasetMapper):
 
     @configurable
     def __init__(self, is_train: bool, *, reader: ImageReader | None = None, **kwargs: Any) -> None:
-        """
-        Args:
-            is_train: whether annotations are mapped too.
-            reader: reads the images; by default as Detectron2 reads them.
-            kwargs: as in Detectron2.
-        """
+        """Take Detectron2's arguments, and a reader; by default as Detectron2 reads images."""
         super().__init__(is_train, **kwargs)
         self.reader = reader or ImageReader(self.image_format)
 
@@ -57,8 +52,7 @@ class CheckedDatasetMapper(DatasetMapper):
             cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False
         arguments = super().from_config(cfg, is_train)
         if is_train:
-            augmentations = build_augmentations(cfg, arguments["augmentations"])
-            arguments["augmentations"] = augmentations
+            arguments["augmentations"] = build_augmentations(cfg, arguments["augmentations"])
         return {**arguments, "reader": ImageReader.from_config(cfg)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -25,9 +24,9 @@ from retinanet_ext.config_keys import resolve_class_alpha
 from retinanet_ext.data import coco_json, images
 from retinanet_ext.data.class_balance import balance_class_alpha
 from retinanet_ext.data.coco_json import count, join_some, printable
+from retinanet_ext.data.duplicate_images import describe_shared_files
 from retinanet_ext.data.file_names import MisnamedFiles
 from retinanet_ext.data.findings import DONE, KINDS, ValidationResult
-from retinanet_ext.data.shared_files import describe_shared_files
 from retinanet_ext.data.sources import Source, check_source, find_sources
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import write_file
@@ -63,8 +62,13 @@ def prepare_datasets(cfg: CfgNode, *, eval_only: bool) -> None:
             f"DATASETS.CUSTOM.{needed}_JSON and DATASETS.CUSTOM.{needed}_IMAGES"
         )
     resolve_pixel_range(cfg, sources)
-    with _paused_garbage_collection():
+    was_enabled = gc.isenabled()
+    gc.disable()  # which takes a third of the time on millions of objects
+    try:
         paths = {source: _register(cfg, source) for source in sources if source.is_ours}
+    finally:
+        if was_enabled:
+            gc.enable()
     for split in {source.split for source in sources}:
         cfg.DATASETS[split] = tuple(source.name for source in sources if source.split == split)
 
@@ -83,18 +87,6 @@ def prepare_datasets(cfg: CfgNode, *, eval_only: bool) -> None:
     tests = {source.name: group for source, group in paths.items() if source.split == "TEST"}
     for line in describe_shared_files(train, tests):
         logger.warning("%s", line)
-
-
-@contextmanager
-def _paused_garbage_collection() -> Iterator[None]:
-    """Pause Python's garbage collector, which takes a third of the time on millions of objects."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def resolve_pixel_range(cfg: CfgNode, sources: Sequence[Source]) -> None:
@@ -243,7 +235,7 @@ def set_num_classes(cfg: CfgNode, classes: Mapping[str, Sequence[str]]) -> None:
 
     Args:
         cfg: modified in place.
-        classes: name of each data set -> names of its classes 0..K-1; not empty.
+        classes: of :func:`compare_classes`.
 
     Raises:
         InputError: the class names of data sets differ, or NUM_CLASSES differs from their number.
@@ -264,11 +256,8 @@ def set_num_classes(cfg: CfgNode, classes: Mapping[str, Sequence[str]]) -> None:
 def registered_classes(cfg: CfgNode, split: str, *, read: bool = False) -> list[str]:
     """Return the class names of a split's data; an empty list if they are unknown.
 
-    Args:
-        cfg: the whole config; its data sets are registered.
-        split: "TRAIN" or "TEST".
-        read: load data that other code has registered, if the class names are only known then, as
-            with Detectron2's ``register_coco_instances``.
+    If ``read``, data that other code has registered are loaded if the class names are only known
+    then, as with Detectron2's ``register_coco_instances``.
     """
     names = [name for name in cfg.DATASETS[split] if name in DatasetCatalog]
     if not names:
@@ -284,16 +273,15 @@ def compare_classes(classes: Mapping[str, Sequence[str]]) -> str | None:
     Args:
         classes: name of each data set -> names of its classes 0..K-1; not empty.
     """
-    (first, expected_names), *others = classes.items()
-    for other, found_names in others:
-        pairs = zip_longest(expected_names, found_names, fillvalue="missing")
-        for label, (expected, found) in enumerate(pairs):
-            if expected != found:
+    (first, names), *others = classes.items()
+    for other, other_names in others:
+        pairs = zip_longest(names, other_names, fillvalue="missing")
+        for label, (name, other_name) in enumerate(pairs):
+            if name != other_name:
                 return (
                     f"data sets {first} and {other} must have the same classes in the same order "
-                    f"of category ids, but class {label} is {expected!r} in {first} "
-                    f"({len(expected_names)} classes) and {found!r} in {other} "
-                    f"({len(found_names)} classes)"
+                    f"of category ids, but class {label} is {name!r} in {first} ({len(names)} "
+                    f"classes) and {other_name!r} in {other} ({len(other_names)} classes)"
                 )
     return None
 

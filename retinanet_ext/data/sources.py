@@ -194,10 +194,7 @@ def _find_registered(cfg: CfgNode, split: str, name: str) -> Source:
 def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> ValidationResult:
     """Check a data set in COCO's format; several annotation files are merged.
 
-    Args:
-        cfg: the whole config.
-        source: the data set.
-        decode_all: decode the images of large data sets too.
+    If ``decode_all``, the images of large data sets are decoded too.
 
     Raises:
         InputError: an annotation file or a folder cannot be read, a chosen class is in no file, or
@@ -206,7 +203,7 @@ def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> V
     policy = read_policy(cfg.DATASETS.CHECK)
     reader = ImageReader.from_config(cfg)
     files = source.read()
-    check_chosen(source.classes, {file.path: file.content for file in files})
+    check_chosen(source.classes, files)
     has_key = source.name.startswith("custom_") and not source.is_converted and len(files) == 1
     parts = [
         check_file(
@@ -232,7 +229,7 @@ def _merge(parts: Sequence[ValidationResult], classes: Sequence[str]) -> Validat
     """Merge annotation files: classes are united by name, images and annotations get new ids.
 
     Args:
-        parts: the results of :func:`~retinanet_ext.data.validation.check_file`.
+        parts: the results of ``check_file``.
         classes: the classes in their order; empty: all, in the order of their first appearance.
 
     Raises:
@@ -243,11 +240,45 @@ def _merge(parts: Sequence[ValidationResult], classes: Sequence[str]) -> Validat
         other = next(part.json_file for part in parts if not part.is_labelled)
         raise InputError(f"{other} has no list of annotations, but {labelled[0]} has one")
     names = list(classes or dict.fromkeys(n for part in parts for n in class_names(part.content)))
+    content, origins = _join_lists(parts, names)
+    notes = [f"{part.json_file}: {note}" for part in parts for note in part.notes]
+    if any(set(class_names(part.content)) != set(names) for part in parts):
+        notes.append(
+            f"the classes of {len(parts)} files are united ({join_some(map(printable, names))}); "
+            "what a file does not list is background in its images"
+        )
+    findings = [
+        replace(finding, message=f"{part.json_file}: {finding.message}")
+        for part in parts
+        for finding in part.findings
+    ]
+    same = [
+        group
+        for group in find_same_files(content["images"], "")
+        if len({origins[image["id"]][0] for image in group}) > 1
+    ]
+    for group in same:
+        listed = join_some(origins[image["id"]][1] for image in group)
+        message = f"{printable(group[0]['file_name'])} is listed in {listed}"
+        findings.append(Finding("duplicate_file", message))
+    policy = parts[0].policy
+    if policy["duplicate_file"] == "merge":
+        content = merge_images(content, same)
+    files = ", ".join(part.json_file for part in parts)
+    return ValidationResult(
+        files, policy, findings, content, notes=notes, is_labelled=bool(labelled)
+    )
+
+
+def _join_lists(
+    parts: Sequence[ValidationResult], names: Sequence[str]
+) -> tuple[dict[str, Any], dict[int, tuple[int, str]]]:
+    """Return all entries with new ids, and new image id -> index of its part, name there."""
     labels = {name: number for number, name in enumerate(names, start=1)}
     categories: dict[str, dict[str, Any]] = {}
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    origins: dict[int, tuple[int, str]] = {}  # new image id -> index of its part, name there
+    origins: dict[int, tuple[int, str]] = {}
     for place, part in enumerate(parts):
         category_ids = {c["id"]: labels[c["name"]] for c in part.content["categories"]}
         for category in part.content["categories"]:
@@ -267,35 +298,9 @@ def _merge(parts: Sequence[ValidationResult], classes: Sequence[str]) -> Validat
             }
             for number, annotation in enumerate(part.content["annotations"], len(annotations) + 1)
         ]
-    content = {
-        **parts[0].content,
+    lists = {
         "images": images,
         "categories": [categories[name] for name in names if name in categories],
         "annotations": annotations,
     }
-    notes = [f"{part.json_file}: {note}" for part in parts for note in part.notes]
-    if any(set(class_names(part.content)) != set(names) for part in parts):
-        notes.append(
-            f"the classes of {len(parts)} files are united ({join_some(map(printable, names))}); "
-            "what a file does not list is background in its images"
-        )
-    findings = [
-        replace(finding, message=f"{part.json_file}: {finding.message}")
-        for part in parts
-        for finding in part.findings
-    ]
-    same = [
-        group
-        for group in find_same_files(images, "")
-        if len({origins[image["id"]][0] for image in group}) > 1
-    ]
-    for group in same:
-        listed = join_some(origins[image["id"]][1] for image in group)
-        message = f"{printable(group[0]['file_name'])} is listed in {listed}"
-        findings.append(Finding("duplicate_file", message))
-    if parts[0].policy["duplicate_file"] == "merge":
-        content = merge_images(content, same)
-    name = ", ".join(part.json_file for part in parts)
-    return ValidationResult(
-        name, parts[0].policy, findings, content, notes=notes, is_labelled=bool(labelled)
-    )
+    return {**parts[0].content, **lists}, origins

@@ -181,10 +181,7 @@ def _label_file(image: str) -> str:
 def _read_labels(
     label: str, num_keypoint_values: int, box_format: str, faults: list[str]
 ) -> Iterator[tuple[int, int, list[float]]]:
-    """Yield the number, the class and the box of each line of a label file.
-
-    A sentence about each line that cannot be read is added to ``faults``.
-    """
+    """Yield the number, the class and the box of each line; the lines without go to ``faults``."""
     try:
         lines = Path(label).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -210,7 +207,7 @@ def _parse(fields: list[str], num_keypoint_values: int, box_format: str) -> tupl
         raise ValueError("every field must be a number") from None
     if not all(map(math.isfinite, (category_id, *numbers))) or category_id % 1:
         raise ValueError("the class must be a whole number, and all numbers finite")
-    if num_keypoint_values and len(numbers) == 4 + num_keypoint_values:
+    if len(numbers) == 4 + num_keypoint_values:
         numbers = numbers[:4]
     is_polygon = len(numbers) >= 6 and len(numbers) % 2 == 0
     if len(numbers) != 4 and not is_polygon:

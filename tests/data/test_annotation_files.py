@@ -241,21 +241,16 @@ def test_a_faulty_label_is_named_by_file_and_line(
     assert expected in refusal(*both(path))
 
 
-def report_of(path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, Any]:
-    """Return the text and the JSON of a check of refused data, whose page has the text too."""
-    files = ["--output", str(folder / "report.json"), "--report", str(folder / "page.html")]
-    argv = ["check-data", "--config-file", "configs/small_R18_FPN.yaml", *files]
-    assert main([*argv, *both(path)]) == 1
-    text = capsys.readouterr().out
-    page = html.unescape((folder / "page.html").read_text())
-    assert all(line in page for line in text.splitlines() if not line.startswith("Wrote"))
-    return text, json.loads((folder / "report.json").read_text())["data_sets"][0]
-
-
 def test_all_faulty_labels_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = {f"{name}.jpg": "0 .5 .5 .5 .5\n" + "0 .5\n" * 4 for name in "abc"}
     path = yolo_folder(tmp_path, labels=labels)
-    text, content = report_of(path, tmp_path, capsys)
+    files = ["--output", str(tmp_path / "report.json"), "--report", str(tmp_path / "page.html")]
+    argv = ["check-data", "--config-file", "configs/small_R18_FPN.yaml", *files]
+    assert main([*argv, *both(path)]) == 1
+    text = capsys.readouterr().out
+    page = html.unescape((tmp_path / "page.html").read_text())
+    assert all(line in page for line in text.splitlines() if not line.startswith("Wrote"))
+    content = json.loads((tmp_path / "report.json").read_text())["data_sets"][0]
     assert f"{KINDS['unreadable_label'].what}: 12" in text and "and 2 more" in text
     (found,) = (each for each in content["findings"] if each["kind"] == "unreadable_label")
     named = [re.search(r"labels/train/(\w).txt, line (\d)", i["message"]) for i in found["items"]]
@@ -266,14 +261,13 @@ def test_all_faulty_labels_are_reported(tmp_path: Path, capsys: pytest.CaptureFi
     assert "12 labels that cannot be read: " in said and "check-data lists all" in said
 
 
-def test_all_faulty_xml_files_are_reported(
-    eight: Eight, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_faulty_xml_files_are_reported(eight: Eight) -> None:
     path = write_voc(eight.folder / "voc", eight.images, eight.content)
     for number, (old, new) in enumerate((("</annotation>", ""), ("<ymin>", "<ymin>x")), start=1):
         file = path / f"Annotations/a{number}.xml"
         file.write_text(file.read_text().replace(old, new))
-    text, content = report_of(path, tmp_path, capsys)
+    report = check_data(load_config("configs/small_R18_FPN.yaml", both(path)))
+    text, content = report.text, report.content["data_sets"][0]
     assert "a1.xml: is not valid XML" in text and "a2.xml: object 1 has xmin, ymin" in text
     assert content["facts"]["images"] == 7 and content["facts"]["boxes"] == 6
     for file in path.glob("Annotations/*.xml"):

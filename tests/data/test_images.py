@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from retinanet_ext.data import CheckedDatasetMapper, prepare_datasets
 from retinanet_ext.data.findings import KINDS
-from retinanet_ext.data.image_facts import inspect_image
+from retinanet_ext.data.image_files import inspect_image
 from retinanet_ext.data.images import (
     ImageReader,
     bit_depth,
