@@ -114,8 +114,12 @@ def training_boxes(
     sizes = [(record["width"], record["height"]) for record in records]
     boxes, paddings, owners = [], [], []
     for short_side in _short_sides(cfg):
-        # In Detectron2, 0 means no resize.
-        resized = [_resize(cfg, *size, short_side) if short_side else size for size in sizes]
+        resized = [
+            ResizeShortestEdge.get_output_shape(h, w, short_side, cfg.INPUT.MAX_SIZE_TRAIN)[::-1]
+            if short_side  # in Detectron2, 0 means no resize
+            else (w, h)
+            for w, h in sizes
+        ]
         limits = torch.tensor(resized, dtype=torch.float64).reshape(-1, 2).repeat(1, 2)
         scales = limits / torch.tensor(sizes).reshape(-1, 2).repeat(1, 2)
         boxes.append(torch.minimum(corners * scales[images], limits[images]))
@@ -127,11 +131,6 @@ def training_boxes(
         torch.cat(owners),
         torch.tensor(paddings, dtype=torch.int64).reshape(-1, 2),
     )
-
-
-def _resize(cfg: CfgNode, width: int, height: int, short_side: int) -> tuple[int, int]:
-    max_size = cfg.INPUT.MAX_SIZE_TRAIN
-    return ResizeShortestEdge.get_output_shape(height, width, short_side, max_size)[::-1]
 
 
 def _short_sides(cfg: CfgNode) -> list[int]:

@@ -80,11 +80,7 @@ class BoxTable:
 
 
 def check_box_format_name(box_format: str) -> None:
-    """Refuse an unknown name.
-
-    Raises:
-        InputError: ``box_format`` is not in :data:`BOX_FORMATS`.
-    """
+    """Refuse a name that is not in :data:`BOX_FORMATS`, by an InputError."""
     if box_format not in BOX_FORMATS:
         known = ", ".join(map(repr, BOX_FORMATS))
         raise InputError(f"DATASETS.CUSTOM.BOX_FORMAT {box_format!r} is unknown; known: {known}")
@@ -104,12 +100,9 @@ def from_corners(corners: list[float], box_format: str) -> list[float]:
 
 
 def find_format_fault(boxes: BoxTable, box_format: str, name: Callable[[int], str]) -> str | None:
-    """Return why boxes cannot have a format, and the remedy; None if they can.
+    """Return why the boxes of a json cannot have the configured format, and the remedy, or None.
 
-    Args:
-        boxes: of one json.
-        box_format: the configured format.
-        name: returns the name of the annotation at an index.
+    ``name`` returns the name of the annotation at an index.
     """
     if not boxes.indices:
         return None

@@ -20,15 +20,7 @@ _MAX_NAMES = 20  # of classes in a line to paste
 
 
 def check_chosen(classes: Sequence[str], files: Sequence[AnnotationFile]) -> None:
-    """Refuse a choice of classes that no annotation file has.
-
-    Args:
-        classes: chosen class names.
-        files: the annotation files, unchecked.
-
-    Raises:
-        InputError: a name is unknown or given twice.
-    """
+    """Refuse names that are in no annotation file or given twice, by an InputError."""
     names = (_name_of(category) for file in files for category in file.content["categories"])
     known = [name for name in dict.fromkeys(names) if name is not None]
     for name in classes:
@@ -50,9 +42,7 @@ def choose_classes(
 ) -> tuple[dict[str, Any], list[str]]:
     """Leave out the classes that are not chosen, and note how many boxes go with them.
 
-    Args:
-        content: of the json, unchecked; not modified.
-        classes: chosen class names; empty: all.
+    The content is unchecked and not modified. No ``classes`` means all.
     """
     left_out = {
         id_of(category): name

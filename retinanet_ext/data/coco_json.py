@@ -69,12 +69,6 @@ def read_coco_json(json_file: str, *, needs_annotations: bool = True) -> dict[st
     return content
 
 
-def is_plain_utf8(json_file: str) -> bool:
-    """Return whether pycocotools can read the file, which takes UTF-8 without byte order mark."""
-    with open(json_file, "rb") as file:
-        return json.detect_encoding(file.read(4)) == "utf-8"
-
-
 def id_order(value: int | str) -> tuple[bool, int, str]:
     """Return a sort key for ids: numbers and texts of digits come before other texts."""
     if not isinstance(value, str):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from retinanet_ext.data.box_format import is_number
@@ -105,8 +104,3 @@ def annotation_name(index: int, annotation: Any, images: Mapping[Any, Mapping[st
 def image_name(image: Mapping[str, Any]) -> str:
     """Return a name for a usable image, for example ``image 3 (a.jpg)``."""
     return f"image {printable(image['id'])} ({printable(image['file_name'])})"
-
-
-def leaves_folder(file_name: str) -> bool:
-    """Return whether a file name contains ``..``; absolute paths are used as they are."""
-    return ".." in file_name and ".." in PurePath(file_name).parts

@@ -136,8 +136,7 @@ class ImageReader:
 
 def _scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Scale [low, high] to [0, 255]; values beyond are clipped, and NaN becomes 0."""
-    scaled = np.rint((values.astype(np.float64) - low) * (255 / (high - low)))
-    return np.nan_to_num(scaled.clip(0, 255)).astype(np.uint8)
+    return np.nan_to_num(np.rint(np.interp(values, (low, high), (0, 255)))).astype(np.uint8)
 
 
 def extrema(image: Image.Image) -> Range:
@@ -257,10 +256,7 @@ def explain_unreadable(error: Exception) -> str:
 
 
 def find_size_fault(record: Mapping[str, Any], size: Sequence[int] | None) -> str | None:
-    """Return how the (width, height) of an upright image differs from its record, or None.
-
-    A width or height that the record lacks is not compared.
-    """
+    """Return how the (width, height) of an upright image differs from those of its record."""
     if size is None:
         return None
     width, height = (record.get(key) for key in ("width", "height"))

@@ -121,11 +121,7 @@ def _image_files(source: Source, *, mends: bool) -> Iterator[str]:
 
 
 def _register(cfg: CfgNode, source: Source) -> list[str]:
-    """Check and register data in COCO's format, in place of an earlier data set of the name.
-
-    Returns:
-        the paths of the images.
-    """
+    """Check data and register them in place of an earlier data set; return the images' paths."""
     checked = check_source(cfg, source)
     checked.raise_refused()
     if lack := checked.find_lack_of_objects():
@@ -221,8 +217,10 @@ def _json_for_evaluation(checked: ValidationResult) -> str:
     completed = coco_json.complete_for_evaluation(checked.content)
     if not checked.is_labelled:  # the evaluation looks whether the list exists
         completed.pop("annotations", None)
-    if completed == checked.original and coco_json.is_plain_utf8(checked.json_file):
-        return checked.json_file
+    if completed == checked.original:
+        with open(checked.json_file, "rb") as file:
+            if json.detect_encoding(file.read(4)) == "utf-8":  # without a byte order mark
+                return checked.json_file
     folder = tempfile.mkdtemp(prefix="retinanet_ext_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = Path(folder, "instances.json")
@@ -232,10 +230,6 @@ def _json_for_evaluation(checked: ValidationResult) -> str:
 
 def set_num_classes(cfg: CfgNode, classes: Mapping[str, Sequence[str]]) -> None:
     """Set ``MODEL.RETINANET.NUM_CLASSES``, if it has Detectron2's default, to the data's number.
-
-    Args:
-        cfg: modified in place.
-        classes: of :func:`compare_classes`.
 
     Raises:
         InputError: the class names of data sets differ, or NUM_CLASSES differs from their number.

@@ -66,21 +66,13 @@ class Source:
         return self.is_ours and not all(map(is_json, self.json_files))
 
     def read(self) -> list[AnnotationFile]:
-        """Return the annotation files, unchecked.
-
-        Raises:
-            InputError: a file cannot be read, or is not of its format.
-        """
+        """Return the annotation files, unchecked; one that cannot be read is an InputError."""
         how = {"box_format": self.box_format, "related": self.related}
         pairs = zip(self.json_files, self.image_roots, strict=True)
         return [read_annotations(*pair, self.split, **how) for pair in pairs]
 
     def digests(self) -> dict[str, str]:
-        """Return annotation file -> SHA-256 of a COCO json's bytes, or of other data's content.
-
-        Raises:
-            InputError: a file cannot be read.
-        """
+        """Return annotation file -> SHA-256 of a COCO json's bytes, or of other data's content."""
         read = self.read() if self.is_converted else []
         contents = {file.path: json.dumps(file.content).encode() for file in read}
         try:
@@ -119,11 +111,7 @@ def read_texts(cfg: CfgNode, key: str) -> tuple[str, ...]:
 
 
 def find_sources(cfg: CfgNode, splits: Sequence[str]) -> list[Source]:
-    """Return the data sets that a config names, unchecked.
-
-    Args:
-        cfg: the whole config.
-        splits: "TRAIN", "TEST" or both.
+    """Return the data sets that a config names for "TRAIN", "TEST" or both, unchecked.
 
     Raises:
         InputError: a name is not registered, half of a pair of ``DATASETS.CUSTOM`` is missing, or
@@ -228,12 +216,8 @@ def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> V
 def _merge(parts: Sequence[ValidationResult], classes: Sequence[str]) -> ValidationResult:
     """Merge annotation files: classes are united by name, images and annotations get new ids.
 
-    Args:
-        parts: the results of ``check_file``.
-        classes: the classes in their order; empty: all, in the order of their first appearance.
-
-    Raises:
-        InputError: some of the files have annotations and others do not.
+    Without ``classes``, all are used in the order of their first appearance. Files of which only
+    some have annotations are refused.
     """
     labelled = [part.json_file for part in parts if part.is_labelled]
     if labelled and len(labelled) < len(parts):

@@ -10,6 +10,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any
 
 from retinanet_ext.data.annotations import check_annotations, find_duplicate_boxes
@@ -22,7 +23,7 @@ from retinanet_ext.data.coco_json import (
     printable,
     read_coco_json,
 )
-from retinanet_ext.data.entries import entry_name, field_faults, id_of, image_name, leaves_folder
+from retinanet_ext.data.entries import entry_name, field_faults, id_of, image_name
 from retinanet_ext.data.findings import ValidationResult, read_policy
 from retinanet_ext.data.image_files import Images, check_images, merge_images
 from retinanet_ext.data.images import ImageReader
@@ -151,10 +152,7 @@ def check_data_set(result: ValidationResult) -> ValidationResult:
     """Check what only shows in all entries together, after each has been checked by itself.
 
     These are boxes labelled twice, crowd regions that look like objects, images and classes
-    without boxes.
-
-    Args:
-        result: of :func:`check_file`, or of several files merged; its findings are extended.
+    without boxes. The findings of ``result``, of one file or of several merged, are extended.
     """
     content, policy = result.content, result.policy
     if any(f.kind == "other_box_format" and policy[f.kind] == "refuse" for f in result.findings):
@@ -166,9 +164,7 @@ def check_data_set(result: ValidationResult) -> ValidationResult:
     again = find_duplicate_boxes(annotations)
     for later, (earlier, iou) in again.items():
         first, second = annotations[earlier], annotations[later]
-        names = " and ".join(
-            printable(a["id"]) if "id" in a else "without id" for a in (first, second)
-        )
+        names = " and ".join(printable(a.get("id", "without id")) for a in (first, second))
         result.add(
             "duplicate_box",
             f"annotations {names} of {image_name(images[second['image_id']])}: bbox "
@@ -227,7 +223,7 @@ def _check_images(images: list[Any], result: ValidationResult) -> Images:
             message = f"{entry_name('images', index, image)}: {malformed[index]}"
             result.add("malformed_image", message, image_id=id_of(image))
             continue
-        if leaves_folder(file_name := image["file_name"]):
+        if ".." in (file_name := image["file_name"]) and ".." in PurePath(file_name).parts:
             name = entry_name("images", index, image)
             message = f"{name}: file_name {file_name!r} leaves the image folder by '..'"
             if not result.add("file_outside", message, image_id=image["id"]):

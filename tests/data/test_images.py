@@ -69,7 +69,7 @@ ORDINARY: dict[str, Callable[[Path], Any]] = {
 
 @pytest.mark.parametrize("image_format", FORMATS)
 def test_images_of_8_bits_are_detectron2s(image_format: str, tmp_path: Path) -> None:
-    files = [*PHOTOS]
+    files = PHOTOS[:2]
     for name, write in ORDINARY.items():
         write(tmp_path / name)
         files.append(tmp_path / name)
