@@ -110,7 +110,7 @@ def find_near_duplicates(
         with the ``other_data_set``, their ``distance``, and whether the files are ``equal``.
     """
     sets = {"train": train, **tests}
-    hashes = dict(zip(sets, map(partial(hash_images, reader=reader), sets.values()), strict=True))
+    hashes = {name: hash_images(paths, reader) for name, paths in sets.items()}
     pairs = [(name, "train") for name in tests] + [(name, name) for name in sets]
     found = []
     for name, other in pairs:

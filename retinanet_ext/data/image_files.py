@@ -59,16 +59,15 @@ def check_images(
 
     Args:
         images: usable entries of the json, whose width and height may be missing; not modified.
-        image_root: folder that ``file_name`` entries are relative to.
+        image_root, folder_key: the image folder, and the config key that a message may suggest
+            another value of.
         reader: reads the images as training does.
         result: gets the findings and notes.
-        folder_key: config key of ``image_root``; a message may suggest another value.
         decode_all: decode data sets of more than :data:`MAX_DECODED_IMAGES` images too.
 
     Returns:
-        - the entries, with the sizes that were missing and the file names that the policy mends,
-        - the ids of images that cannot be used,
-        - groups of images that have the same file.
+        the entries, with the sizes that were missing and the file names that the policy mends; the
+        ids of images that cannot be used; groups of images that have the same file.
 
     Raises:
         InputError: the folder does not exist.
@@ -123,16 +122,15 @@ def _inspect(
     seen = FileCache("images", os.path.abspath(image_root), reader, PIL.__version__)
     key = "decoded" if decode else "header"
 
-    def is_readable(facts: ImageFacts) -> bool:
-        # An unreadable file is read again: it may become readable, for example by permissions.
-        return facts.kind != "unreadable_image"
-
     def inspect(image: Image) -> ImageFacts | None:
         path = os.path.join(image_root, image["file_name"])
         if not os.path.isfile(path):
             return None
         look = partial(inspect_image, path, reader, decode=decode)
-        return ImageFacts(*seen.get(path, key, look, is_readable))
+        # An unreadable file is read again: it may become readable, for example by permissions.
+        return ImageFacts(
+            *seen.get(path, key, look, lambda facts: facts.kind != "unreadable_image")
+        )
 
     entries = list(images.values())
     chunks = [entries[start : start + _CHUNK] for start in range(0, len(entries), _CHUNK)]

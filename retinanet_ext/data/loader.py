@@ -179,14 +179,14 @@ def _check_same_records(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None
     for record in records if comm.get_world_size() > 1 else ():
         number = len(record.get("annotations", ()))
         digest.update(repr((record.get("image_id"), record["width"], number)).encode())
-    digests = comm.all_gather((len(records), digest.hexdigest()))
-    other = next((rank for rank, found in enumerate(digests) if found != digests[0]), None)
-    if other is not None:
-        raise InputError(
-            f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} are other data in process {other} "
-            f"({digests[other][0]} images) than in process 0 ({digests[0][0]} images); all "
-            "machines need the same annotations and images"
-        )
+    (first, _), *_ = digests = comm.all_gather((len(records), digest.hexdigest()))
+    for rank, (num_images, _) in enumerate(digests):
+        if digests[rank] != digests[0]:
+            raise InputError(
+                f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} are other data in process {rank} "
+                f"({num_images} images) than in process 0 ({first} images); all machines need the "
+                "same annotations and images"
+            )
 
 
 def batch_by_aspect_ratio(

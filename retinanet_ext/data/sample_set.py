@@ -163,15 +163,10 @@ _CLUTTER: tuple[_Outline, ...] = (
 
 
 def export_sample_set(parameters: SampleSet, folder: Path) -> None:
-    """Draw a sample set into a folder of its own choice, for other detectors.
-
-    Args:
-        parameters: what to draw.
-        folder: gets ``train.json`` and ``val.json`` in COCO's format and the folders ``train`` and
-            ``val`` of their images; it must be empty or not exist.
+    """Draw a sample set into a new or empty folder, for other detectors.
 
     Raises:
-        InputError: the folder holds something or cannot be written, or no object was drawn
+        InputError: the folder holds something or cannot be written, or no object was drawn.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; name a new folder")
@@ -286,10 +281,12 @@ def _draw(parameters: SampleSet, rng: np.random.RandomState) -> tuple[_Array, li
         for _ in range(20):
             center = rng.uniform(0.7 * radius, size - 0.7 * radius, 2)
             window, coverage = _render(outline, size, radius, center, angle)
-            box = _tight_box(window, coverage)
+            is_covered = coverage >= 0.5
+            x, y, *sides = cv2.boundingRect(is_covered.astype(np.uint8))
+            box = [x + window[1].start, y + window[0].start, *sides]
             if all(_overlap(box, other["bbox"]) <= MAX_OVERLAP for other in objects):
                 _paint(canvas, window, coverage, label / len(CLASSES), rng)
-                area = int((coverage >= 0.5).sum())
+                area = int(is_covered.sum())
                 objects.append({"category_id": label + 1, "bbox": box, "area": area})
                 break
 
@@ -347,12 +344,6 @@ def _paint(
     color = colors[np.abs(colors - under.mean((0, 1))).sum(1).argmax()]
     shade = 1 + rng.uniform(-0.3, 0.3) * np.linspace(-1, 1, coverage.shape[1])[None, :, None]
     under += coverage[:, :, None] * (color * shade - under)
-
-
-def _tight_box(window: tuple[slice, slice], coverage: _Array) -> list[int]:
-    """Return [x, y, width, height] of the pixels covered by half or more."""
-    x, y, width, height = cv2.boundingRect((coverage >= 0.5).astype(np.uint8))
-    return [x + window[1].start, y + window[0].start, width, height]
 
 
 def _overlap(a: list[int], b: list[int]) -> float:

@@ -73,15 +73,11 @@ class Source:
 
     def digests(self) -> dict[str, str]:
         """Return annotation file -> SHA-256 of a COCO json's bytes, or of other data's content."""
-        read = self.read() if self.is_converted else []
-        contents = {file.path: json.dumps(file.content).encode() for file in read}
+        digests = {}
+        for file in self.read() if self.is_converted else ():
+            digests[file.path] = hashlib.sha256(json.dumps(file.content).encode()).hexdigest()
         try:
-            return {
-                path: sha256_of(path)
-                if is_json(path)
-                else hashlib.sha256(contents[path]).hexdigest()
-                for path in self.json_files
-            }
+            return digests | {path: sha256_of(path) for path in self.json_files if is_json(path)}
         except OSError as error:
             raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
 

@@ -104,8 +104,7 @@ def check_file(
         file: what was read; its content is not modified.
         policy: kind of finding -> policy.
         classes: names of the classes to use; empty: all.
-        folder_key: config key of the image folder; a message may suggest another value.
-        reader, decode_all: as for :func:`validate_coco`.
+        reader, folder_key, decode_all: as for ``check_images``.
 
     Raises:
         InputError: the folder does not exist, or the box format is unknown.

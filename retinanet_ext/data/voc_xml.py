@@ -69,8 +69,8 @@ def read_voc(
         path: the folder, see :func:`find_voc_folder`.
         image_root: folder of the images.
         split: "TRAIN" or "TEST".
-        related: other such folders, whose classes are listed too. The annotations do not list
-            classes, and training and test data must have the same.
+        related: other such folders. Their classes are listed too, because training and test data
+            must have the same, and the annotations do not list them.
 
     Raises:
         InputError: the layout is unknown, or the image folder does not exist.
@@ -165,8 +165,7 @@ def _image(
 def _read_object(item: ElementTree.Element, labels: Mapping[str, int]) -> dict[str, Any]:
     """Return the class and the box of an object, x, y, width and height in pixels from 0.
 
-    Raises:
-        ValueError: it has no class, or a corner is no finite number; the message says so.
+    A ValueError says that it has no class, or which corner is no finite number.
     """
     name = _class_name(item)
     if not name:

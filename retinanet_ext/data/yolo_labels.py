@@ -196,11 +196,7 @@ def _read_labels(
 
 
 def _parse(fields: list[str], num_keypoint_values: int, box_format: str) -> tuple[int, list[float]]:
-    """Return the class and the box of a line.
-
-    Raises:
-        ValueError: the line cannot be read; the message says why.
-    """
+    """Return the class and the box of a line, or raise a ValueError that says what is wrong."""
     try:
         category_id, *numbers = map(float, fields)
     except ValueError:
