@@ -11,11 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from retinanet_ext.cli import main
@@ -26,7 +23,17 @@ from retinanet_ext.engine import load_config
 from training import run_train_net
 
 from .conftest import Bccd
-from .eight_images import HEIGHT, WIDTH, Eight, config, picture, prepare, refusal, trained_on
+from .eight_images import (
+    HEIGHT,
+    WIDTH,
+    Eight,
+    config,
+    evaluate,
+    picture,
+    prepare,
+    refusal,
+    trained_on,
+)
 from .other_formats import write_voc, write_yolo
 
 TRAIN, TEST = "DATASETS.CUSTOM.TRAIN_JSON", "DATASETS.CUSTOM.TEST_JSON"
@@ -53,25 +60,6 @@ def registered(name: str) -> dict[str, list[tuple[str, int, list[float]]]]:
     }
 
 
-def evaluate(folder: Path) -> dict[str, float]:
-    """Return AP by class of the same imperfect detections: shifted boxes with fixed scores."""
-    evaluator = COCOEvaluator("custom_test", output_dir=str(folder))
-    evaluator.reset()
-    for record in DatasetCatalog.get("custom_test"):
-        objects = [a for a in record["annotations"] if not a["iscrowd"]]
-        generator = np.random.default_rng(len(objects))
-        boxes = torch.tensor([a["bbox"] for a in objects]).reshape(-1, 4)
-        boxes[:, :2] += torch.from_numpy(generator.uniform(-9, 9, (len(boxes), 2))).float()
-        instances = Instances(
-            (record["height"], record["width"]),
-            pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
-            scores=torch.from_numpy(generator.uniform(0, 1, len(boxes))),
-            pred_classes=torch.tensor([a["category_id"] for a in objects]),
-        )
-        evaluator.process([record], [{"instances": instances}])
-    return evaluator.evaluate()["bbox"]
-
-
 @pytest.mark.parametrize("kind", ["yolo", "voc"])
 def test_converted_data_equal_those_in_coco_format(kind: str, bccd: Bccd, tmp_path: Path) -> None:
     """Real images; the box without area is found in each format."""
@@ -81,7 +69,7 @@ def test_converted_data_equal_those_in_coco_format(kind: str, bccd: Bccd, tmp_pa
     prepare(
         *(TEST, str(bccd.val_json), "DATASETS.CUSTOM.TEST_IMAGES", str(bccd.images)), eval_only=True
     )
-    test, results = registered("custom_test"), evaluate(tmp_path / "coco")
+    test, results = registered("custom_test"), evaluate(tmp_path / "coco", shift=9)
     if kind == "yolo":
         opts = both(write_yolo(tmp_path / "yolo", bccd.images, train=bccd.train, val=bccd.val))
     else:
@@ -102,7 +90,7 @@ def test_converted_data_equal_those_in_coco_format(kind: str, bccd: Bccd, tmp_pa
                 rtol=0,
                 atol=0 if kind == "voc" else SIX_DECIMALS,
             )
-    again = evaluate(tmp_path / kind)
+    again = evaluate(tmp_path / kind, shift=9)
     assert 10 < again["AP"] < 90
     assert again == pytest.approx(results, abs=1e-9, nan_ok=True)
 
