@@ -113,8 +113,7 @@ def _box_faults(normalized: Normalized, box_format: str) -> Iterator[tuple[int, 
     origins = {index: f", taken from its {mask}," for index, mask in normalized.derived.items()}
     converted = "" if box_format == "xywh" else f", converted from {box_format},"
     with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest float
-        corners = boxes.to_corners(box_format)
-        low, high = corners[:, :2], corners[:, 2:]
+        low, high = np.hsplit(boxes.to_corners(box_format), 2)
         sides = boxes.numbers[:, 2:] if box_format == "xywh" else high - low
         inside = np.minimum(high, boxes.sizes) - np.maximum(low, 0)
         beyond = (low < -1) | (high > boxes.sizes + 1)  # a pixel may be rounding

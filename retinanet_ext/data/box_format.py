@@ -162,17 +162,16 @@ class _Evidence:
 
     def _fit(self, box_format: str) -> _Mask:
         """Boxes drawn by hand may reach outside by a pixel or a twentieth of their side."""
-        corners = self.boxes.to_corners(box_format)
-        sides = corners[:, 2:] - corners[:, :2]
-        slack = np.maximum(1, sides / 20)
-        inside = (corners[:, :2] >= -slack) & (corners[:, 2:] <= self.boxes.sizes + slack)
-        fits: _Mask = (inside & (sides > 0)).all(1)
+        low, high = np.hsplit(self.boxes.to_corners(box_format), 2)
+        slack = np.maximum(1, (high - low) / 20)
+        inside = (low >= -slack) & (high <= self.boxes.sizes + slack) & (high > low)
+        fits: _Mask = inside.all(1)
         return fits if is_relative(box_format) else fits & ~self.fractions
 
     def _agree_with_area(self, box_format: str) -> _Mask:
         """Return which boxes, read in a format, have the area that the json gives: (M,)."""
-        corners = self.boxes.to_corners(box_format)
-        sides = corners[:, 2:] - corners[:, :2]
+        low, high = np.hsplit(self.boxes.to_corners(box_format), 2)
+        sides = high - low
         areas = [sides.prod(1), (sides + 1).prod(1)]  # some tools count both border pixels
         if is_relative(box_format):
             areas.append(sides.prod(1) / self.boxes.sizes.prod(1))

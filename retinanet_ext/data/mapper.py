@@ -39,7 +39,12 @@ class CheckedDatasetMapper(DatasetMapper):
 
     @configurable
     def __init__(self, is_train: bool, *, reader: ImageReader | None = None, **kwargs: Any) -> None:
-        """Take Detectron2's arguments, and a reader; by default as Detectron2 reads images."""
+        """
+        Args:
+            is_train: whether annotations are mapped too.
+            reader: reads the images; by default as Detectron2 reads them.
+            kwargs: as in Detectron2.
+        """
         super().__init__(is_train, **kwargs)
         self.reader = reader or ImageReader(self.image_format)
 

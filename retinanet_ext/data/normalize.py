@@ -171,14 +171,13 @@ def _convert_boxes(annotations: list[Any], boxes: BoxTable, box_format: str) -> 
     numbers were COCO's is removed.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest float
-        corners = boxes.to_corners(box_format)
-        sides = corners[:, 2:] - corners[:, :2]
+        low, high = np.hsplit(boxes.to_corners(box_format), 2)
+        sides = high - low
         box_areas = sides.prod(1)
     is_kept = (0.01 * box_areas <= boxes.areas) & (boxes.areas <= 1.01 * box_areas)
-    for index, origin, side, keep in zip(
-        boxes.indices, corners[:, :2].tolist(), sides.tolist(), is_kept.tolist(), strict=True
-    ):
-        annotations[index] = {**annotations[index], "bbox": [*origin, *side]}
+    converted = np.hstack([low, sides]).tolist()
+    for index, box, keep in zip(boxes.indices, converted, is_kept.tolist(), strict=True):
+        annotations[index] = {**annotations[index], "bbox": box}
         if not keep:
             annotations[index].pop("area", None)
     wrong = int((~is_kept & ~np.isnan(boxes.areas)).sum())
