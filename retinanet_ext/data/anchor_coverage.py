@@ -89,11 +89,6 @@ def training_boxes(
 ) -> TrainingBoxes:
     """Return the boxes of dataset dicts after the training resize; crowd regions are left out.
 
-    Args:
-        cfg: the whole config.
-        records: Detectron2's dataset dicts with boxes XYWH.
-        backbone: the backbone, whose padding is used.
-
     Raises:
         InputError: ``INPUT.MIN_SIZE_TRAIN`` is empty, or no range although it should be one.
     """
@@ -119,8 +114,12 @@ def training_boxes(
     sizes = [(record["width"], record["height"]) for record in records]
     boxes, paddings, owners = [], [], []
     for short_side in _short_sides(cfg):
-        # In Detectron2, 0 means no resize.
-        resized = [_resize(cfg, *size, short_side) if short_side else size for size in sizes]
+        resized = [
+            ResizeShortestEdge.get_output_shape(h, w, short_side, cfg.INPUT.MAX_SIZE_TRAIN)[::-1]
+            if short_side  # in Detectron2, 0 means no resize
+            else (w, h)
+            for w, h in sizes
+        ]
         limits = torch.tensor(resized, dtype=torch.float64).reshape(-1, 2).repeat(1, 2)
         scales = limits / torch.tensor(sizes).reshape(-1, 2).repeat(1, 2)
         boxes.append(torch.minimum(corners * scales[images], limits[images]))
@@ -134,11 +133,6 @@ def training_boxes(
     )
 
 
-def _resize(cfg: CfgNode, width: int, height: int, short_side: int) -> tuple[int, int]:
-    max_size = cfg.INPUT.MAX_SIZE_TRAIN
-    return ResizeShortestEdge.get_output_shape(height, width, short_side, max_size)[::-1]
-
-
 def _short_sides(cfg: CfgNode) -> list[int]:
     """Return the short sides of the training resize; of a range, both ends and the middle."""
     short_sides = list(cfg.INPUT.MIN_SIZE_TRAIN)
@@ -146,10 +140,7 @@ def _short_sides(cfg: CfgNode) -> list[int]:
     if not short_sides or (is_range and len(short_sides) != 2):
         wanted = "[least, most], for a range" if is_range else "short sides in pixels, [600]"
         raise InputError(f"INPUT.MIN_SIZE_TRAIN must be {wanted}, got {short_sides}")
-    if is_range:
-        low, high = short_sides
-        return [low, (low + high) // 2, high]
-    return short_sides
+    return [short_sides[0], sum(short_sides) // 2, short_sides[1]] if is_range else short_sides
 
 
 def measure_coverage(
@@ -172,7 +163,6 @@ def measure_coverage(
             "positives_min": int(count.min()),
         }
 
-    everything = torch.ones(len(ious), dtype=torch.bool)
     areas = (data.boxes[:, 2:] - data.boxes[:, :2]).prod(1)
     size = torch.bucketize(areas, torch.tensor(list(SIZES.values())[:-1]).double(), right=True)
     groups = {
@@ -187,7 +177,7 @@ def measure_coverage(
         "images": len(data.padded),
         "anchors_an_image": float(grid.num_anchors(data.padded).double().mean()),
         "foreground_an_image": float(positives.sum()) / len(data.padded),
-        "all": describe(everything),
+        "all": describe(torch.ones(len(ious), dtype=torch.bool)),
         **{
             by: {name: describe(mask) for name, mask in masks.items() if mask.any()}
             for by, masks in groups.items()
@@ -196,42 +186,34 @@ def measure_coverage(
 
 
 def describe_shapes(data: TrainingBoxes, grid: AnchorGrid) -> dict[str, Any]:
-    """Return histograms of the boxes' sides and aspect ratios after the resize.
+    """Return histograms of the boxes' "sides" and "aspect_ratios" after the resize.
 
     A side is the root of width times height in pixels, an aspect ratio is height / width. The bins
-    are a quarter of an octave wide, and the outer ones hold what is beyond them.
-
-    Returns:
-        for "sides" and "aspect_ratios" the ``edges`` of the bins, the ``counts`` in them, and the
-        distinct values of the ``anchors``.
+    are a quarter of an octave wide, and the outer ones hold what is beyond them. Each histogram has
+    the ``edges`` of the bins, the ``counts`` in them, and the distinct values of the ``anchors``.
     """
-    shapes = {
-        "boxes": data.boxes[:, 2:] - data.boxes[:, :2],
-        "anchors": torch.cat([sizes.double() for sizes in grid.sizes]),
-    }
-    limits = {"sides": (2, 10), "aspect_ratios": (-3, 3)}  # octaves
+    boxes = data.boxes[:, 2:] - data.boxes[:, :2]
+    anchors = torch.cat([sizes.double() for sizes in grid.sizes])
     described = {}
-    for name, (low, high) in limits.items():
-        values = {
-            key: (s.prod(1).sqrt() if name == "sides" else s[:, 1] / s[:, 0])
-            for key, s in shapes.items()
-        }
-        bins = (values["boxes"].log2() - low).mul(_BINS_PER_OCTAVE).floor().long()
+    for name, measure, low, high in (  # in octaves
+        ("sides", lambda sizes: sizes.prod(1).sqrt(), 2, 10),
+        ("aspect_ratios", lambda sizes: sizes[:, 1] / sizes[:, 0], -3, 3),
+    ):
         num_bins = (high - low) * _BINS_PER_OCTAVE
+        bins = (measure(boxes).log2() - low).mul(_BINS_PER_OCTAVE).floor().long()
         described[name] = {
             "edges": [2 ** (low + index / _BINS_PER_OCTAVE) for index in range(num_bins + 1)],
             "counts": torch.bincount(bins.clamp(0, num_bins - 1), minlength=num_bins).tolist(),
-            "anchors": sorted({round(value, 2) for value in values["anchors"].tolist()}),
+            "anchors": sorted({round(value, 2) for value in measure(anchors).tolist()}),
         }
     return described
 
 
 def suggest_anchors(cfg: CfgNode, data: TrainingBoxes, grid: AnchorGrid) -> dict[str, Any]:
     """Search for anchors that reach more boxes, with as many per cell as now or the paper's 9."""
-    now = max(len(sizes) for sizes in grid.sizes)
-    found = search_octaves(
-        data.boxes, data.padded[data.images], grid, max_anchors=max(now, PAPER_ANCHORS)
-    )
+    now = max(map(len, grid.sizes))
+    padded = data.padded[data.images]
+    found = search_octaves(data.boxes, padded, grid, max_anchors=max(now, PAPER_ANCHORS))
     node = cfg.MODEL.ANCHOR_GENERATOR
     suggested = {
         "NAME": "OctaveAnchorGenerator",
@@ -256,11 +238,8 @@ def suggest_anchors(cfg: CfgNode, data: TrainingBoxes, grid: AnchorGrid) -> dict
 def warn_of_unreached_boxes(cfg: CfgNode) -> list[str]:
     """Return a warning for each training set with many boxes that no anchor reaches.
 
-    A sample of the boxes is measured. Data that other code has registered are not loaded, and
-    detectors without dense anchors have nothing to measure.
-
-    Args:
-        cfg: the whole config, after ``prepare_datasets``.
+    A sample of the boxes is measured, after ``prepare_datasets``. Data that other code has
+    registered are not loaded, and detectors without dense anchors have nothing to measure.
 
     Raises:
         InputError: no anchors can be built from the config.

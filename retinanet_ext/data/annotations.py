@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,7 +37,7 @@ def check_annotations(
         content: of the json, with usable categories and unchecked annotations; not modified.
         images: usable images.
         listed_ids: ids of all images of the json.
-        box_format: a name in :data:`~retinanet_ext.data.box_format.BOX_FORMATS`.
+        box_format: a name in ``BOX_FORMATS``.
         result: gets the findings and notes.
     """
     normalized = normalize_annotations(content["annotations"], images, box_format)
@@ -56,34 +56,33 @@ def check_annotations(
             if not result.add(kind, f"{name(index)}: {fault}", **ids):
                 dropped.add(index)
 
+    def unknown(field: str, known: Collection[Any], what: str) -> _Faults:
+        values = ((i, a[field]) for i, a in rest if a[field] not in known)
+        return ((i, f"{field} {printable(value)} is not {what}") for i, value in values)
+
     malformed = field_faults("annotations", annotations)
-    add("malformed_annotation", malformed.items())
     rest = [(i, a) for i, a in enumerate(annotations) if i not in malformed]
-    add("duplicate_annotation_id", _repeated_ids(rest))
-    add("unknown_image", _unknown_ids(rest, "image_id", listed_ids, "among the images"))
     category_ids = {category["id"] for category in content["categories"]}
     ids = join_some(map(printable, sorted(category_ids, key=id_order)))
-    add("unknown_class", _unknown_ids(rest, "category_id", category_ids, f"a category ({ids})"))
-    add("malformed_box", _missing_boxes(rest, normalized, box_format))
     derived = ((i, mask) for i, mask in normalized.derived.items() if i not in malformed)
+    add("malformed_annotation", malformed.items())
+    add("duplicate_annotation_id", _repeated_ids(rest))
+    add("unknown_image", unknown("image_id", listed_ids, "among the images"))
+    add("unknown_class", unknown("category_id", category_ids, f"a category ({ids})"))
+    add("malformed_box", _missing_boxes(rest, normalized, box_format))
     add("derived_box", ((i, f"bbox is missing and taken from its {mask}") for i, mask in derived))
     format_fault = find_format_fault(normalized.boxes, box_format, name)
     # Boxes of another format are no boxes to look at more closely.
     if format_fault is None or result.add("other_box_format", format_fault):
-        for kind, faults in _box_faults(normalized, box_format).items():
-            add(kind, (fault for fault in faults if fault[0] not in malformed))
+        for index, kind, fault in _box_faults(normalized, box_format):
+            if index not in malformed:
+                add(kind, [(index, fault)])
     for flag, kind in (("iscrowd", "crowd"), ("ignore", "ignore")):
         add(kind, [(i, f"{flag} is 1") for i, a in rest if a.get(flag)])
     kept = [a for i, a in rest if i not in dropped and a["image_id"] in images]
     if result.policy["crowd"] == "object":
         kept = [{**a, "iscrowd": 0} if a.get("iscrowd") else a for a in kept]
     return kept
-
-
-def _unknown_ids(entries: _Entries, field: str, known: Collection[Any], what: str) -> _Faults:
-    """Return the annotations whose ``field`` is not among the known ids."""
-    unknown = [(i, a[field]) for i, a in entries if a[field] not in known]
-    return ((i, f"{field} {printable(value)} is not {what}") for i, value in unknown)
 
 
 def _missing_boxes(entries: _Entries, normalized: Normalized, box_format: str) -> _Faults:
@@ -108,49 +107,36 @@ def _repeated_ids(entries: _Entries) -> _Faults:
             seen.add(own_id)
 
 
-def _box_faults(normalized: Normalized, box_format: str) -> dict[str, list[tuple[int, str]]]:
-    """Return what is wrong with boxes of four finite numbers.
-
-    Returns:
-        kind of finding -> (index of the annotation, what is wrong)
-    """
+def _box_faults(normalized: Normalized, box_format: str) -> Iterator[tuple[int, str, str]]:
+    """Yield (index of the annotation, kind, what is wrong) of boxes of four finite numbers."""
     boxes = normalized.boxes
     origins = {index: f", taken from its {mask}," for index, mask in normalized.derived.items()}
     converted = "" if box_format == "xywh" else f", converted from {box_format},"
     with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest float
-        corners = boxes.to_corners(box_format)
-        low, high = corners[:, :2], corners[:, 2:]
+        low, high = np.hsplit(boxes.to_corners(box_format), 2)
         sides = boxes.numbers[:, 2:] if box_format == "xywh" else high - low
         inside = np.minimum(high, boxes.sizes) - np.maximum(low, 0)
-        rules = (  # of several faults, the first is named
-            ("inverted_box", (sides < 0).any(1), " must have width and height >= 0"),
-            ("zero_area_box", (sides < MIN_SIDE).any(1), " has no area"),
-            ("outside_box", (inside < MIN_SIDE).any(1), " is outside its image of {} x {}"),
-            (
-                "clipped_box",
-                (low < -1).any(1) | (high > boxes.sizes + 1).any(1),  # a pixel may be rounding
-                " reaches outside its image of {} x {}",
-            ),
-        )
-    faults: dict[str, list[tuple[int, str]]] = {kind: [] for kind, _, _ in rules}
-    first = np.select([mask for _, mask, _ in rules], range(len(rules)), -1)
+        beyond = (low < -1) | (high > boxes.sizes + 1)  # a pixel may be rounding
+    rules = (  # of several faults, the first is named
+        ("inverted_box", sides < 0, " must have width and height >= 0"),
+        ("zero_area_box", sides < MIN_SIDE, " has no area"),
+        ("outside_box", inside < MIN_SIDE, " is outside its image of {} x {}"),
+        ("clipped_box", beyond, " reaches outside its image of {} x {}"),
+    )
+    first = np.select([mask.any(1) for _, mask, _ in rules], range(len(rules)), -1)
     for row in np.flatnonzero(first >= 0).tolist():
         kind, _, text = rules[first[row]]
         index = boxes.indices[row]
         box = format_box(normalized.annotations[index]["bbox"])
         fault = f"bbox {box}{origins.get(index, converted)}{text}"
-        faults[kind].append((index, fault.format(*boxes.sizes[row].astype(int))))
-    return faults
+        yield index, kind, fault.format(*boxes.sizes[row].astype(int))
 
 
 def find_duplicate_boxes(annotations: Sequence[dict[str, Any]]) -> dict[int, tuple[int, float]]:
     """Find boxes that overlap an earlier box of the same image and class by more than SAME_IOU.
 
-    Args:
-        annotations: usable annotations with boxes [x, y, width, height] of positive size.
-
     Returns:
-        index of the later box -> (index of the earlier one, IoU of the two)
+        index of the later annotation -> (index of the earlier one, IoU of the two)
     """
     objects = [i for i, a in enumerate(annotations) if not is_ignore_region(a)]
     if len(objects) < 2:

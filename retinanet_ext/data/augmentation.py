@@ -69,12 +69,7 @@ SATURATION = {"RGB": T.RandomSaturation, "BGR": _RandomSaturationOfBGR}
 
 
 def build_augmentations(cfg: CfgNode, augmentations: Sequence[T.Augmentation]) -> list:
-    """Return Detectron2's augmentations with those of the plugin's ``INPUT`` keys after them.
-
-    Args:
-        cfg: the whole config
-        augmentations: as Detectron2 builds them from the config: crop, resize and flip
-    """
+    """Return Detectron2's augmentations with those of the plugin's ``INPUT`` keys after them."""
     extended = list(augmentations)
     low, high = cfg.INPUT.SCALE_JITTER
     if (low, high) != (1.0, 1.0):

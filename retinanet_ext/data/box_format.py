@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torchvision.ops import box_convert
 
 from retinanet_ext.errors import InputError
 
@@ -72,22 +74,13 @@ class BoxTable:
 
     def to_corners(self, box_format: str) -> _Array:
         """Return the boxes, read in a format, as XYXY in pixels: (M, 4)."""
-        first, second = self.numbers[:, :2], self.numbers[:, 2:]
-        if box_format.endswith("cxcywh"):
-            corners = np.hstack([first - second / 2, first + second / 2])
-        elif box_format.endswith("xywh"):
-            corners = np.hstack([first, first + second])
-        else:
-            corners = self.numbers
+        kind = box_format.removeprefix("relative_")
+        corners: _Array = box_convert(torch.from_numpy(self.numbers), kind, "xyxy").numpy()
         return corners * np.tile(self.sizes, 2) if is_relative(box_format) else corners
 
 
 def check_box_format_name(box_format: str) -> None:
-    """Refuse an unknown name.
-
-    Raises:
-        InputError: ``box_format`` is not in :data:`BOX_FORMATS`.
-    """
+    """Refuse a name that is not in :data:`BOX_FORMATS`, by an InputError."""
     if box_format not in BOX_FORMATS:
         known = ", ".join(map(repr, BOX_FORMATS))
         raise InputError(f"DATASETS.CUSTOM.BOX_FORMAT {box_format!r} is unknown; known: {known}")
@@ -107,12 +100,9 @@ def from_corners(corners: list[float], box_format: str) -> list[float]:
 
 
 def find_format_fault(boxes: BoxTable, box_format: str, name: Callable[[int], str]) -> str | None:
-    """Return why boxes cannot have a format, and the remedy; None if they can.
+    """Return why the boxes of a json cannot have the configured format, and the remedy, or None.
 
-    Args:
-        boxes: of one json.
-        box_format: the configured format.
-        name: returns the name of the annotation at an index.
+    ``name`` returns the name of the annotation at an index.
     """
     if not boxes.indices:
         return None
@@ -123,11 +113,9 @@ def find_format_fault(boxes: BoxTable, box_format: str, name: Callable[[int], st
         return f"{name(boxes.indices[row])} has [{numbers}]"
 
     with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest float
-        fractions = _are_fractions(boxes)
-        fits = {other: _fits(boxes, other, fractions) for other in BOX_FORMATS}
-        found = _find_format_by_place(boxes, box_format, fits, fractions)
-        found = found or _find_format_by_area(boxes, box_format, fits)
-        two = None if found else _find_two_formats(boxes, box_format, fits, fractions)
+        evidence = _Evidence(boxes, box_format)
+        found = evidence.by_place() or evidence.by_area()
+        two = None if found else evidence.two_formats()
     if found:
         others, reason, rows = found
         return (
@@ -135,11 +123,10 @@ def find_format_fault(boxes: BoxTable, box_format: str, name: Callable[[int], st
             f"DATASETS.CHECK.OTHER_BOX_FORMAT keep if they are {box_format}"
         )
     if two:
-        (one, one_rows), (other, other_rows) = two
+        examples = ", ".join(f"{example(rows)} ({one})" for one, rows in two.items())
         return (
-            f"boxes are of two formats: {example(one_rows)} ({one}), {example(other_rows)} "
-            f"({other}); convert one of them, or set DATASETS.CHECK.OTHER_BOX_FORMAT keep if all "
-            f"are {box_format}"
+            f"boxes are of two formats: {examples}; convert one of them, or set "
+            f"DATASETS.CHECK.OTHER_BOX_FORMAT keep if all are {box_format}"
         )
     return None
 
@@ -149,128 +136,114 @@ def explain_other_format(boxes: BoxTable, box_format: str) -> str | None:
     if not boxes.indices:
         return None
     with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest float
-        fractions = _are_fractions(boxes)
-        fits = {other: _fits(boxes, other, fractions) for other in BOX_FORMATS}
-        found = _find_format_by_place(boxes, box_format, fits, fractions)
+        found = _Evidence(boxes, box_format).by_place()
     return found and found[1]
 
 
-def _are_fractions(boxes: BoxTable) -> _Mask:
-    """Return which boxes look like fractions of the image, by their numbers alone: (M,)."""
-    if (np.abs(boxes.numbers) <= 2).all():  # with some that reach far outside
-        return np.ones(len(boxes.indices), bool)
-    small = ((boxes.numbers >= -0.01) & (boxes.numbers <= 1.01)).all(1)
-    fractions: _Mask = small & (boxes.numbers % 1 != 0).any(1)
-    return fractions
+_Found = tuple[list[str], str, _Mask] | None
+"""The formats that boxes have in truth, the reason, and the boxes that show it: (M,)."""
 
 
-def _fits(boxes: BoxTable, box_format: str, fractions: _Mask) -> _Mask:
-    """Return which boxes, read in a format, have a size and lie inside their images: (M,).
+class _Evidence:
+    """What the boxes of a json say about their format.
 
-    Boxes drawn by hand may reach outside by a pixel or a twentieth of their side.
+    Attributes:
+        fractions: which boxes look like fractions of the image, by their numbers alone: (M,).
+        fits: format -> which boxes, read in it, have a size and lie inside their images: (M,).
     """
-    corners = boxes.to_corners(box_format)
-    sides = corners[:, 2:] - corners[:, :2]
-    slack = np.maximum(1, sides / 20)
-    inside = (corners[:, :2] >= -slack) & (corners[:, 2:] <= boxes.sizes + slack) & (sides > 0)
-    fits: _Mask = inside.all(1)
-    return fits if is_relative(box_format) else fits & ~fractions
 
+    def __init__(self, boxes: BoxTable, box_format: str) -> None:
+        self.boxes, self.box_format = boxes, box_format
+        small = ((boxes.numbers >= -0.01) & (boxes.numbers <= 1.01)).all(1)
+        self.fractions = small & (boxes.numbers % 1 != 0).any(1)
+        if (np.abs(boxes.numbers) <= 2).all():  # with some that reach far outside
+            self.fractions = np.ones(len(boxes.indices), bool)
+        self.fits = {other: self._fit(other) for other in BOX_FORMATS}
 
-def _find_format_by_place(
-    boxes: BoxTable, box_format: str, fits: dict[str, _Mask], fractions: _Mask
-) -> tuple[list[str], str, _Mask] | None:
-    """Return the formats in which more boxes lie inside their images, or None.
+    def _fit(self, box_format: str) -> _Mask:
+        """Boxes drawn by hand may reach outside by a pixel or a twentieth of their side."""
+        low, high = np.hsplit(self.boxes.to_corners(box_format), 2)
+        slack = np.maximum(1, (high - low) / 20)
+        inside = (low >= -slack) & (high <= self.boxes.sizes + slack) & (high > low)
+        fits: _Mask = inside.all(1)
+        return fits if is_relative(box_format) else fits & ~self.fractions
 
-    Returns:
-        the formats, the evidence, and the boxes that show it.
-    """
-    total = len(boxes.indices)
-    misfits = {other: total - int(mask.sum()) for other, mask in fits.items()}
-    wrong = misfits[box_format]
-    all_fractions = fractions.all() and not is_relative(box_format)
-    if all_fractions:
-        others = [other for other in BOX_FORMATS if is_relative(other)]
-    elif wrong >= _MIN_BOXES and (10 * wrong >= total or wrong >= 20):
-        others = [other for other in BOX_FORMATS if 10 * misfits[other] <= wrong]
-    else:
+    def _agree_with_area(self, box_format: str) -> _Mask:
+        """Return which boxes, read in a format, have the area that the json gives: (M,)."""
+        low, high = np.hsplit(self.boxes.to_corners(box_format), 2)
+        sides = high - low
+        areas = [sides.prod(1), (sides + 1).prod(1)]  # some tools count both border pixels
+        if is_relative(box_format):
+            areas.append(sides.prod(1) / self.boxes.sizes.prod(1))
+        near = [np.abs(self.boxes.areas - area) <= 0.01 * area for area in areas]
+        agree: _Mask = np.any(near, axis=0) & (sides > 0).all(1)
+        return agree
+
+    def by_place(self) -> _Found:
+        """Return the formats in which more boxes lie inside their images."""
+        total = len(self.boxes.indices)
+        misfits = {other: total - int(mask.sum()) for other, mask in self.fits.items()}
+        wrong = misfits[self.box_format]
+        all_fractions = self.fractions.all() and not is_relative(self.box_format)
+        if all_fractions:
+            others = [other for other in BOX_FORMATS if is_relative(other)]
+        elif wrong >= _MIN_BOXES and (10 * wrong >= total or wrong >= 20):
+            others = [other for other in BOX_FORMATS if 10 * misfits[other] <= wrong]
+        else:
+            return None
+        least = min((misfits[other] for other in others), default=total)
+        if least == total:
+            return None
+        others = [other for other in others if misfits[other] == least]
+        others = [o for o in others if self._agree_with_area(o).mean() > 0.9] or others
+        if all_fractions:
+            reason = (
+                f"no number of {total} boxes is above {self.boxes.numbers.max():.3g}; they look "
+                "like fractions of the image"
+            )
+        else:
+            reason = (
+                f"as {self.box_format} {wrong} of {total} boxes do not lie inside their images; as "
+                f"{' or '.join(others)} {f'all but {least}' if least else 'all'} do"
+            )
+        return others, reason, ~self.fits[self.box_format]
+
+    def by_area(self) -> _Found:
+        """Return the formats whose areas are those that the json gives."""
+        with_area = ~np.isnan(self.boxes.areas)
+        if with_area.sum() < _MIN_BOXES:
+            return None
+        share = {
+            other: self._agree_with_area(other)[with_area].mean()
+            for other in BOX_FORMATS
+            if is_relative(other) == is_relative(self.box_format)
+        }
+        others = [o for o in share if share[o] >= 0.95 and self.fits[o].mean() >= 0.98]
+        if share[self.box_format] > 0.05 or not others:
+            return None
+        reason = f"area is not that of {self.box_format}, but that of {' or '.join(others)}"
+        return others, reason, with_area
+
+    def two_formats(self) -> dict[str, _Mask] | None:
+        """Return two formats and the boxes of each, if one file has both."""
+        fits = self.fits
+        pixels = (self.boxes.numbers > 2).any(1)
+        fractions = self.fractions & np.any([fits[o] for o in fits if is_relative(o)], axis=0)
+        if pixels.any() and fractions.any():
+            return {"pixels": pixels, "fractions of the image": fractions}
+
+        prefix = "relative_" if is_relative(self.box_format) else ""
+        pair = f"{prefix}xywh", f"{prefix}xyxy"
+        if self.box_format not in pair:
+            return None
+        one, other = self.box_format, pair[pair[0] == self.box_format]
+        alone = {one: fits[one] & ~fits[other], other: fits[other] & ~fits[one]}
+        enough = max(_MIN_BOXES, len(self.boxes.indices) / 10)
+        clear = (fits[one] | fits[other]).mean() >= 0.9
+        if alone[one].any() and alone[other].sum() >= enough and clear:
+            return alone
+        agree = {name: self._agree_with_area(name) & fits[name] for name in (one, other)}
+        if (agree[one] | agree[other])[~np.isnan(self.boxes.areas)].all():
+            alone = {one: agree[one] & ~agree[other], other: agree[other] & ~agree[one]}
+            return alone if alone[one].any() and alone[other].any() else None
         return None
-    least = min((misfits[other] for other in others), default=total)
-    if least == total:
-        return None
-    others = [other for other in others if misfits[other] == least]
-    others = [o for o in others if _agree_with_area(boxes, o).mean() > 0.9] or others
-    if all_fractions:
-        reason = (
-            f"no number of {total} boxes is above {boxes.numbers.max():.3g}; they look like "
-            "fractions of the image"
-        )
-    else:
-        reason = (
-            f"as {box_format} {wrong} of {total} boxes do not lie inside their images; as "
-            f"{' or '.join(others)} {f'all but {least}' if least else 'all'} do"
-        )
-    return others, reason, ~fits[box_format]
-
-
-def _find_format_by_area(
-    boxes: BoxTable, box_format: str, fits: dict[str, _Mask]
-) -> tuple[list[str], str, _Mask] | None:
-    """Return the formats whose areas are those that the json gives, or None.
-
-    Returns:
-        as :func:`_find_format_by_place`.
-    """
-    with_area = ~np.isnan(boxes.areas)
-    if with_area.sum() < _MIN_BOXES:
-        return None
-    share = {
-        other: _agree_with_area(boxes, other)[with_area].mean()
-        for other in BOX_FORMATS
-        if is_relative(other) == is_relative(box_format)
-    }
-    others = [o for o in share if share[o] >= 0.95 and fits[o].mean() >= 0.98]
-    if share[box_format] > 0.05 or not others:
-        return None
-    reason = f"area is not that of {box_format}, but that of {' or '.join(others)}"
-    return others, reason, with_area
-
-
-def _agree_with_area(boxes: BoxTable, box_format: str) -> _Mask:
-    """Return which boxes, read in a format, have the area that the json gives: (M,)."""
-    corners = boxes.to_corners(box_format)
-    sides = corners[:, 2:] - corners[:, :2]
-    areas = [sides.prod(1), (sides + 1).prod(1)]  # some tools count both border pixels
-    if is_relative(box_format):
-        areas.append(sides.prod(1) / boxes.sizes.prod(1))
-    near = [np.abs(boxes.areas - area) <= 0.01 * area for area in areas]
-    agree: _Mask = np.any(near, axis=0) & (sides > 0).all(1)
-    return agree
-
-
-def _find_two_formats(
-    boxes: BoxTable, box_format: str, fits: dict[str, _Mask], fractions: _Mask
-) -> tuple[tuple[str, _Mask], tuple[str, _Mask]] | None:
-    """Return two formats and the boxes of each, if one file has both; otherwise None."""
-    pixels = (boxes.numbers > 2).any(1)
-    fractions = fractions & np.any([fits[o] for o in BOX_FORMATS if is_relative(o)], axis=0)
-    if pixels.any() and fractions.any():
-        return ("pixels", pixels), ("fractions of the image", fractions)
-
-    prefix = "relative_" if is_relative(box_format) else ""
-    pair = f"{prefix}xywh", f"{prefix}xyxy"
-    if box_format not in pair:
-        return None
-    one, other = box_format, pair[pair[0] == box_format]
-    alone = {one: fits[one] & ~fits[other], other: fits[other] & ~fits[one]}
-    enough = max(_MIN_BOXES, len(boxes.indices) / 10)
-    clear = (fits[one] | fits[other]).mean() >= 0.9
-    if alone[one].any() and alone[other].sum() >= enough and clear:
-        return (one, alone[one]), (other, alone[other])
-    with_area = ~np.isnan(boxes.areas)
-    agree = {name: _agree_with_area(boxes, name) & fits[name] for name in (one, other)}
-    if (agree[one] | agree[other])[with_area].all():
-        alone = {one: agree[one] & ~agree[other], other: agree[other] & ~agree[one]}
-        if alone[one].any() and alone[other].any():
-            return (one, alone[one]), (other, alone[other])
-    return None

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from retinanet_ext.data.coco_json import class_names, join_some, printable
+from retinanet_ext.data.coco_json import AnnotationFile, class_names, join_some, printable
 from retinanet_ext.data.entries import id_of
 from retinanet_ext.errors import InputError
 
@@ -19,25 +19,17 @@ BACKGROUND_NAMES = ("background", "__background__", "_background_", "bg")
 _MAX_NAMES = 20  # of classes in a line to paste
 
 
-def check_chosen(classes: Sequence[str], contents: Mapping[str, dict[str, Any]]) -> None:
-    """Refuse a choice of classes that no annotation file has.
-
-    Args:
-        classes: chosen class names, ``DATASETS.CUSTOM.CLASSES``.
-        contents: path of an annotation file -> its content, unchecked.
-
-    Raises:
-        InputError: a name is unknown or given twice.
-    """
-    categories = [category for content in contents.values() for category in content["categories"]]
-    known = dict.fromkeys(_name_of(category) for category in categories)
-    known.pop(None, None)
+def check_chosen(classes: Sequence[str], files: Sequence[AnnotationFile]) -> None:
+    """Refuse names that are in no annotation file or given twice, by an InputError."""
+    names = (_name_of(category) for file in files for category in file.content["categories"])
+    known = [name for name in dict.fromkeys(names) if name is not None]
     for name in classes:
         if name not in known:
             same = [other for other in known if other.casefold() == name.casefold()]
             close = same or get_close_matches(name, known, n=1)
             raise InputError(
-                f"{CLASSES_KEY} names {name!r}, which is no class of {join_some(contents)}"
+                f"{CLASSES_KEY} names {name!r}, which is no class of "
+                + join_some(dict.fromkeys(file.path for file in files))
                 + (f"; did you mean {close[0]!r}?" if close else "")
                 + f" (classes: {join_some(map(printable, known))})"
             )
@@ -48,14 +40,9 @@ def check_chosen(classes: Sequence[str], contents: Mapping[str, dict[str, Any]])
 def choose_classes(
     content: dict[str, Any], classes: Sequence[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """Leave out the classes that are not chosen, with their boxes.
+    """Leave out the classes that are not chosen, and note how many boxes go with them.
 
-    Args:
-        content: of the json, unchecked; not modified.
-        classes: chosen class names; empty: all.
-
-    Returns:
-        the content that is left, and a note that counts the boxes left out.
+    The content is unchecked and not modified. No ``classes`` means all.
     """
     left_out = {
         id_of(category): name
@@ -65,13 +52,16 @@ def choose_classes(
     left_out.pop(None, None)
     if not classes or not left_out:
         return content, []
-    kept = [a for a in content["annotations"] if id_of(a, "category_id") not in left_out]
     counts = Counter(id_of(annotation, "category_id") for annotation in content["annotations"])
     boxes = join_some(f"{printable(name)} {counts[key]}" for key, name in left_out.items())
-    categories = [c for c in content["categories"] if id_of(c) not in left_out]
     note = "leaves out the boxes of other classes, which become background"
-    content = {**content, "categories": categories, "annotations": kept}
-    return content, [f"{CLASSES_KEY} {note}: {boxes}"]
+    kept = {
+        "categories": [c for c in content["categories"] if id_of(c) not in left_out],
+        "annotations": [
+            a for a in content["annotations"] if id_of(a, "category_id") not in left_out
+        ],
+    }
+    return {**content, **kept}, [f"{CLASSES_KEY} {note}: {boxes}"]
 
 
 def _name_of(category: Any) -> str | None:
@@ -97,28 +87,22 @@ def order_classes(content: dict[str, Any], names: Sequence[str]) -> dict[str, An
 def explain_unused_classes(
     unused: Sequence[Mapping[str, Any]], categories: Sequence[Mapping[str, Any]]
 ) -> dict[int | str, str]:
-    """Explain the classes without a box that stand for no objects.
+    """Return category id -> what a class without a box is, if it stands for no objects.
 
-    These are the background, and parents of other classes, which Roboflow exports as category 0.
-
-    Returns:
-        category id -> what the class is and how to leave it out
+    It is the background or a parent of other classes, which Roboflow exports as category 0.
     """
     reasons: dict[int | str, str] = {}
     for category in unused:
         name = category["name"]
-        children = [
-            printable(other["name"])
-            for other in categories
-            if other is not category and other.get("supercategory") == name
-        ]
+        others = [other for other in categories if other is not category]
+        children = [printable(o["name"]) for o in others if o.get("supercategory") == name]
         if children:
             reasons[category["id"]] = f"is the supercategory of {join_some(children, 3)}"
         elif name.lower() in BACKGROUND_NAMES:
             reasons[category["id"]] = "is the background, which needs no class"
-    others = [category["name"] for category in categories if category["id"] not in reasons]
-    names = printable(shlex.quote(json.dumps(others, ensure_ascii=False)))
-    if len(others) > _MAX_NAMES:
-        names = f"the names of the other {len(others)}"
+    objects = [category["name"] for category in categories if category["id"] not in reasons]
+    names = printable(shlex.quote(json.dumps(objects, ensure_ascii=False)))
+    if len(objects) > _MAX_NAMES:
+        names = f"the names of the other {len(objects)}"
     remedy = f"it is learned as a class all the same, {CLASSES_KEY} {names} leaves it out"
     return {category_id: f"{reason}; {remedy}" for category_id, reason in reasons.items()}

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
 from detectron2.structures import BoxMode
 
 from retinanet_ext.errors import InputError
@@ -20,15 +19,31 @@ from retinanet_ext.errors import InputError
 LISTS = ("images", "categories", "annotations")
 
 
+class AnnotationFile(NamedTuple):
+    """Annotations of any format as the content of a COCO json; entries are not checked.
+
+    Attributes:
+        path: a COCO json, a YOLO ``data.yaml`` or a folder of Pascal VOC XML.
+        image_root: folder that ``file_name`` entries are relative to.
+        content: the lists of a COCO json, in which test data may lack the annotations.
+        box_format: what the four numbers of a ``bbox`` are.
+        faults: a sentence about each label that cannot be read.
+        notes: other sentences about the file.
+    """
+
+    path: str
+    image_root: str
+    content: dict[str, Any]
+    box_format: str = "xywh"
+    faults: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+
 def read_coco_json(json_file: str, *, needs_annotations: bool = True) -> dict[str, Any]:
     """Read a json file that has the lists of COCO's instances format; entries are not checked.
 
-    The encoding may be UTF-8, UTF-16 or UTF-32, with or without a byte order mark.
-
-    Args:
-        json_file: path of the file.
-        needs_annotations: False if the list of annotations may be missing, as in COCO's image info
-            format.
+    The encoding may be UTF-8, UTF-16 or UTF-32, with or without a byte order mark. Unless
+    ``needs_annotations``, their list may be missing, as in COCO's image info format.
 
     Raises:
         InputError: the file cannot be read, a list is missing, or there are no images or
@@ -42,8 +57,8 @@ def read_coco_json(json_file: str, *, needs_annotations: bool = True) -> dict[st
     except (ValueError, RecursionError) as error:
         raise InputError(f"{json_file}: is not JSON: {error}") from error
     content = content if isinstance(content, dict) else {}
-    optional = {"annotations": []} if not needs_annotations else {}
-    no_lists = [key for key in LISTS if not isinstance((optional | content).get(key), list)]
+    needed = [key for key in LISTS if needs_annotations or key != "annotations" or key in content]
+    no_lists = [key for key in needed if not isinstance(content.get(key), list)]
     if no_lists:
         raise InputError(
             f"{json_file}: is not a COCO instances file: no list of {join_some(no_lists)}"
@@ -52,12 +67,6 @@ def read_coco_json(json_file: str, *, needs_annotations: bool = True) -> dict[st
         if not content[key]:
             raise InputError(f"{json_file}: the list of {key} is empty")
     return content
-
-
-def is_plain_utf8(json_file: str) -> bool:
-    """Return whether pycocotools can read the file, which takes UTF-8 without byte order mark."""
-    with open(json_file, "rb") as file:
-        return json.detect_encoding(file.read(4)) == "utf-8"
 
 
 def id_order(value: int | str) -> tuple[bool, int, str]:
@@ -91,13 +100,12 @@ def to_dataset_dicts(content: dict[str, Any], image_root: str) -> list[dict[str,
     """
     labels = contiguous_category_ids(content)
     annotations: dict[int | str, list[dict[str, Any]]] = defaultdict(list)
-    # Floats, because Detectron2's mapper would round boxes of integers after the resize.
-    boxes = np.array([a["bbox"] for a in content["annotations"]], float).tolist()
-    for annotation, box in zip(content["annotations"], boxes, strict=True):
+    for annotation in content["annotations"]:
         annotations[annotation["image_id"]].append(
             {
                 "iscrowd": int(is_ignore_region(annotation)),
-                "bbox": box,
+                # Because Detectron2's mapper would round boxes of integers after the resize.
+                "bbox": list(map(float, annotation["bbox"])),
                 "category_id": labels[annotation["category_id"]],
                 "bbox_mode": BoxMode.XYWH_ABS,
             }

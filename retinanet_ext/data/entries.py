@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from retinanet_ext.data.box_format import is_number
@@ -39,41 +38,31 @@ _SIZE: _Rule = ("an integer above 0", lambda value: _is_integer(value) and value
 _FLAG: _Rule = ("0 or 1", lambda value: value in (0, 1))
 _AREA: _Rule = ("a finite number >= 0", lambda value: is_number(value) and value >= 0)
 
-_RULES: dict[str, dict[str, _Rule]] = {
-    "images": {"id": _ID, "file_name": _TEXT, "width": _SIZE, "height": _SIZE},
+_REQUIRED: dict[str, dict[str, _Rule]] = {
+    "images": {"id": _ID, "file_name": _TEXT},
     "categories": {"id": _ID, "name": _CLASS_NAME},
-    "annotations": {
-        "image_id": _ID,
-        "category_id": _ID,
-        "id": _ID,
-        "iscrowd": _FLAG,
-        "area": _AREA,
-        "ignore": _FLAG,
-    },
+    "annotations": {"image_id": _ID, "category_id": _ID},
 }
-_OPTIONAL = {
-    "images": ("width", "height"),
-    "categories": (),
-    "annotations": ("id", "iscrowd", "area", "ignore"),
+_OPTIONAL: dict[str, dict[str, _Rule]] = {
+    "images": {"width": _SIZE, "height": _SIZE},
+    "categories": {},
+    "annotations": {"id": _ID, "iscrowd": _FLAG, "area": _AREA, "ignore": _FLAG},
 }
 """Fields that may be missing or null, because they are filled in."""
 
 
 def field_faults(key: str, items: Sequence[Any]) -> dict[int, str]:
-    """Return what is wrong with the first unusable field of each entry that has one.
+    """Return index -> what is wrong with the first unusable field, of each entry that has one.
 
     Args:
         key: "images", "categories" or "annotations".
         items: the entries, any JSON values.
-
-    Returns:
-        index of the entry -> what is wrong
     """
     faults = {
         i: "it is not an object" for i, item in enumerate(items) if not isinstance(item, dict)
     }
     entries = [(i, item) for i, item in enumerate(items) if i not in faults]
-    for field, (allowed, is_valid) in _RULES[key].items():
+    for field, (allowed, is_valid) in (_REQUIRED[key] | _OPTIONAL[key]).items():
         is_optional = field in _OPTIONAL[key]
         for i, item in entries:
             value = item.get(field)
@@ -115,8 +104,3 @@ def annotation_name(index: int, annotation: Any, images: Mapping[Any, Mapping[st
 def image_name(image: Mapping[str, Any]) -> str:
     """Return a name for a usable image, for example ``image 3 (a.jpg)``."""
     return f"image {printable(image['id'])} ({printable(image['file_name'])})"
-
-
-def leaves_folder(file_name: str) -> bool:
-    """Return whether a file name contains ``..``; absolute paths are used as they are."""
-    return ".." in file_name and ".." in PurePath(file_name).parts

@@ -67,16 +67,15 @@ class FileCache:
             keep: whether a computed value is cached.
         """
         stat = os.stat(path)
-        entry = self._entries.get(path)
-        if entry is None or entry[0] != stat.st_size or entry[1] != stat.st_mtime_ns:
-            entry = [stat.st_size, stat.st_mtime_ns, {}]
-        values: dict[str, Any] = entry[2]
+        size, time_of_change, values = self._entries.get(path, (None, None, {}))
+        if (size, time_of_change) != (stat.st_size, stat.st_mtime_ns):
+            values = {}
         if key in values:
             return values[key]
         value = compute()
         if keep(value) and time.time() - stat.st_mtime > _MIN_AGE:
             values[key] = value
-            self._entries[path] = entry
+            self._entries[path] = [stat.st_size, stat.st_mtime_ns, values]
             self._is_changed = True
         return value
 

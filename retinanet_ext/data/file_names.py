@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import cache
+from typing import NamedTuple
 from unicodedata import normalize
 from urllib.parse import unquote
 
@@ -15,8 +17,7 @@ MAX_FOLDERS = 100
 """Most folders below the image folder that are searched."""
 
 
-@dataclass(frozen=True)
-class Replacement:
+class Replacement(NamedTuple):
     """The file that a missing file name probably means.
 
     Attributes:
@@ -36,7 +37,7 @@ class MisnamedFiles:
     def __init__(self, image_root: str) -> None:
         self._root = image_root
         self._root_parts = os.path.abspath(image_root).split("/")
-        self._names: dict[str, Mapping[str, Sequence[str]]] = {}
+        self._names_in = cache(_names_by_fold)
         with os.scandir(image_root) as entries:
             self._subfolders = sorted(entry.name for entry in entries if entry.is_dir())
 
@@ -59,7 +60,7 @@ class MisnamedFiles:
         """Return the files that a name may mean, as paths relative to the image folder."""
         path = subfolder
         for place, part in enumerate(parts[skipped:], start=skipped):
-            alike = self._list(os.path.join(self._root, path)).get(_fold(part), [])
+            alike = self._names_in(os.path.join(self._root, path)).get(_fold(part), [])
             paths = [os.path.join(path, name) for name in ([part] if part in alike else alike)]
             if place == len(parts) - 1:
                 return [path for path in paths if os.path.isfile(os.path.join(self._root, path))]
@@ -67,18 +68,6 @@ class MisnamedFiles:
                 break
             path = paths[0]
         return []
-
-    def _list(self, folder: str) -> Mapping[str, Sequence[str]]:
-        """Map the folded form of names to the names in a folder."""
-        if folder not in self._names:
-            names = defaultdict(list)
-            try:
-                for name in os.listdir(folder):
-                    names[_fold(name)].append(name)
-            except (OSError, ValueError):  # no folder
-                pass
-            self._names[folder] = names
-        return self._names[folder]
 
     def _describe(
         self, reason: str, parts: Sequence[str], place: tuple[str, int], path: str
@@ -105,22 +94,29 @@ def _spellings(file_name: str) -> Iterator[tuple[str, str]]:
     reasons = []
     if "://" not in file_name:
         yield "", file_name
-    if "\\" in file_name:
-        reasons.append("file names use backslashes")
-        file_name = file_name.replace("\\", "/")
-        yield " and ".join(reasons), file_name
-    if "://" in file_name:
-        reasons.append("file names are URLs")
-        file_name = file_name.partition("://")[2].partition("?")[0]
-        yield " and ".join(reasons), file_name
-    if "%" in file_name:
-        reasons.append("file names are percent-encoded")
-        yield " and ".join(reasons), unquote(file_name)
+    for mark, reason, read in (
+        ("\\", "use backslashes", lambda name: name.replace("\\", "/")),
+        ("://", "are URLs", lambda name: name.partition("://")[2].partition("?")[0]),
+        ("%", "are percent-encoded", unquote),
+    ):
+        if mark in file_name:
+            reasons.append(f"file names {reason}")
+            file_name = read(file_name)
+            yield " and ".join(reasons), file_name
 
 
 def _fold(name: str) -> str:
     """Return a form that names which are easily confused have in common."""
     return normalize("NFC", normalize("NFC", name.strip()).lower())
+
+
+def _names_by_fold(folder: str) -> Mapping[str, Sequence[str]]:
+    """Map the folded form of names to the names in a folder."""
+    names = defaultdict(list)
+    with suppress(OSError, ValueError):  # no folder
+        for name in os.listdir(folder):
+            names[_fold(name)].append(name)
+    return names
 
 
 def _differences(names: Sequence[str], others: Sequence[str]) -> list[str]:

@@ -31,91 +31,84 @@ class FindingKind:
         policies: allowed policies, the default first: "refuse" the data, "drop" what the finding
             names, "keep" it, repair it ("mend", "merge"), or treat a crowd region as an "object".
             A kind with one policy has no key.
-        is_fault: False if the finding is worth knowing although nothing is wrong.
-        remedy: policy that a refusal names, and what that policy does. Empty: "drop", if allowed.
     """
 
     name: str
     what: str
     policies: tuple[str, ...]
-    is_fault: bool = True
-    remedy: str = ""
 
     @property
     def key(self) -> str:
         """Config key of the policy."""
         return f"DATASETS.CHECK.{self.name.upper()}"
 
+    @property
+    def is_fault(self) -> bool:
+        """Whether something is wrong; otherwise it is only worth knowing."""
+        return self.name not in ("derived_box", "empty_image", "crowd", "ignore")
 
-_FATAL = ("refuse", "drop")  # training cannot go on with it
-_ANY = ("keep", "drop", "refuse")
+    @property
+    def remedy(self) -> str:
+        """Policy that a refusal names, and what that policy does. Empty: "drop", if allowed."""
+        return _REMEDIES.get(self.name, "")
+
+
+_REMEDIES = {
+    "file_outside": "keep takes such files",
+    "duplicate_file": "merge makes one image of a file's entries, with the boxes of all",
+    "misnamed_file": "mend takes the files that are there",
+}
 
 KINDS = {
-    kind.name: kind
-    for kind in (
-        FindingKind("unreadable_label", "labels that cannot be read", ("refuse",)),
-        FindingKind("other_box_format", "boxes of another format", ("refuse", "keep")),
-        FindingKind("crowd_object", "crowd regions that look like objects", ("keep",)),
-        FindingKind(
-            "parent_class", "classes that are a parent or the background", ("keep", "refuse")
+    name: FindingKind(name, what, tuple(policies.split()))
+    for name, policies, what in (
+        ("unreadable_label", "refuse", "labels that cannot be read"),
+        ("other_box_format", "refuse keep", "boxes of another format"),
+        ("crowd_object", "keep", "crowd regions that look like objects"),
+        ("parent_class", "keep refuse", "classes that are a parent or the background"),
+        ("malformed_category", "refuse", "categories that cannot be read"),
+        ("duplicate_category", "refuse", "category ids or names used twice"),
+        ("file_outside", "refuse drop keep", "file names that leave the image folder"),
+        ("malformed_image", "refuse drop", "images without a usable id, file name or size"),
+        ("duplicate_image_id", "refuse drop", "image ids used twice"),
+        ("duplicate_file", "refuse merge keep", "image files under several image ids"),
+        ("misnamed_file", "refuse mend drop", "image files that are there under another name"),
+        ("missing_image", "refuse drop", "missing image files"),
+        ("unreadable_image", "refuse drop", "image files that cannot be read"),
+        ("image_size", "refuse drop", "images of another size than the json says"),
+        (
+            "several_frames",
+            "keep drop refuse",
+            "files of several pages or frames, of which one is used",
         ),
-        FindingKind("malformed_category", "categories that cannot be read", ("refuse",)),
-        FindingKind("duplicate_category", "category ids or names used twice", ("refuse",)),
-        FindingKind(
-            "file_outside",
-            "file names that leave the image folder",
-            ("refuse", "drop", "keep"),
-            remedy="keep takes such files",
+        ("constant_image", "keep drop refuse", "images of one value everywhere, or nearly so"),
+        ("malformed_annotation", "refuse drop", "annotations with an unusable field"),
+        ("duplicate_annotation_id", "refuse drop keep", "annotation ids used twice"),
+        ("unknown_image", "refuse drop", "annotations of images that are not listed"),
+        ("unknown_class", "refuse drop", "annotations of classes that are not listed"),
+        ("malformed_box", "refuse drop", "boxes that are not four finite numbers"),
+        ("derived_box", "keep drop refuse", "boxes missing, taken from the polygon or mask"),
+        ("inverted_box", "refuse drop", "boxes of negative width or height"),
+        ("zero_area_box", "drop refuse", "boxes without area"),
+        ("outside_box", "drop refuse", "boxes wholly outside their image"),
+        (
+            "clipped_box",
+            "keep drop refuse",
+            "boxes that reach outside their image, and are clipped",
         ),
-        FindingKind("malformed_image", "images without a usable id, file name or size", _FATAL),
-        FindingKind("duplicate_image_id", "image ids used twice", _FATAL),
-        FindingKind(
-            "duplicate_file",
-            "image files under several image ids",
-            ("refuse", "merge", "keep"),
-            remedy="merge makes one image of a file's entries, with the boxes of all",
+        (
+            "duplicate_box",
+            "keep drop refuse",
+            f"boxes of one object (same class, IoU above {SAME_IOU})",
         ),
-        FindingKind(
-            "misnamed_file",
-            "image files that are there under another name",
-            ("refuse", "mend", "drop"),
-            remedy="mend takes the files that are there",
-        ),
-        FindingKind("missing_image", "missing image files", _FATAL),
-        FindingKind("unreadable_image", "image files that cannot be read", _FATAL),
-        FindingKind("image_size", "images of another size than the json says", _FATAL),
-        FindingKind(
-            "several_frames", "files of several pages or frames, of which one is used", _ANY
-        ),
-        FindingKind("constant_image", "images of one value everywhere, or nearly so", _ANY),
-        FindingKind("malformed_annotation", "annotations with an unusable field", _FATAL),
-        FindingKind(
-            "duplicate_annotation_id", "annotation ids used twice", ("refuse", "drop", "keep")
-        ),
-        FindingKind("unknown_image", "annotations of images that are not listed", _FATAL),
-        FindingKind("unknown_class", "annotations of classes that are not listed", _FATAL),
-        FindingKind("malformed_box", "boxes that are not four finite numbers", _FATAL),
-        FindingKind(
-            "derived_box", "boxes missing, taken from the polygon or mask", _ANY, is_fault=False
-        ),
-        FindingKind("inverted_box", "boxes of negative width or height", _FATAL),
-        FindingKind("zero_area_box", "boxes without area", ("drop", "refuse")),
-        FindingKind("outside_box", "boxes wholly outside their image", ("drop", "refuse")),
-        FindingKind("clipped_box", "boxes that reach outside their image, and are clipped", _ANY),
-        FindingKind(
-            "duplicate_box", f"boxes of one object (same class, IoU above {SAME_IOU})", _ANY
-        ),
-        FindingKind("unused_class", "classes without a box", ("keep", "refuse")),
-        FindingKind("empty_image", "images without boxes", _ANY, is_fault=False),
-        FindingKind(
-            "crowd",
-            "crowd regions, ignored unless taken as objects",
-            ("keep", "object", "drop", "refuse"),
-            is_fault=False,
-        ),
-        FindingKind("ignore", "boxes marked ignore, which are ignored", _ANY, is_fault=False),
+        ("unused_class", "keep refuse", "classes without a box"),
+        ("empty_image", "keep drop refuse", "images without boxes"),
+        ("crowd", "keep object drop refuse", "crowd regions, ignored unless taken as objects"),
+        ("ignore", "keep drop refuse", "boxes marked ignore, which are ignored"),
     )
 }
+"""In the order of reports; a refusal quotes the first kind that is refused."""
+
 DONE = {
     "refuse": "REFUSED",
     "drop": "left out",
@@ -214,13 +207,12 @@ class ValidationResult:
         refused = {k: f for k, f in self.by_kind().items() if self.policy[k] == "refuse"}
         if not refused:
             return
-        first, *others = refused
-        findings = refused[first]
+        (first, findings), *others = refused.items()
         head = "" if len(findings) == 1 else f"{len(findings)} {KINDS[first].what}: "
         examples = join_some((f.message for f in findings), _MAX_EXAMPLES, separator="; ")
         remedy = find_remedy(findings)
         remedy = f" ({remedy})" if remedy else ""
-        more = "".join(f"; {KINDS[name].what}: {len(refused[name])}" for name in others)
+        more = "".join(f"; {KINDS[name].what}: {len(group)}" for name, group in others)
         if head or more:
             more += "; retinanet-ext check-data lists all"
         raise InputError(f"{self.json_file}: {head}{examples}{remedy}{more}")
@@ -253,8 +245,7 @@ def read_policy(node: Mapping[str, str]) -> dict[str, str]:
     """
     policy = DEFAULT_POLICY | {key.lower(): value for key, value in node.items()}
     for name, value in policy.items():
-        if value not in KINDS[name].policies:
-            raise InputError(
-                f"{KINDS[name].key} must be {' or '.join(KINDS[name].policies)}, got {value!r}"
-            )
+        kind = KINDS[name]
+        if value not in kind.policies:
+            raise InputError(f"{kind.key} must be {' or '.join(kind.policies)}, got {value!r}")
     return policy

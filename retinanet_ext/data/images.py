@@ -136,8 +136,7 @@ class ImageReader:
 
 def _scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
     """Scale [low, high] to [0, 255]; values beyond are clipped, and NaN becomes 0."""
-    scaled = np.rint((values.astype(np.float64) - low) * (255 / (high - low)))
-    return np.nan_to_num(scaled.clip(0, 255)).astype(np.uint8)
+    return np.nan_to_num(np.rint(np.interp(values, (low, high), (0, 255)))).astype(np.uint8)
 
 
 def extrema(image: Image.Image) -> Range:
@@ -173,10 +172,10 @@ def num_channels(image_format: str) -> int:
     Raises:
         InputError: the format is unknown, or Detectron2 cannot convert it to an array.
     """
+    if image_format in ("BGR", "YUV-BT.601"):  # Detectron2 computes these from RGB
+        return 3
     try:
-        # Detectron2 computes these from RGB; Pillow does not know them.
-        ours = image_format in ("BGR", "YUV-BT.601")
-        channels = 3 if ours else Image.getmodebands(image_format)
+        channels = Image.getmodebands(image_format)
     except KeyError:
         channels = 0
     if channels > 1 or image_format == "L":
@@ -207,13 +206,11 @@ def parse_pixel_range(value: Any) -> str | Range:
 
 
 def measure_pixel_range(files: Sequence[str], max_pixels: int) -> list[str] | list[float]:
-    """Measure the value of ``INPUT.PIXEL_RANGE`` that "percentiles" stands for.
+    """Return the two numbers that ``INPUT.PIXEL_RANGE percentiles`` stands for.
 
-    The percentiles are taken over the images of more than 8 bits in an even sample of the files.
-    Files that cannot be read are passed over, because the data check names them.
-
-    Returns:
-        the two percentiles, or ["auto"] if no image has more than 8 bits.
+    The percentiles are taken over the images of more than 8 bits in an even sample of the files;
+    ["auto"] is returned if there are none. Files that cannot be read are passed over, because the
+    data check names them.
 
     Raises:
         InputError: no file exists, or all pixels are equal.
@@ -259,20 +256,14 @@ def explain_unreadable(error: Exception) -> str:
 
 
 def find_size_fault(record: Mapping[str, Any], size: Sequence[int] | None) -> str | None:
-    """Return how the (width, height) of an upright image differs from its record, or None.
-
-    A width or height that the record lacks is not compared.
-    """
+    """Return how the (width, height) of an upright image differs from those of its record."""
     if size is None:
         return None
-    width, height = size
-    expected = tuple(
-        found if (given := record.get(key)) is None else given
-        for key, found in (("width", width), ("height", height))
-    )
-    if (width, height) == expected:
+    width, height = (record.get(key) for key in ("width", "height"))
+    expected = size[0] if width is None else width, size[1] if height is None else height
+    if tuple(size) == expected:
         return None
-    return f"it has {width} x {height} pixels when upright, not {expected[0]} x {expected[1]}"
+    return f"it has {size[0]} x {size[1]} pixels when upright, not {expected[0]} x {expected[1]}"
 
 
 def has_several_frames(image: Image.Image) -> bool:

@@ -17,6 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,8 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
     Detectron2 loads and filters the data and its sampler gives the order. A batch of
     ``SOLVER.IMS_PER_BATCH`` images is divided among the processes, and each part into
     ``SOLVER.GRAD_ACCUM_STEPS`` micro-batches. With ``ASPECT_RATIO_GROUPING``, the images that a
-    stream contributes to a batch are either all wide or all not. There are ``ASPECT_RATIO_STREAMS``
-    streams, by default one per micro-batch and process. If ``SEED`` is below 0, the processes agree
-    on a random seed.
+    stream contributes to a batch are either all wide or all not. If ``SEED`` is below 0, the
+    processes agree on a random seed.
 
     Attributes:
         seed: seed of the order of samples and of the mapper's randomness.
@@ -88,12 +88,11 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
     def state_dict(self, num_batches: int) -> dict[str, int]:
         """Return the state after ``num_batches`` batches since the start of the run."""
         more = (num_batches - self.num_batches) * self.cfg.SOLVER.IMS_PER_BATCH
-        num_images = self.num_images + more  # earlier parts may have had other batches
         return {
             "seed": self.seed,
             "num_streams": self.num_streams,
             "num_batches": num_batches,
-            "num_images": num_images,
+            "num_images": self.num_images + more,  # earlier parts may have had other batches
         }
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
@@ -113,9 +112,10 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
         self.num_batches, self.num_images = state["num_batches"], state["num_images"]
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:
-        batch_size = self.cfg.SOLVER.IMS_PER_BATCH
+        cfg = self.cfg
+        batch_size = cfg.SOLVER.IMS_PER_BATCH
         # Without grouping, the mapper draws the turns.
-        is_grouped = self.cfg.INPUT.QUARTER_TURNS and self.cfg.DATALOADER.ASPECT_RATIO_GROUPING
+        is_grouped = cfg.INPUT.QUARTER_TURNS and cfg.DATALOADER.ASPECT_RATIO_GROUPING
         is_turned = self._is_turned if is_grouped else None
         batches = batch_by_aspect_ratio(
             self._sampler()._infinite_indices(),
@@ -125,18 +125,19 @@ class TrainLoader(Iterable[list[dict[str, Any]]]):
             is_turned=is_turned,
         )
         batches = itertools.islice(batches, self.num_images // batch_size, None)
+        micro_batches = shard_batch(
+            batches,
+            rank=comm.get_rank(),
+            num_processes=comm.get_world_size(),
+            num_micro_batches=cfg.SOLVER.GRAD_ACCUM_STEPS,
+        )
         loader = DataLoader(
             _MappedSamples(self.records, self.mapper, self.seed, is_turned),
-            batch_sampler=shard_batch(
-                batches,
-                rank=comm.get_rank(),
-                num_processes=comm.get_world_size(),
-                num_micro_batches=self.cfg.SOLVER.GRAD_ACCUM_STEPS,
-            ),
-            num_workers=self.cfg.DATALOADER.NUM_WORKERS,
+            batch_sampler=micro_batches,
+            num_workers=cfg.DATALOADER.NUM_WORKERS,
             collate_fn=trivial_batch_collator,
             worker_init_fn=_ignore_foreign_sigterm,
-            pin_memory=torch.device(self.cfg.MODEL.DEVICE).type == "cuda",
+            pin_memory=torch.device(cfg.MODEL.DEVICE).type == "cuda",
             generator=torch.Generator(),  # otherwise the global one is drawn from
         )
         return _batches(loader)
@@ -178,14 +179,14 @@ def _check_same_records(cfg: CfgNode, records: Sequence[dict[str, Any]]) -> None
     for record in records if comm.get_world_size() > 1 else ():
         number = len(record.get("annotations", ()))
         digest.update(repr((record.get("image_id"), record["width"], number)).encode())
-    digests = comm.all_gather((len(records), digest.hexdigest()))
-    other = next((rank for rank, found in enumerate(digests) if found != digests[0]), None)
-    if other is not None:
-        raise InputError(
-            f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} are other data in process {other} "
-            f"({digests[other][0]} images) than in process 0 ({digests[0][0]} images); all "
-            "machines need the same annotations and images"
-        )
+    (first, _), *_ = digests = comm.all_gather((len(records), digest.hexdigest()))
+    for rank, (num_images, _) in enumerate(digests):
+        if digests[rank] != digests[0]:
+            raise InputError(
+                f"DATASETS.TRAIN {', '.join(cfg.DATASETS.TRAIN)} are other data in process {rank} "
+                f"({num_images} images) than in process 0 ({first} images); all machines need the "
+                "same annotations and images"
+            )
 
 
 def batch_by_aspect_ratio(
@@ -196,15 +197,14 @@ def batch_by_aspect_ratio(
     num_streams: int,
     is_turned: Callable[[int], bool] | None = None,
 ) -> Iterator[list[Sample]]:
-    """Yield batches in which the samples of each stream belong to one group.
+    """Yield batches to which each stream contributes equally, samples of one group.
 
     Args:
         indices: image indices, which are dealt to the streams in turn.
         groups: group of each image, 0 or 1.
-        batch_size: samples per batch; all streams contribute equally, one after the other.
+        batch_size: samples per batch.
         num_streams: number of streams; a divisor of ``batch_size``.
-        is_turned: whether the sample at a position is of the other group than its image; by
-            default none is.
+        is_turned: whether the sample at a position is of the other group than its image.
     """
     share = batch_size // num_streams
     waiting: list[list[list[Sample]]] = [[[], []] for _ in range(num_streams)]
@@ -251,20 +251,14 @@ def preserve_rng_state() -> Iterator[None]:
         torch.set_rng_state(states[2])
 
 
+@dataclass(frozen=True)
 class _MappedSamples(Dataset[dict[str, Any]]):
     """Mapped images by sample; the mapper's randomness depends on the position in the stream."""
 
-    def __init__(
-        self,
-        records: Sequence[dict[str, Any]],
-        mapper: Mapper,
-        seed: int,
-        is_turned: Callable[[int], bool] | None,
-    ) -> None:
-        self.records = records
-        self.mapper = mapper
-        self.seed = seed
-        self.is_turned = is_turned
+    records: Sequence[dict[str, Any]]
+    mapper: Mapper
+    seed: int
+    is_turned: Callable[[int], bool] | None
 
     def __getitems__(self, samples: list[Sample]) -> list[dict[str, Any]]:
         with preserve_rng_state():

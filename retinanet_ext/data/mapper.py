@@ -57,8 +57,7 @@ class CheckedDatasetMapper(DatasetMapper):
             cfg.MODEL.MASK_ON = cfg.MODEL.KEYPOINT_ON = False
         arguments = super().from_config(cfg, is_train)
         if is_train:
-            augmentations = build_augmentations(cfg, arguments["augmentations"])
-            arguments["augmentations"] = augmentations
+            arguments["augmentations"] = build_augmentations(cfg, arguments["augmentations"])
         return {**arguments, "reader": ImageReader.from_config(cfg)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:

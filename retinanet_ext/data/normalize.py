@@ -8,8 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -31,8 +30,7 @@ _MIN_CROWD = 5  # crowd annotations of a class before they are said to look like
 Content = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Normalized:
+class Normalized(NamedTuple):
     """Annotations in their order, with boxes in COCO's format.
 
     Attributes:
@@ -49,14 +47,11 @@ class Normalized:
 
 
 def unify_ids(content: Content) -> tuple[Content, list[str]]:
-    """Give every image and category an id of one type, wherever the id occurs.
+    """Give every image and category an id of one type, and note where ids are text.
 
     Ids that are text throughout are kept, so that detections have them too. If some are text and
     others are numbers, or annotations refer to a text id by a number, all become numbers if every
     text is digits; otherwise all become text.
-
-    Returns:
-        the content, and a note for images and for categories if their ids are text.
     """
     notes = []
     for key, field in (("images", "image_id"), ("categories", "category_id")):
@@ -176,14 +171,13 @@ def _convert_boxes(annotations: list[Any], boxes: BoxTable, box_format: str) -> 
     numbers were COCO's is removed.
     """
     with np.errstate(over="ignore", invalid="ignore"):  # numbers near the largest float
-        corners = boxes.to_corners(box_format)
-        sides = corners[:, 2:] - corners[:, :2]
+        low, high = np.hsplit(boxes.to_corners(box_format), 2)
+        sides = high - low
         box_areas = sides.prod(1)
     is_kept = (0.01 * box_areas <= boxes.areas) & (boxes.areas <= 1.01 * box_areas)
-    for index, origin, side, keep in zip(
-        boxes.indices, corners[:, :2].tolist(), sides.tolist(), is_kept.tolist(), strict=True
-    ):
-        annotations[index] = {**annotations[index], "bbox": [*origin, *side]}
+    converted = np.hstack([low, sides]).tolist()
+    for index, box, keep in zip(boxes.indices, converted, is_kept.tolist(), strict=True):
+        annotations[index] = {**annotations[index], "bbox": box}
         if not keep:
             annotations[index].pop("area", None)
     wrong = int((~is_kept & ~np.isnan(boxes.areas)).sum())
@@ -217,12 +211,11 @@ def _polygons(segmentation: Any) -> list[list[float]]:
     if not isinstance(segmentation, list) or not segmentation:
         return []
     polygons = segmentation if isinstance(segmentation[0], list) else [segmentation]
-    for polygon in polygons:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            return []
-        if not all(map(is_number, polygon)):
-            return []
-    return polygons
+    is_valid = all(
+        isinstance(p, list) and len(p) >= 6 and len(p) % 2 == 0 and all(map(is_number, p))
+        for p in polygons
+    )
+    return polygons if is_valid else []
 
 
 def _rle(segmentation: Any, image_size: tuple[int, int] | None) -> dict[str, Any] | None:
@@ -248,9 +241,6 @@ def find_crowd_objects(content: Content) -> str | None:
     """Return a sentence that crowd annotations look like single objects, or None if they do not.
 
     They do if they are half of all annotations, or of a class, and most masks have one piece.
-
-    Args:
-        content: of a checked json.
     """
     total: Counter[int | str] = Counter(a["category_id"] for a in content["annotations"])
     crowd: dict[int | str, list[dict[str, Any]]] = defaultdict(list)

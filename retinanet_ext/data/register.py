@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -25,9 +24,9 @@ from retinanet_ext.config_keys import resolve_class_alpha
 from retinanet_ext.data import coco_json, images
 from retinanet_ext.data.class_balance import balance_class_alpha
 from retinanet_ext.data.coco_json import count, join_some, printable
+from retinanet_ext.data.duplicate_images import describe_shared_files
 from retinanet_ext.data.file_names import MisnamedFiles
 from retinanet_ext.data.findings import DONE, KINDS, ValidationResult
-from retinanet_ext.data.shared_files import describe_shared_files
 from retinanet_ext.data.sources import Source, check_source, find_sources
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import write_file
@@ -63,8 +62,13 @@ def prepare_datasets(cfg: CfgNode, *, eval_only: bool) -> None:
             f"DATASETS.CUSTOM.{needed}_JSON and DATASETS.CUSTOM.{needed}_IMAGES"
         )
     resolve_pixel_range(cfg, sources)
-    with _paused_garbage_collection():
+    was_enabled = gc.isenabled()
+    gc.disable()  # which takes a third of the time on millions of objects
+    try:
         paths = {source: _register(cfg, source) for source in sources if source.is_ours}
+    finally:
+        if was_enabled:
+            gc.enable()
     for split in {source.split for source in sources}:
         cfg.DATASETS[split] = tuple(source.name for source in sources if source.split == split)
 
@@ -85,18 +89,6 @@ def prepare_datasets(cfg: CfgNode, *, eval_only: bool) -> None:
         logger.warning("%s", line)
 
 
-@contextmanager
-def _paused_garbage_collection() -> Iterator[None]:
-    """Pause Python's garbage collector, which takes a third of the time on millions of objects."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
 def resolve_pixel_range(cfg: CfgNode, sources: Sequence[Source]) -> None:
     """Replace ``INPUT.PIXEL_RANGE percentiles`` by two numbers measured on the training data."""
     training = [source for source in sources if source.split == "TRAIN"]
@@ -115,25 +107,21 @@ def _image_files(source: Source, *, mends: bool) -> Iterator[str]:
     if not source.is_ours:
         yield from (record["file_name"] for record in DatasetCatalog.get(source.name))
         return
-    contents = source.read()
-    for json_file, image_root in zip(source.json_files, source.image_roots, strict=True):
-        others = MisnamedFiles(image_root) if mends and os.path.isdir(image_root) else None
-        for entry in contents[json_file]["images"]:
+    for file in source.read():
+        root = file.image_root
+        others = MisnamedFiles(root) if mends and os.path.isdir(root) else None
+        for entry in file.content["images"]:
             name = entry.get("file_name") if isinstance(entry, dict) else None
             if not isinstance(name, str):
                 continue
-            if others and not os.path.isfile(os.path.join(image_root, name)):
+            if others and not os.path.isfile(os.path.join(root, name)):
                 match = others.find(name)
                 name = (match and match.path) or name
-            yield os.path.join(image_root, name)
+            yield os.path.join(root, name)
 
 
 def _register(cfg: CfgNode, source: Source) -> list[str]:
-    """Check and register data in COCO's format, in place of an earlier data set of the name.
-
-    Returns:
-        the paths of the images.
-    """
+    """Check data and register them in place of an earlier data set; return the images' paths."""
     checked = check_source(cfg, source)
     checked.raise_refused()
     if lack := checked.find_lack_of_objects():
@@ -229,8 +217,10 @@ def _json_for_evaluation(checked: ValidationResult) -> str:
     completed = coco_json.complete_for_evaluation(checked.content)
     if not checked.is_labelled:  # the evaluation looks whether the list exists
         completed.pop("annotations", None)
-    if completed == checked.original and coco_json.is_plain_utf8(checked.json_file):
-        return checked.json_file
+    if completed == checked.original:
+        with open(checked.json_file, "rb") as file:
+            if json.detect_encoding(file.read(4)) == "utf-8":  # without a byte order mark
+                return checked.json_file
     folder = tempfile.mkdtemp(prefix="retinanet_ext_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     copy = Path(folder, "instances.json")
@@ -240,10 +230,6 @@ def _json_for_evaluation(checked: ValidationResult) -> str:
 
 def set_num_classes(cfg: CfgNode, classes: Mapping[str, Sequence[str]]) -> None:
     """Set ``MODEL.RETINANET.NUM_CLASSES``, if it has Detectron2's default, to the data's number.
-
-    Args:
-        cfg: modified in place.
-        classes: name of each data set -> names of its classes 0..K-1; not empty.
 
     Raises:
         InputError: the class names of data sets differ, or NUM_CLASSES differs from their number.
@@ -264,11 +250,8 @@ def set_num_classes(cfg: CfgNode, classes: Mapping[str, Sequence[str]]) -> None:
 def registered_classes(cfg: CfgNode, split: str, *, read: bool = False) -> list[str]:
     """Return the class names of a split's data; an empty list if they are unknown.
 
-    Args:
-        cfg: the whole config; its data sets are registered.
-        split: "TRAIN" or "TEST".
-        read: load data that other code has registered, if the class names are only known then, as
-            with Detectron2's ``register_coco_instances``.
+    If ``read``, data that other code has registered are loaded if the class names are only known
+    then, as with Detectron2's ``register_coco_instances``.
     """
     names = [name for name in cfg.DATASETS[split] if name in DatasetCatalog]
     if not names:
@@ -284,16 +267,15 @@ def compare_classes(classes: Mapping[str, Sequence[str]]) -> str | None:
     Args:
         classes: name of each data set -> names of its classes 0..K-1; not empty.
     """
-    (first, expected_names), *others = classes.items()
-    for other, found_names in others:
-        pairs = zip_longest(expected_names, found_names, fillvalue="missing")
-        for label, (expected, found) in enumerate(pairs):
-            if expected != found:
+    (first, names), *others = classes.items()
+    for other, other_names in others:
+        pairs = zip_longest(names, other_names, fillvalue="missing")
+        for label, (name, other_name) in enumerate(pairs):
+            if name != other_name:
                 return (
                     f"data sets {first} and {other} must have the same classes in the same order "
-                    f"of category ids, but class {label} is {expected!r} in {first} "
-                    f"({len(expected_names)} classes) and {found!r} in {other} "
-                    f"({len(found_names)} classes)"
+                    f"of category ids, but class {label} is {name!r} in {first} ({len(names)} "
+                    f"classes) and {other_name!r} in {other} ({len(other_names)} classes)"
                 )
     return None
 

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from PIL import Image
 
@@ -162,35 +163,19 @@ _CLUTTER: tuple[_Outline, ...] = (
 
 
 def export_sample_set(parameters: SampleSet, folder: Path) -> None:
-    """Draw a sample set into a folder of its own choice, for other detectors.
-
-    Args:
-        parameters: what to draw.
-        folder: gets ``train.json`` and ``val.json`` in COCO's format and the folders ``train`` and
-            ``val`` of their images; it must be empty or not exist.
+    """Draw a sample set into a new or empty folder, for other detectors.
 
     Raises:
-        InputError: the folder holds something or cannot be written, or no object was drawn
+        InputError: the folder holds something or cannot be written, or no object was drawn.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; name a new folder")
-    unfinished = folder.with_name(f"{folder.name}.unfinished-{uuid.uuid4().hex}")
     try:
-        _write(parameters, unfinished)
-        for split in ("train", "val"):
-            content = json.loads((unfinished / f"{split}.json").read_text())
-            if not content["annotations"]:
-                raise InputError(
-                    f"none of the {len(content['images'])} {split} images has an object, because "
-                    f"{parameters.empty_fraction:.0%} of images are empty at this ratio; draw more"
-                )
-        unfinished.rename(folder)
+        _write(parameters, folder, needs_objects=True)
     except OSError as error:
         raise InputError(
             f"{folder}: the sample set cannot be written: {error.strerror or error}"
         ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def make_sample_set(parameters: SampleSet, root: str | os.PathLike[str]) -> Path:
@@ -213,56 +198,63 @@ def make_sample_set(parameters: SampleSet, root: str | os.PathLike[str]) -> Path
     folder = Path(root) / parameters.folder_name
     if folder.is_dir():
         return folder
-    unfinished = folder.with_name(f"{folder.name}.unfinished-{uuid.uuid4().hex}")
     try:
-        _write(parameters, unfinished)
-        unfinished.rename(folder)
+        _write(parameters, folder)
     except OSError as error:
         if not folder.is_dir():  # otherwise another process was faster
             raise InputError(
                 f"{folder}: the sample set cannot be written: {error.strerror or error}; set the "
                 "environment variable DETECTRON2_DATASETS to a folder that can be"
             ) from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return folder
 
 
-def _write(parameters: SampleSet, folder: Path) -> None:
-    categories = [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)]
-    for split, num_images in (("train", parameters.num_train), ("val", parameters.num_val)):
-        (folder / split).mkdir(parents=True)
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for image_id in range(1, num_images + 1):
-            # The legacy generator, whose numbers are promised to be the same in every NumPy.
-            rng = np.random.RandomState([parameters.seed, int(split == "val"), image_id])
-            picture, objects = _draw(parameters, rng)
-            file_name = f"{image_id:06d}.png"
-            Image.fromarray(picture).save(folder / split / file_name, compress_level=1)
-            size = {"width": picture.shape[1], "height": picture.shape[0]}
-            images.append({"id": image_id, "file_name": file_name, **size, "license": 1})
-            for one in objects:
-                ids = {"id": len(annotations) + 1, "image_id": image_id}
-                annotations.append({**ids, **one, "iscrowd": 0})
-        content = {
-            "info": {
-                "description": f"retinanet_ext sample set, {split}, drawn by a program",
-                "version": str(GENERATOR_VERSION),
-                "parameters": asdict(parameters),
-            },
-            "licenses": [
-                {
-                    "id": 1,
-                    "name": "CC0 1.0",
-                    "url": "https://creativecommons.org/publicdomain/zero/1.0/",
-                }
-            ],
-            "categories": categories,
-            "images": images,
-            "annotations": annotations,
-        }
-        (folder / f"{split}.json").write_text(json.dumps(content))
+def _write(parameters: SampleSet, folder: Path, *, needs_objects: bool = False) -> None:
+    """Draw a sample set into a folder that appears once it is complete."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished-{uuid.uuid4().hex}")
+    try:
+        for split, num_images in (("train", parameters.num_train), ("val", parameters.num_val)):
+            num_objects = _write_split(parameters, unfinished, split, num_images)
+            if needs_objects and not num_objects:
+                raise InputError(
+                    f"none of the {num_images} {split} images has an object, because "
+                    f"{parameters.empty_fraction:.0%} of images are empty at this ratio; draw more"
+                )
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _write_split(parameters: SampleSet, folder: Path, split: str, num_images: int) -> int:
+    """Draw the images of "train" or "val" and write their annotations; return how many objects."""
+    (folder / split).mkdir(parents=True)
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id in range(1, num_images + 1):
+        # The legacy generator, whose numbers are promised to be the same in every NumPy.
+        rng = np.random.RandomState([parameters.seed, int(split == "val"), image_id])
+        picture, objects = _draw(parameters, rng)
+        file_name = f"{image_id:06d}.png"
+        Image.fromarray(picture).save(folder / split / file_name, compress_level=1)
+        size = {"width": picture.shape[1], "height": picture.shape[0]}
+        images.append({"id": image_id, "file_name": file_name, **size, "license": 1})
+        for one in objects:
+            ids = {"id": len(annotations) + 1, "image_id": image_id}
+            annotations.append({**ids, **one, "iscrowd": 0})
+    url = "https://creativecommons.org/publicdomain/zero/1.0/"
+    content = {
+        "info": {
+            "description": f"retinanet_ext sample set, {split}, drawn by a program",
+            "version": str(GENERATOR_VERSION),
+            "parameters": asdict(parameters),
+        },
+        "licenses": [{"id": 1, "name": "CC0 1.0", "url": url}],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, start=1)],
+        "images": images,
+        "annotations": annotations,
+    }
+    (folder / f"{split}.json").write_text(json.dumps(content))
+    return len(annotations)
 
 
 def _draw(parameters: SampleSet, rng: np.random.RandomState) -> tuple[_Array, list[dict[str, Any]]]:
@@ -289,10 +281,12 @@ def _draw(parameters: SampleSet, rng: np.random.RandomState) -> tuple[_Array, li
         for _ in range(20):
             center = rng.uniform(0.7 * radius, size - 0.7 * radius, 2)
             window, coverage = _render(outline, size, radius, center, angle)
-            box = _tight_box(window, coverage)
+            is_covered = coverage >= 0.5
+            x, y, *sides = cv2.boundingRect(is_covered.astype(np.uint8))
+            box = [x + window[1].start, y + window[0].start, *sides]
             if all(_overlap(box, other["bbox"]) <= MAX_OVERLAP for other in objects):
                 _paint(canvas, window, coverage, label / len(CLASSES), rng)
-                area = int((coverage >= 0.5).sum())
+                area = int(is_covered.sum())
                 objects.append({"category_id": label + 1, "bbox": box, "area": area})
                 break
 
@@ -350,14 +344,6 @@ def _paint(
     color = colors[np.abs(colors - under.mean((0, 1))).sum(1).argmax()]
     shade = 1 + rng.uniform(-0.3, 0.3) * np.linspace(-1, 1, coverage.shape[1])[None, :, None]
     under += coverage[:, :, None] * (color * shade - under)
-
-
-def _tight_box(window: tuple[slice, slice], coverage: _Array) -> list[int]:
-    """Return [x, y, width, height] of the pixels covered by half or more."""
-    rows, columns = np.nonzero(coverage >= 0.5)
-    x, y = int(columns.min()), int(rows.min())
-    width, height = int(columns.max()) + 1 - x, int(rows.max()) + 1 - y
-    return [x + window[1].start, y + window[0].start, width, height]
 
 
 def _overlap(a: list[int], b: list[int]) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from itertools import chain
@@ -12,23 +14,23 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from retinanet_ext.data.annotation_files import (
-    box_format_of,
-    describe_orphan_labels,
-    digest_annotations,
-    find_image_root,
-    is_json,
-    read_annotations,
-)
+from retinanet_ext.data.annotation_files import find_image_root, is_json, read_annotations
 from retinanet_ext.data.box_format import check_box_format_name
 from retinanet_ext.data.class_choice import CLASSES_KEY, check_chosen, order_classes
-from retinanet_ext.data.coco_json import class_names, id_order, join_some, printable
-from retinanet_ext.data.findings import ValidationResult, read_policy
+from retinanet_ext.data.coco_json import (
+    AnnotationFile,
+    class_names,
+    id_order,
+    join_some,
+    printable,
+)
+from retinanet_ext.data.findings import Finding, ValidationResult, read_policy
 from retinanet_ext.data.image_files import find_same_files, merge_images
 from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.sample_set import SampleSet, make_sample_set
 from retinanet_ext.data.validation import check_data_set, check_file
 from retinanet_ext.errors import InputError
+from retinanet_ext.files import sha256_of
 
 SAMPLE_SPLITS = {"retinanet_ext_sample_train": "train", "retinanet_ext_sample_val": "val"}
 """Name in ``DATASETS.TRAIN`` or ``DATASETS.TEST`` -> part of the sample set."""
@@ -63,32 +65,19 @@ class Source:
         """Whether any of the files is no COCO json."""
         return self.is_ours and not all(map(is_json, self.json_files))
 
-    def read(self) -> dict[str, dict[str, Any]]:
-        """Return annotation file -> its content in COCO's form, unchecked.
-
-        Raises:
-            InputError: a file cannot be read, or is not of its format.
-        """
-        return {
-            path: read_annotations(
-                path,
-                image_root,
-                self.split,
-                box_format=box_format_of(path, self.box_format),
-                related=self.related,
-            )
-            for path, image_root in zip(self.json_files, self.image_roots, strict=True)
-        }
+    def read(self) -> list[AnnotationFile]:
+        """Return the annotation files, unchecked; one that cannot be read is an InputError."""
+        how = {"box_format": self.box_format, "related": self.related}
+        pairs = zip(self.json_files, self.image_roots, strict=True)
+        return [read_annotations(*pair, self.split, **how) for pair in pairs]
 
     def digests(self) -> dict[str, str]:
-        """Return annotation file -> SHA-256 of what it holds.
-
-        Raises:
-            InputError: a file cannot be read.
-        """
-        contents = self.read() if self.is_converted else {}
+        """Return annotation file -> SHA-256 of a COCO json's bytes, or of other data's content."""
+        digests = {}
+        for file in self.read() if self.is_converted else ():
+            digests[file.path] = hashlib.sha256(json.dumps(file.content).encode()).hexdigest()
         try:
-            return {path: digest_annotations(path, contents.get(path)) for path in self.json_files}
+            return digests | {path: sha256_of(path) for path in self.json_files if is_json(path)}
         except OSError as error:
             raise InputError(f"{error.filename} cannot be read: {error.strerror}") from None
 
@@ -118,11 +107,7 @@ def read_texts(cfg: CfgNode, key: str) -> tuple[str, ...]:
 
 
 def find_sources(cfg: CfgNode, splits: Sequence[str]) -> list[Source]:
-    """Return the data sets that a config names, unchecked.
-
-    Args:
-        cfg: the whole config.
-        splits: "TRAIN", "TEST" or both.
+    """Return the data sets that a config names for "TRAIN", "TEST" or both, unchecked.
 
     Raises:
         InputError: a name is not registered, half of a pair of ``DATASETS.CUSTOM`` is missing, or
@@ -193,10 +178,7 @@ def _find_registered(cfg: CfgNode, split: str, name: str) -> Source:
 def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> ValidationResult:
     """Check a data set in COCO's format; several annotation files are merged.
 
-    Args:
-        cfg: the whole config.
-        source: the data set.
-        decode_all: decode the images of large data sets too.
+    If ``decode_all``, the images of large data sets are decoded too.
 
     Raises:
         InputError: an annotation file or a folder cannot be read, a chosen class is in no file, or
@@ -204,30 +186,20 @@ def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> V
     """
     policy = read_policy(cfg.DATASETS.CHECK)
     reader = ImageReader.from_config(cfg)
-    contents = source.read()
-    check_chosen(source.classes, contents)
-    is_custom = source.name.startswith("custom_") and not source.is_converted
-    has_key = is_custom and len(source.json_files) == 1
+    files = source.read()
+    check_chosen(source.classes, files)
+    has_key = source.name.startswith("custom_") and not source.is_converted and len(files) == 1
     parts = [
         check_file(
-            json_file,
-            contents[json_file],
-            image_root,
+            file,
             policy,
             reader=reader,
-            box_format=box_format_of(json_file, source.box_format),
             classes=source.classes,
             folder_key=f"DATASETS.CUSTOM.{source.split}_IMAGES" if has_key else "",
             decode_all=decode_all,
         )
-        for json_file, image_root in zip(source.json_files, source.image_roots, strict=True)
+        for file in files
     ]
-    for part in parts:
-        content = contents[part.json_file]
-        if not is_json(part.json_file):
-            for fault in content.get("faults", ()):
-                part.add("unreadable_label", fault)
-        part.notes.extend(describe_orphan_labels(part.json_file, content, part.image_root))
     result = parts[0] if len(parts) == 1 else _merge(parts, source.classes)
     result = check_data_set(result)
     if source.is_converted:
@@ -240,86 +212,75 @@ def check_source(cfg: CfgNode, source: Source, *, decode_all: bool = False) -> V
 def _merge(parts: Sequence[ValidationResult], classes: Sequence[str]) -> ValidationResult:
     """Merge annotation files: classes are united by name, images and annotations get new ids.
 
-    Args:
-        parts: the results of :func:`~retinanet_ext.data.validation.check_file`.
-        classes: the classes in their order; empty: all, in the order of their first appearance.
-
-    Raises:
-        InputError: some of the files have annotations and others do not.
+    Without ``classes``, all are used in the order of their first appearance. Files of which only
+    some have annotations are refused.
     """
     labelled = [part.json_file for part in parts if part.is_labelled]
     if labelled and len(labelled) < len(parts):
         other = next(part.json_file for part in parts if not part.is_labelled)
         raise InputError(f"{other} has no list of annotations, but {labelled[0]} has one")
     names = list(classes or dict.fromkeys(n for part in parts for n in class_names(part.content)))
-    labels = {name: number for number, name in enumerate(names, start=1)}
-    categories: dict[str, dict[str, Any]] = {}
-    images: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    origins: dict[int, tuple[int, str]] = {}  # new image id -> index of its part, name there
-    for place, part in enumerate(parts):
-        content = part.content
-        category_ids = {c["id"]: labels[c["name"]] for c in content["categories"]}
-        for category in content["categories"]:
-            new = {**category, "id": labels[category["name"]]}
-            categories.setdefault(category["name"], new)
-        image_ids = {}
-        for image in sorted(content["images"], key=lambda image: id_order(image["id"])):
-            new_id = image_ids[image["id"]] = len(origins) + 1
-            origins[new_id] = (place, f"{part.json_file} (image id {image['id']})")
-            path = os.path.join(part.image_root, image["file_name"])
-            images.append({**image, "id": new_id, "file_name": path})
-        for number, annotation in enumerate(content["annotations"], len(annotations) + 1):
-            ids = {
-                "id": number,
-                "image_id": image_ids[annotation["image_id"]],
-                "category_id": category_ids[annotation["category_id"]],
-            }
-            annotations.append({**annotation, **ids})
-    lists = {
-        "images": images,
-        "categories": [categories[name] for name in names if name in categories],
-        "annotations": annotations,
-    }
-    merged = replace(
-        parts[0],
-        json_file=", ".join(part.json_file for part in parts),
-        findings=[
-            replace(finding, message=f"{part.json_file}: {finding.message}")
-            for part in parts
-            for finding in part.findings
-        ],
-        content={**parts[0].content, **lists},
-        image_root="",
-        notes=_merge_notes(parts, names),
-        original=None,
-    )
-    return _merge_same_images(merged, origins)
-
-
-def _merge_notes(parts: Sequence[ValidationResult], names: Sequence[str]) -> list[str]:
+    content, origins = _join_lists(parts, names)
     notes = [f"{part.json_file}: {note}" for part in parts for note in part.notes]
     if any(set(class_names(part.content)) != set(names) for part in parts):
         notes.append(
             f"the classes of {len(parts)} files are united ({join_some(map(printable, names))}); "
             "what a file does not list is background in its images"
         )
-    return notes
-
-
-def _merge_same_images(
-    merged: ValidationResult, origins: Mapping[int, tuple[int, str]]
-) -> ValidationResult:
-    """Find images that several annotation files list, and merge them if the policy says so."""
+    findings = [
+        replace(finding, message=f"{part.json_file}: {finding.message}")
+        for part in parts
+        for finding in part.findings
+    ]
     same = [
         group
-        for group in find_same_files(merged.content["images"], "")
+        for group in find_same_files(content["images"], "")
         if len({origins[image["id"]][0] for image in group}) > 1
     ]
     for group in same:
         listed = join_some(origins[image["id"]][1] for image in group)
         message = f"{printable(group[0]['file_name'])} is listed in {listed}"
-        merged.add("duplicate_file", message)
-    if merged.policy["duplicate_file"] != "merge":
-        return merged
-    return replace(merged, content=merge_images(merged.content, same))
+        findings.append(Finding("duplicate_file", message))
+    policy = parts[0].policy
+    if policy["duplicate_file"] == "merge":
+        content = merge_images(content, same)
+    files = ", ".join(part.json_file for part in parts)
+    return ValidationResult(
+        files, policy, findings, content, notes=notes, is_labelled=bool(labelled)
+    )
+
+
+def _join_lists(
+    parts: Sequence[ValidationResult], names: Sequence[str]
+) -> tuple[dict[str, Any], dict[int, tuple[int, str]]]:
+    """Return all entries with new ids, and new image id -> index of its part, name there."""
+    labels = {name: number for number, name in enumerate(names, start=1)}
+    categories: dict[str, dict[str, Any]] = {}
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    origins: dict[int, tuple[int, str]] = {}
+    for place, part in enumerate(parts):
+        category_ids = {c["id"]: labels[c["name"]] for c in part.content["categories"]}
+        for category in part.content["categories"]:
+            categories.setdefault(category["name"], {**category, "id": labels[category["name"]]})
+        image_ids = {}
+        for image in sorted(part.content["images"], key=lambda image: id_order(image["id"])):
+            new_id = image_ids[image["id"]] = len(images) + 1
+            origins[new_id] = place, f"{part.json_file} (image id {image['id']})"
+            path = os.path.join(part.image_root, image["file_name"])
+            images.append({**image, "id": new_id, "file_name": path})
+        annotations += [
+            {
+                **annotation,
+                "id": number,
+                "image_id": image_ids[annotation["image_id"]],
+                "category_id": category_ids[annotation["category_id"]],
+            }
+            for number, annotation in enumerate(part.content["annotations"], len(annotations) + 1)
+        ]
+    lists = {
+        "images": images,
+        "categories": [categories[name] for name in names if name in categories],
+        "annotations": annotations,
+    }
+    return {**parts[0].content, **lists}, origins

@@ -10,13 +10,20 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import PurePath
 from typing import Any
 
 from retinanet_ext.data.annotations import check_annotations, find_duplicate_boxes
 from retinanet_ext.data.box_format import check_box_format_name, format_box
 from retinanet_ext.data.class_choice import choose_classes, explain_unused_classes
-from retinanet_ext.data.coco_json import is_ignore_region, join_some, printable, read_coco_json
-from retinanet_ext.data.entries import entry_name, field_faults, id_of, image_name, leaves_folder
+from retinanet_ext.data.coco_json import (
+    AnnotationFile,
+    is_ignore_region,
+    join_some,
+    printable,
+    read_coco_json,
+)
+from retinanet_ext.data.entries import entry_name, field_faults, id_of, image_name
 from retinanet_ext.data.findings import ValidationResult, read_policy
 from retinanet_ext.data.image_files import Images, check_images, merge_images
 from retinanet_ext.data.images import ImageReader
@@ -77,19 +84,16 @@ def validate_coco(
         (False, 1)
     """
     content = read_coco_json(json_file, needs_annotations=False)
-    how = {"box_format": box_format, "reader": reader or ImageReader(), "decode_all": decode_all}
-    result = check_file(json_file, content, image_root, read_policy(policy or {}), **how)
-    return check_data_set(result)
+    file = AnnotationFile(json_file, image_root, content, box_format)
+    how = {"reader": reader or ImageReader(), "decode_all": decode_all}
+    return check_data_set(check_file(file, read_policy(policy or {}), **how))
 
 
 def check_file(
-    json_file: str,
-    content: dict[str, Any],
-    image_root: str,
+    file: AnnotationFile,
     policy: Mapping[str, str],
     *,
     reader: ImageReader,
-    box_format: str = "xywh",
     classes: Sequence[str] = (),
     folder_key: str = "",
     decode_all: bool = False,
@@ -97,22 +101,22 @@ def check_file(
     """Check every entry of an annotation file by itself; no finding raises an error.
 
     Args:
-        json_file: path of the annotation file, for the messages.
-        content: what :func:`~retinanet_ext.data.coco_json.read_coco_json` returns; not modified.
-        image_root: folder of the images.
+        file: what was read; its content is not modified.
         policy: kind of finding -> policy.
         classes: names of the classes to use; empty: all.
-        folder_key: config key of ``image_root``; a message may suggest another value.
-        reader, box_format, decode_all: as for :func:`validate_coco`.
+        reader, folder_key, decode_all: as for ``check_images``.
 
     Raises:
         InputError: the folder does not exist, or the box format is unknown.
     """
-    check_box_format_name(box_format)
+    check_box_format_name(file.box_format)
+    content, image_root = file.content, file.image_root
     is_labelled = "annotations" in content
     result = ValidationResult(
-        json_file, policy, image_root=image_root, is_labelled=is_labelled, original=content
+        file.path, policy, image_root=image_root, is_labelled=is_labelled, original=content
     )
+    for fault in file.faults:
+        result.add("unreadable_label", fault)
     content, id_notes = unify_ids({"annotations": [], **content})
     content, left_out = choose_classes(content, classes)
     result.notes.extend([*id_notes, *left_out])
@@ -134,7 +138,8 @@ def check_file(
     if policy["duplicate_file"] == "merge":
         content = merge_images(content, same)
     images = {image["id"]: image for image in content["images"]}
-    annotations = check_annotations(content, images, listed_ids, box_format, result)
+    annotations = check_annotations(content, images, listed_ids, file.box_format, result)
+    result.notes.extend(file.notes)
     used = {
         "images": [image for image in content["images"] if image["id"] not in lost],
         "annotations": [a for a in annotations if a["image_id"] not in lost],
@@ -146,10 +151,7 @@ def check_data_set(result: ValidationResult) -> ValidationResult:
     """Check what only shows in all entries together, after each has been checked by itself.
 
     These are boxes labelled twice, crowd regions that look like objects, images and classes
-    without boxes.
-
-    Args:
-        result: of :func:`check_file`, or of several files merged; its findings are extended.
+    without boxes. The findings of ``result``, of one file or of several merged, are extended.
     """
     content, policy = result.content, result.policy
     if any(f.kind == "other_box_format" and policy[f.kind] == "refuse" for f in result.findings):
@@ -161,9 +163,7 @@ def check_data_set(result: ValidationResult) -> ValidationResult:
     again = find_duplicate_boxes(annotations)
     for later, (earlier, iou) in again.items():
         first, second = annotations[earlier], annotations[later]
-        names = " and ".join(
-            printable(a["id"]) if "id" in a else "without id" for a in (first, second)
-        )
+        names = " and ".join(printable(a.get("id", "without id")) for a in (first, second))
         result.add(
             "duplicate_box",
             f"annotations {names} of {image_name(images[second['image_id']])}: bbox "
@@ -222,7 +222,7 @@ def _check_images(images: list[Any], result: ValidationResult) -> Images:
             message = f"{entry_name('images', index, image)}: {malformed[index]}"
             result.add("malformed_image", message, image_id=id_of(image))
             continue
-        if leaves_folder(file_name := image["file_name"]):
+        if ".." in (file_name := image["file_name"]) and ".." in PurePath(file_name).parts:
             name = entry_name("images", index, image)
             message = f"{name}: file_name {file_name!r} leaves the image folder by '..'"
             if not result.add("file_outside", message, image_id=image["id"]):

@@ -30,11 +30,14 @@ from retinanet_ext.data.coco_json import (
     printable,
     to_dataset_dicts,
 )
+from retinanet_ext.data.duplicate_images import (
+    describe_near_duplicates,
+    describe_shared_files,
+    find_near_duplicates,
+)
 from retinanet_ext.data.findings import DONE, KINDS, ValidationResult, find_remedy
 from retinanet_ext.data.images import ImageReader
-from retinanet_ext.data.near_duplicates import describe_near_duplicates, find_near_duplicates
 from retinanet_ext.data.register import compare_classes, resolve_pixel_range, set_num_classes
-from retinanet_ext.data.shared_files import describe_shared_files
 from retinanet_ext.data.sources import Source, check_source, find_sources
 from retinanet_ext.errors import InputError
 from retinanet_ext.files import make_folder, to_json, write_file
@@ -101,20 +104,21 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
     classes: dict[str, list[str]] = {}
     records: dict[str, list[dict[str, Any]]] = {}
     for source in sources:
-        checked = _check(cfg, source)
+        checked = check_source(cfg, source, decode_all=True)
         classes[source.name] = class_names(checked.content)
         records[source.name] = to_dataset_dicts(checked.content, checked.image_root)
         place = {key: getattr(source, key) for key in ("name", "split", "json_file", "image_root")}
-        content = {**place, **_describe(checked)}
-        text = [_format_data(source, content)]
-        lack = checked.find_lack_of_objects() if source.split == "TRAIN" else None
-        if lack and not checked.is_refused:
-            faults.append(lack)
-        if source.split == "TRAIN" and not lack:
-            images, names = records[source.name], classes[source.name]
-            found = _measure_anchors(cfg, images, names, search_anchors)
-            content |= found
-            text += [_FORMATS[key](value) for key, value in found.items()]
+        content = place | _describe(checked)
+        text = [_format_data(content)]
+        if source.split == "TRAIN":
+            lack = checked.find_lack_of_objects()
+            if lack and not checked.is_refused:
+                faults.append(lack)
+            if not lack:
+                names = classes[source.name]
+                found = _measure_anchors(cfg, records[source.name], names, search_anchors)
+                content |= found
+                text += [_FORMATS[key](value) for key, value in found.items()]
         contents.append(content)
         texts.append("\n\n".join(text))
 
@@ -123,21 +127,17 @@ def check_data(cfg: CfgNode, *, search_anchors: bool = False) -> Report:
     if fault := compare_classes(classes) or _find_fault_of_keys(cfg, classes):
         faults.append(fault)
     conclusion, refused = _conclude(contents, faults)
-    return Report(
-        {
-            "format": FORMAT,
-            "version": retinanet_ext.__version__,
-            "refused": refused,
-            "conclusion": conclusion,
-            "shared_images": shared,
-            "near_duplicates": alike,
-            "data_sets": contents,
-        },
-        "\n\n\n".join([*texts, *shared, conclusion]),
-        int(refused),
-        records,
-        reader,
-    )
+    report = {
+        "format": FORMAT,
+        "version": retinanet_ext.__version__,
+        "refused": refused,
+        "conclusion": conclusion,
+        "shared_images": shared,
+        "near_duplicates": alike,
+        "data_sets": contents,
+    }
+    text_of_all = "\n\n\n".join([*texts, *shared, conclusion])
+    return Report(report, text_of_all, int(refused), records, reader)
 
 
 def _named_sources(cfg: CfgNode) -> list[Source]:
@@ -147,6 +147,11 @@ def _named_sources(cfg: CfgNode) -> list[Source]:
             "no data are named; set DATASETS.CUSTOM.TRAIN_JSON and DATASETS.CUSTOM.TRAIN_IMAGES, "
             "or DATASETS.TRAIN"
         )
+    for source in sources:
+        if not source.is_ours and MetadataCatalog.get(source.name).get("evaluator_type") != "coco":
+            raise InputError(
+                f"data set {source.name} is not in COCO's format, which is all that is read"
+            )
     return sources
 
 
@@ -154,14 +159,14 @@ def _compare_images(
     sources: Sequence[Source], records: Mapping[str, list[dict[str, Any]]], reader: ImageReader
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Return images that look alike, and sentences about them and about shared files."""
-    paths: dict[str, dict[str, list[str]]] = {"TRAIN": {}, "TEST": {}}
+    train: list[str] = []
+    tests: dict[str, list[str]] = {}
     for source in sources:
-        images = [record["file_name"] for record in records[source.name]]
-        paths[source.split][source.name] = images
-    train = [path for group in paths["TRAIN"].values() for path in group]
-    alike = find_near_duplicates(train, paths["TEST"], reader)
-    num_images = {"train": len(train), **{name: len(p) for name, p in paths["TEST"].items()}}
-    shared = describe_shared_files(train, paths["TEST"])
+        group = train if source.split == "TRAIN" else tests.setdefault(source.name, [])
+        group += [record["file_name"] for record in records[source.name]]
+    alike = find_near_duplicates(train, tests, reader)
+    num_images = {name: len(paths) for name, paths in {"train": train, **tests}.items()}
+    shared = describe_shared_files(train, tests)
     return alike, [*shared, *describe_near_duplicates(alike, num_images)]
 
 
@@ -185,14 +190,6 @@ def _find_fault_of_keys(cfg: CfgNode, classes: Mapping[str, Sequence[str]]) -> s
     except InputError as error:
         return str(error)
     return None
-
-
-def _check(cfg: CfgNode, source: Source) -> ValidationResult:
-    if not source.is_ours and MetadataCatalog.get(source.name).get("evaluator_type") != "coco":
-        raise InputError(
-            f"data set {source.name} is not in COCO's format, which is all that is read"
-        )
-    return check_source(cfg, source, decode_all=True)
 
 
 def _describe(checked: ValidationResult) -> dict[str, Any]:
@@ -255,27 +252,21 @@ def _describe_classes(
     }
 
 
-def _format_data(source: Source, content: dict[str, Any]) -> str:
+def _format_data(content: dict[str, Any]) -> str:
     facts = content["facts"]
     an_image = facts["boxes_an_image"]
-    sizes = list(facts["image_sizes"])
-    images, boxes = count(facts["images"], "image"), count(facts["boxes"], "box", "boxes")
-    regions = count(facts["regions_to_ignore"], "region")
+    columns = ["boxes", "images", *SIZES]
+    rows = ([name, *map(row.get, columns)] for name, row in facts["classes"].items())
     lines = [
-        f"{source.name}: {source.json_file}, images in {source.image_root}",
+        f"{content['name']}: {content['json_file']}, images in {content['image_root']}",
         "",
-        f"{images} ({join_some(sizes, 3)}), {facts['empty_images']} without boxes; "
-        f"{boxes}, {an_image['min']} to {an_image['max']} an image, "
-        f"{an_image['mean']:.1f} on average; {regions} to ignore",
+        f"{count(facts['images'], 'image')} ({join_some(facts['image_sizes'], 3)}), "
+        f"{facts['empty_images']} without boxes; {count(facts['boxes'], 'box', 'boxes')}, "
+        f"{an_image['min']} to {an_image['max']} an image, {an_image['mean']:.1f} on average; "
+        f"{count(facts['regions_to_ignore'], 'region')} to ignore",
         f"{', '.join(SIZES)}: COCO's sizes of the boxes in the images as stored",
         "",
-        _table(
-            ["class", "boxes", "images", *SIZES],
-            (
-                [name, row["boxes"], row["images"], *(row[size] for size in SIZES)]
-                for name, row in facts["classes"].items()
-            ),
-        ),
+        _table(["class", *columns], rows),
         "",
     ]
     lines += [f"{'note':>8}  {note}" for note in content["notes"]]
@@ -292,48 +283,41 @@ def _format_data(source: Source, content: dict[str, Any]) -> str:
 
 def _format_coverage(coverage: dict[str, Any]) -> str:
     low, high = coverage["thresholds"]
+    everything = coverage["all"]
+    rows = (
+        [
+            name,
+            row["boxes"],
+            f"{row['mean_best_iou']:.2f}",
+            *(f"{100 * row[share]:.1f} %" for share in ("below", "between", "reached")),
+            f"{row['positives_mean']:.1f}",
+            row["positives_min"],
+        ]
+        for group in (coverage["by_class"], coverage["by_size"], {"all": everything})
+        for name, row in group.items()
+    )
     ranges = [f"< {low}", f"{low} to {high}", f">= {high}"]
-    groups = {**coverage["by_class"], **coverage["by_size"], "all": coverage["all"]}
-    table = _table(
-        ["", "boxes", "best IoU", *ranges, "anchors a box", "least"],
-        (
-            [
-                name,
-                row["boxes"],
-                f"{row['mean_best_iou']:.2f}",
-                *(f"{100 * row[share]:.1f} %" for share in ("below", "between", "reached")),
-                f"{row['positives_mean']:.1f}",
-                row["positives_min"],
-            ]
-            for name, row in groups.items()
-        ),
+    text = (
+        f"Anchors at the training resize (short side {join_some(coverage['short_sides'])}, long "
+        f"side at most {coverage['max_size']}): {coverage['anchors_an_image']:.0f} an image, "
+        f"{coverage['foreground_an_image']:.0f} of them foreground\n"
+        f"{', '.join(SIZES)}: COCO's sizes of the boxes after this resize\n\n"
     )
-    sides = join_some(coverage["short_sides"])
-    lines = [
-        f"Anchors at the training resize (short side {sides}, long side at most "
-        f"{coverage['max_size']}): {coverage['anchors_an_image']:.0f} an image, "
-        f"{coverage['foreground_an_image']:.0f} of them foreground",
-        f"{', '.join(SIZES)}: COCO's sizes of the boxes after this resize",
-        "",
-        table,
-    ]
-    unreached = coverage["all"]["boxes"] - round(
-        coverage["all"]["reached"] * coverage["all"]["boxes"]
-    )
+    text += _table(["", "boxes", "best IoU", *ranges, "anchors a box", "least"], rows)
+    unreached = everything["boxes"] - round(everything["reached"] * everything["boxes"])
     if unreached:
         are, their = ("is", "its") if unreached == 1 else ("are", "their")
+        matches = coverage["low_quality_matches"]
         kept = {
             "all": f"learned by {their} best anchor alone",
             "ignored_band": f"learned by {their} best anchor alone, and below {low} not at all",
             "none": "not learned",
-        }[coverage["low_quality_matches"]]
-        boxes = count(unreached, "box", "boxes")
-        lines += [
-            "",
-            f"{boxes} that no anchor reaches at {high} {are} {kept} "
-            f"(MODEL.RETINANET.LOW_QUALITY_MATCHES {coverage['low_quality_matches']}).",
-        ]
-    return "\n".join(lines)
+        }[matches]
+        text += (
+            f"\n\n{count(unreached, 'box', 'boxes')} that no anchor reaches at {high} {are} {kept} "
+            f"(MODEL.RETINANET.LOW_QUALITY_MATCHES {matches})."
+        )
+    return text
 
 
 def _format_suggestion(suggestion: dict[str, Any]) -> str:
@@ -343,19 +327,19 @@ def _format_suggestion(suggestion: dict[str, Any]) -> str:
             f"The search found no anchors that reach more boxes: {before} now, {after} at best "
             f"with up to {max(suggestion['anchors_a_cell'])} a cell."
         )
-    iou_before, iou_after = (f"{iou:.2f}" for iou in suggestion["mean_best_iou"])
-    cell_before, cell_after = suggestion["anchors_a_cell"]
-    rows = [
-        ["boxes reached", before, "->", after],
-        ["mean best IoU", iou_before, "->", iou_after],
-        ["anchors a cell", cell_before, "->", cell_after],
-        *([key, old, "->", new] for key, (old, new) in suggestion["keys"].items()),
-    ]
+    changes = {
+        "boxes reached": (before, after),
+        "mean best IoU": [f"{iou:.2f}" for iou in suggestion["mean_best_iou"]],
+        "anchors a cell": suggestion["anchors_a_cell"],
+        **suggestion["keys"],
+    }
+    rows = [[name, old, "->", new] for name, (old, new) in changes.items()]
     pairs = " ".join(
         f"{key} '{new}'" if isinstance(new, list) else f"{key} {new}"
         for key, (_, new) in suggestion["keys"].items()
     )
     lines = ["Better anchors:", "", tabulate(rows, tablefmt="plain", disable_numparse=True), ""]
+    cell_before, cell_after = suggestion["anchors_a_cell"]
     if cell_before != cell_after:
         lines.append(
             f"Weights with {cell_before} anchors a cell then need "
@@ -371,14 +355,10 @@ _FORMATS = {"coverage": _format_coverage, "suggestion": _format_suggestion}
 def _conclude(contents: list[dict[str, Any]], faults: list[str]) -> tuple[str, bool]:
     """Return the last line of the report, and whether training refuses the data.
 
-    Args:
-        contents: the data sets.
-        faults: why training would refuse data whose findings the policy accepts.
+    ``faults`` say why training would refuse data whose findings the policy accepts.
     """
     findings = [found for content in contents for found in content["findings"]]
-    counts = Counter[str]()
-    for found in findings:
-        counts[found["policy"]] += found["count"]
+    counts = Counter(found["policy"] for found in findings for _ in found["items"])
     if counts["refuse"] or faults:
         reasons = [f"faults that are refused: {counts['refuse']}"] if counts["refuse"] else []
         remedies = dict.fromkeys(found["remedy"] for found in findings if found["remedy"])

@@ -4,62 +4,51 @@ from __future__ import annotations
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
-from retinanet_ext.data.coco_json import join_some
+from retinanet_ext.data.coco_json import AnnotationFile, join_some
 from retinanet_ext.errors import InputError
-
-LISTS = {"TRAIN": ("train", "trainval"), "TEST": ("val", "test")}
-"""Split -> its lists in ``ImageSets/Main``; the first that is there counts."""
 
 _IMAGE_FOLDERS = ("JPEGImages", "images")
 
 
-@dataclass(frozen=True)
-class VocFolder:
-    """Where the parts of a Pascal VOC data set are.
-
-    Attributes:
-        xml: folder of the annotations.
-        images: folder of the images.
-        lists: folder with the lists of image names, which need not exist.
-    """
+class VocFolder(NamedTuple):
+    """Where the parts of a Pascal VOC data set are; the folder of lists need not exist."""
 
     xml: Path
     images: Path
     lists: Path
 
-    @classmethod
-    def find(cls, path: str) -> VocFolder:
-        """Return the parts of a folder.
 
-        The folder has ``Annotations/``, or one folder in it has, as in ``VOCdevkit``, or it holds
-        the XML files itself. ``Annotations`` with the images beside it means the folder above.
+def find_voc_folder(path: str) -> VocFolder:
+    """Return the parts of a folder.
 
-        Raises:
-            InputError: there are no annotations, or several folders in it have some.
-        """
-        folder = Path(path)
-        has_own = (folder / "Annotations").is_dir()
-        found = [] if has_own else sorted(folder.glob("*/Annotations"))
-        if len(found) > 1:
-            names = join_some(place.parent for place in found)
-            raise InputError(f"{path} holds several data sets: {names}; name one, or give a list")
-        root = found[0].parent if found else folder
-        if root.name == "Annotations" and _image_folders(root.parent):
-            root = root.parent
-        xml = root / "Annotations" if (root / "Annotations").is_dir() else root
-        if next(xml.glob("*.xml"), None) is None:
-            raise InputError(
-                f"{xml} is a folder without Pascal VOC annotations (*.xml); for YOLO labels give "
-                "their data.yaml"
-            )
-        images = [*_image_folders(root), root][0]
-        return cls(xml, images, root / "ImageSets" / "Main")
+    The folder has ``Annotations/``, or one folder in it has, as in ``VOCdevkit``, or it holds the
+    XML files itself. ``Annotations`` with the images beside it means the folder above.
+
+    Raises:
+        InputError: there are no annotations, or several folders in it have some.
+    """
+    folder = Path(path)
+    has_own = (folder / "Annotations").is_dir()
+    found = [] if has_own else sorted(folder.glob("*/Annotations"))
+    if len(found) > 1:
+        names = join_some(place.parent for place in found)
+        raise InputError(f"{path} holds several data sets: {names}; name one, or give a list")
+    root = found[0].parent if found else folder
+    if root.name == "Annotations" and _image_folders(root.parent):
+        root = root.parent
+    xml = root / "Annotations" if (root / "Annotations").is_dir() else root
+    if next(xml.glob("*.xml"), None) is None:
+        raise InputError(
+            f"{xml} is a folder without Pascal VOC annotations (*.xml); for YOLO labels give "
+            "their data.yaml"
+        )
+    return VocFolder(xml, [*_image_folders(root), root][0], root / "ImageSets" / "Main")
 
 
 def _image_folders(root: Path) -> list[Path]:
@@ -68,45 +57,43 @@ def _image_folders(root: Path) -> list[Path]:
 
 def read_voc(
     path: str, image_root: str, split: str, *, related: Iterable[str] = ()
-) -> dict[str, Any]:
-    """Return a split of a Pascal VOC data set as the content of a COCO json.
+) -> AnnotationFile:
+    """Return a split of a Pascal VOC data set in the form of a COCO json.
 
     Corners count pixels from 1 and belong to the box, as in Pascal VOC: ``xmin`` 1 and ``xmax`` 10
     are the left 10 pixels, x 0 and width 10. ``difficult`` objects are regions to ignore. The
     split is that of the lists in ``ImageSets/Main`` if there are any, and otherwise all files.
+    Classes are in alphabetical order. An annotation's id is its file and the number of the object.
 
     Args:
-        path: the folder, see :meth:`VocFolder.find`.
+        path: the folder, see :func:`find_voc_folder`.
         image_root: folder of the images.
         split: "TRAIN" or "TEST".
-        related: other such folders, whose classes are listed too. The annotations do not list
-            classes, and training and test data must have the same.
-
-    Returns:
-        the lists of a COCO json, with the classes in alphabetical order. An annotation's id is its
-        file and the number of the object in it. Files and objects that cannot be read are the
-        sentences of the list ``faults``, which is there only if there are some.
+        related: other such folders. Their classes are listed too, because training and test data
+            must have the same, and the annotations do not list them.
 
     Raises:
-        InputError: the layout is unknown.
+        InputError: the layout is unknown, or the image folder does not exist.
     """
-    folder = VocFolder.find(path)
+    if not os.path.isdir(image_root):
+        raise InputError(f"the image folder {image_root} does not exist")
+    folder = find_voc_folder(path)
     trees: dict[Path, ElementTree.Element | None] = {}
     names: set[str] = set()
     faults: list[str] = []
     others = sorted({os.path.abspath(o) for o in related} - {os.path.abspath(path)})
-    for place in (folder, *map(VocFolder.find, others)):
+    for place in (folder, *map(find_voc_folder, others)):
         for file in sorted(place.xml.glob("*.xml")):
-            tree = _read_xml(file, faults)
+            tree = _read_xml(file, faults if place is folder else [])  # which has them itself
             objects = () if tree is None else tree.iter("object")
             names.update(filter(None, map(_class_name, objects)))
             if place is folder:
                 trees[file] = tree
     labels = {name: number for number, name in enumerate(sorted(names), start=1)}
-    files_by_stem: dict[str, list[str]] = {}
+    files_by_stem: dict[str, list[str]] = defaultdict(list)
     for name in sorted(os.listdir(image_root)):
         if not name.endswith(".xml"):
-            files_by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
+            files_by_stem[os.path.splitext(name)[0]].append(name)
     images, annotations = [], []
     for number, file in enumerate(_listed(folder, split) or trees, start=1):
         if file not in trees:
@@ -124,19 +111,19 @@ def read_voc(
                 annotations.append({"id": f"{file.name}:{index}", "image_id": number, **found})
     categories = [{"id": label, "name": name} for name, label in labels.items()]
     content = {"images": images, "annotations": annotations, "categories": categories}
-    return content | ({"faults": faults} if faults else {})
+    return AnnotationFile(path, image_root, content, faults=faults)
 
 
 def _listed(folder: VocFolder, split: str) -> list[Path]:
     """Return the annotation files that the split's list names; empty: there are no lists."""
     if next(folder.lists.glob("*.txt"), None) is None:
         return []
-    lists = [folder.lists / f"{name}.txt" for name in LISTS[split]]
-    found = next(filter(Path.is_file, lists), None)
+    names = {"TRAIN": ("train.txt", "trainval.txt"), "TEST": ("val.txt", "test.txt")}[split]
+    found = next(filter(Path.is_file, map(folder.lists.joinpath, names)), None)
     if found is None:
-        raise InputError(f"{folder.lists} has no {' or '.join(place.name for place in lists)}")
-    names = filter(None, map(str.strip, found.read_text(encoding="utf-8-sig").splitlines()))
-    files = [folder.xml / f"{name}.xml" for name in names]
+        raise InputError(f"{folder.lists} has no {' or '.join(names)}")
+    stems = filter(None, map(str.strip, found.read_text(encoding="utf-8-sig").splitlines()))
+    files = [folder.xml / f"{stem}.xml" for stem in stems]
     if not files:
         raise InputError(f"{found} is empty")
     return files
@@ -176,28 +163,13 @@ def _image(
 
 
 def _read_object(item: ElementTree.Element, labels: Mapping[str, int]) -> dict[str, Any]:
-    """Return the class and the box of an object.
+    """Return the class and the box of an object, x, y, width and height in pixels from 0.
 
-    Raises:
-        ValueError: it has none, or the box cannot be read; the message says so.
+    A ValueError says that it has no class, or which corner is no finite number.
     """
     name = _class_name(item)
     if not name:
         raise ValueError("has no name")
-    return {
-        "category_id": labels[name],
-        "bbox": _box(item),
-        "iscrowd": 0,
-        "ignore": int(item.findtext("difficult", "0").strip() == "1"),
-    }
-
-
-def _box(item: ElementTree.Element) -> list[float]:
-    """Return an object's box as x, y, width and height in pixels from 0.
-
-    Raises:
-        ValueError: a corner is no finite number; the message says which.
-    """
     texts = [item.findtext(f"bndbox/{side}") for side in ("xmin", "ymin", "xmax", "ymax")]
     try:
         left, top, right, bottom = corners = [float(text or "") for text in texts]
@@ -207,4 +179,9 @@ def _box(item: ElementTree.Element) -> list[float]:
         raise ValueError(
             f"has xmin, ymin, xmax and ymax {join_some(texts)}, which must be finite numbers"
         )
-    return [left - 1, top - 1, right - left + 1, bottom - top + 1]
+    return {
+        "category_id": labels[name],
+        "bbox": [left - 1, top - 1, right - left + 1, bottom - top + 1],
+        "iscrowd": 0,
+        "ignore": int(item.findtext("difficult", "0").strip() == "1"),
+    }

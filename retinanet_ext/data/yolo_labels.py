@@ -12,13 +12,10 @@ import yaml
 from PIL import Image
 
 from retinanet_ext.data.box_format import from_corners
-from retinanet_ext.data.coco_json import join_some
+from retinanet_ext.data.coco_json import AnnotationFile, join_some, printable
 from retinanet_ext.errors import InputError, yaml_errors
 
 BOX_FORMAT = "relative_cxcywh"
-
-KEYS = {"TRAIN": ("train",), "TEST": ("val", "test")}
-"""Split -> its keys in a ``data.yaml``; the first that is there counts."""
 
 _LARGEST = 2  # of a fraction of the image; more is a number in pixels
 
@@ -40,24 +37,21 @@ def find_yolo_root(path: str) -> str:
     )
 
 
-def read_yolo(path: str, root: str, split: str, *, box_format: str = BOX_FORMAT) -> dict[str, Any]:
-    """Return a split of a YOLO data set as the content of a COCO json.
+def read_yolo(path: str, root: str, split: str, *, box_format: str = BOX_FORMAT) -> AnnotationFile:
+    """Return a split of a YOLO data set in the form of a COCO json.
 
     The label file of ``images/a.jpg`` is ``labels/a.txt``, or ``a.txt`` beside the image if no
     folder is called ``images``. A line is ``class cx cy w h``, or ``class x1 y1 x2 y2 x3 y3 ...``
     for a polygon, of which the box is taken. An image without label file has no objects.
+
+    Images have no width and height, and boxes are fractions. An annotation's id is its file and
+    line. There is no list of annotations if no image of a test set has a label file.
 
     Args:
         path: the ``data.yaml``.
         root: folder that its entries start from.
         split: "TRAIN" or "TEST".
         box_format: what the four numbers of a line are, as fractions.
-
-    Returns:
-        the lists of a COCO json. Images have no width and height, and boxes are fractions. An
-        annotation's id is its file and line. There is no list of annotations if no image of a test
-        set has a label file. Lines that cannot be read are the sentences of the list ``faults``,
-        which is there only if there are some.
 
     Raises:
         InputError: names or images are missing.
@@ -81,8 +75,6 @@ def read_yolo(path: str, root: str, split: str, *, box_format: str = BOX_FORMAT)
         ]
     content: dict[str, Any] = {"images": images, "annotations": annotations}
     content["categories"] = [{"id": index, "name": name} for index, name in names.items()]
-    if faults:
-        content["faults"] = faults
     if not any(is_labelled):
         if split == "TRAIN":
             raise InputError(
@@ -90,28 +82,25 @@ def read_yolo(path: str, root: str, split: str, *, box_format: str = BOX_FORMAT)
                 f"{labels[0]} for {files[0]}"
             )
         del content["annotations"]
-    return content
+    return AnnotationFile(path, root, content, box_format, faults, _describe_orphans(files, root))
 
 
-def find_orphan_labels(files: Iterable[str], root: str) -> list[str]:
-    """Return the label files in ``labels`` folders that have no image; ``classes.txt`` is none.
-
-    Args:
-        files: file names of the images, of :func:`read_yolo`.
-        root: folder that they start from.
-    """
-    folders = {os.path.dirname(os.path.join(root, file)) for file in files}
+def _describe_orphans(files: Iterable[str], root: str) -> list[str]:
+    """Return a note about the files in ``labels`` folders that have no image, if there are any."""
     orphans = []
-    for folder in sorted(filter(os.path.isdir, folders)):
+    for folder in sorted(set(map(os.path.dirname, files))):
         labels = os.path.dirname(_label_file(os.path.join(folder, "any")))
-        if labels == folder or not os.path.isdir(labels):
+        if labels == folder or not os.path.isdir(folder) or not os.path.isdir(labels):
             continue
         stems = {os.path.splitext(name)[0] for name in os.listdir(folder)} | {"classes"}
         for name in sorted(os.listdir(labels)):
             stem, suffix = os.path.splitext(name)
             if suffix == ".txt" and stem not in stems:
-                orphans.append(_short(os.path.join(labels, name), root))
-    return orphans
+                orphans.append(printable(_short(os.path.join(labels, name), root)))
+    if not orphans:
+        return []
+    what = "1 label file has" if len(orphans) == 1 else f"{len(orphans)} label files have"
+    return [f"{what} no image: {join_some(orphans, 3)}"]
 
 
 def _read_yaml(path: str) -> dict[str, Any]:
@@ -146,9 +135,10 @@ def _class_names(path: str, config: Mapping[str, Any]) -> dict[int, Any]:
 
 def _find_images(path: str, config: Mapping[str, Any], root: str, split: str) -> list[str]:
     """Return the image files of a split: those of folders in the order of their names."""
-    key = next((key for key in KEYS[split] if config.get(key)), None)
+    keys = {"TRAIN": ("train",), "TEST": ("val", "test")}[split]
+    key = next(filter(config.get, keys), None)
     if key is None:
-        raise InputError(f"{path}: there is no {' or '.join(KEYS[split])}")
+        raise InputError(f"{path}: there is no {' or '.join(keys)}")
     entries = config[key] if isinstance(config[key], list) else [config[key]]
     files = [file for entry in entries for file in _images_of(path, key, str(entry), root)]
     if not files:
@@ -191,10 +181,7 @@ def _label_file(image: str) -> str:
 def _read_labels(
     label: str, num_keypoint_values: int, box_format: str, faults: list[str]
 ) -> Iterator[tuple[int, int, list[float]]]:
-    """Yield the number, the class and the box of each line of a label file.
-
-    A sentence about each line that cannot be read is added to ``faults``.
-    """
+    """Yield the number, the class and the box of each line; the lines without go to ``faults``."""
     try:
         lines = Path(label).read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
@@ -209,18 +196,14 @@ def _read_labels(
 
 
 def _parse(fields: list[str], num_keypoint_values: int, box_format: str) -> tuple[int, list[float]]:
-    """Return the class and the box of a line.
-
-    Raises:
-        ValueError: the line cannot be read; the message says why.
-    """
+    """Return the class and the box of a line, or raise a ValueError that says what is wrong."""
     try:
         category_id, *numbers = map(float, fields)
     except ValueError:
         raise ValueError("every field must be a number") from None
     if not all(map(math.isfinite, (category_id, *numbers))) or category_id % 1:
         raise ValueError("the class must be a whole number, and all numbers finite")
-    if num_keypoint_values and len(numbers) == 4 + num_keypoint_values:
+    if len(numbers) == 4 + num_keypoint_values:
         numbers = numbers[:4]
     is_polygon = len(numbers) >= 6 and len(numbers) % 2 == 0
     if len(numbers) != 4 and not is_polygon:

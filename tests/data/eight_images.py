@@ -19,6 +19,7 @@ from PIL import Image
 
 from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.data import ValidationResult, prepare_datasets
+from retinanet_ext.data.coco_json import AnnotationFile
 from retinanet_ext.data.findings import DEFAULT_POLICY
 from retinanet_ext.data.images import ImageReader
 from retinanet_ext.data.validation import check_data_set, check_file
@@ -112,8 +113,8 @@ def check(
     """Check the content of a json, which stays as it is."""
     before = copy.deepcopy(content)
     policy = {**DEFAULT_POLICY, **policy}
-    options = {"reader": ImageReader(), "box_format": box_format}
-    checked = check_data_set(check_file("mine.json", content, str(image_root), policy, **options))
+    file = AnnotationFile("mine.json", str(image_root), content, box_format)
+    checked = check_data_set(check_file(file, policy, reader=ImageReader()))
     assert str(content) == str(before)  # NaN is not equal to itself
     return checked
 
@@ -159,17 +160,25 @@ def trained_on(name: str = "custom_train") -> list[tuple[str, list[tuple[int, li
     ]
 
 
-def perfect_ap(folder: Path, name: str = "custom_test") -> float:
-    """Return the AP of detections that equal the ground truth."""
+def evaluate(folder: Path, name: str = "custom_test", *, shift: float = 0) -> dict[str, float]:
+    """Return AP by class of the ground truth as detections, shifted by up to so many pixels."""
     evaluator = COCOEvaluator(name, output_dir=str(folder))
     evaluator.reset()
     for record in DatasetCatalog.get(name):
-        boxes = torch.tensor([a["bbox"] for a in record["annotations"]]).reshape(-1, 4)
+        objects = [a for a in record["annotations"] if not a["iscrowd"]]
+        generator = np.random.default_rng(len(objects))
+        boxes = torch.tensor([a["bbox"] for a in objects]).reshape(-1, 4)
+        boxes[:, :2] += torch.from_numpy(generator.uniform(-shift, shift, (len(boxes), 2))).float()
         instances = Instances(
             (record["height"], record["width"]),
             pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
-            scores=torch.ones(len(boxes)),
-            pred_classes=torch.tensor([a["category_id"] for a in record["annotations"]]).long(),
+            scores=torch.from_numpy(generator.uniform(0, 1, len(boxes))),
+            pred_classes=torch.tensor([a["category_id"] for a in objects]).long(),
         )
         evaluator.process([record], [{"instances": instances}])
-    return evaluator.evaluate()["bbox"]["AP"]
+    return evaluator.evaluate()["bbox"]
+
+
+def perfect_ap(folder: Path) -> float:
+    """Return the AP of detections that equal the ground truth."""
+    return evaluate(folder)["AP"]

@@ -11,11 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
-from detectron2.structures import Boxes, BoxMode, Instances
 from PIL import Image
 
 from retinanet_ext.cli import main
@@ -26,7 +23,17 @@ from retinanet_ext.engine import load_config
 from training import run_train_net
 
 from .conftest import Bccd
-from .eight_images import HEIGHT, WIDTH, Eight, config, picture, prepare, refusal, trained_on
+from .eight_images import (
+    HEIGHT,
+    WIDTH,
+    Eight,
+    config,
+    evaluate,
+    picture,
+    prepare,
+    refusal,
+    trained_on,
+)
 from .other_formats import write_voc, write_yolo
 
 TRAIN, TEST = "DATASETS.CUSTOM.TRAIN_JSON", "DATASETS.CUSTOM.TEST_JSON"
@@ -53,25 +60,6 @@ def registered(name: str) -> dict[str, list[tuple[str, int, list[float]]]]:
     }
 
 
-def evaluate(folder: Path) -> dict[str, float]:
-    """Return AP by class of the same imperfect detections: shifted boxes with fixed scores."""
-    evaluator = COCOEvaluator("custom_test", output_dir=str(folder))
-    evaluator.reset()
-    for record in DatasetCatalog.get("custom_test"):
-        objects = [a for a in record["annotations"] if not a["iscrowd"]]
-        generator = np.random.default_rng(len(objects))
-        boxes = torch.tensor([a["bbox"] for a in objects]).reshape(-1, 4)
-        boxes[:, :2] += torch.from_numpy(generator.uniform(-9, 9, (len(boxes), 2))).float()
-        instances = Instances(
-            (record["height"], record["width"]),
-            pred_boxes=Boxes(BoxMode.convert(boxes, BoxMode.XYWH_ABS, BoxMode.XYXY_ABS)),
-            scores=torch.from_numpy(generator.uniform(0, 1, len(boxes))),
-            pred_classes=torch.tensor([a["category_id"] for a in objects]),
-        )
-        evaluator.process([record], [{"instances": instances}])
-    return evaluator.evaluate()["bbox"]
-
-
 @pytest.mark.parametrize("kind", ["yolo", "voc"])
 def test_converted_data_equal_those_in_coco_format(kind: str, bccd: Bccd, tmp_path: Path) -> None:
     """Real images; the box without area is found in each format."""
@@ -81,7 +69,7 @@ def test_converted_data_equal_those_in_coco_format(kind: str, bccd: Bccd, tmp_pa
     prepare(
         *(TEST, str(bccd.val_json), "DATASETS.CUSTOM.TEST_IMAGES", str(bccd.images)), eval_only=True
     )
-    test, results = registered("custom_test"), evaluate(tmp_path / "coco")
+    test, results = registered("custom_test"), evaluate(tmp_path / "coco", shift=9)
     if kind == "yolo":
         opts = both(write_yolo(tmp_path / "yolo", bccd.images, train=bccd.train, val=bccd.val))
     else:
@@ -102,7 +90,7 @@ def test_converted_data_equal_those_in_coco_format(kind: str, bccd: Bccd, tmp_pa
                 rtol=0,
                 atol=0 if kind == "voc" else SIX_DECIMALS,
             )
-    again = evaluate(tmp_path / kind)
+    again = evaluate(tmp_path / kind, shift=9)
     assert 10 < again["AP"] < 90
     assert again == pytest.approx(results, abs=1e-9, nan_ok=True)
 
@@ -241,21 +229,16 @@ def test_a_faulty_label_is_named_by_file_and_line(
     assert expected in refusal(*both(path))
 
 
-def report_of(path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> tuple[str, Any]:
-    """Return the text and the JSON of a check of refused data, whose page has the text too."""
-    files = ["--output", str(folder / "report.json"), "--report", str(folder / "page.html")]
-    argv = ["check-data", "--config-file", "configs/small_R18_FPN.yaml", *files]
-    assert main([*argv, *both(path)]) == 1
-    text = capsys.readouterr().out
-    page = html.unescape((folder / "page.html").read_text())
-    assert all(line in page for line in text.splitlines() if not line.startswith("Wrote"))
-    return text, json.loads((folder / "report.json").read_text())["data_sets"][0]
-
-
 def test_all_faulty_labels_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels = {f"{name}.jpg": "0 .5 .5 .5 .5\n" + "0 .5\n" * 4 for name in "abc"}
     path = yolo_folder(tmp_path, labels=labels)
-    text, content = report_of(path, tmp_path, capsys)
+    files = ["--output", str(tmp_path / "report.json"), "--report", str(tmp_path / "page.html")]
+    argv = ["check-data", "--config-file", "configs/small_R18_FPN.yaml", *files]
+    assert main([*argv, *both(path)]) == 1
+    text = capsys.readouterr().out
+    page = html.unescape((tmp_path / "page.html").read_text())
+    assert all(line in page for line in text.splitlines() if not line.startswith("Wrote"))
+    content = json.loads((tmp_path / "report.json").read_text())["data_sets"][0]
     assert f"{KINDS['unreadable_label'].what}: 12" in text and "and 2 more" in text
     (found,) = (each for each in content["findings"] if each["kind"] == "unreadable_label")
     named = [re.search(r"labels/train/(\w).txt, line (\d)", i["message"]) for i in found["items"]]
@@ -266,14 +249,13 @@ def test_all_faulty_labels_are_reported(tmp_path: Path, capsys: pytest.CaptureFi
     assert "12 labels that cannot be read: " in said and "check-data lists all" in said
 
 
-def test_all_faulty_xml_files_are_reported(
-    eight: Eight, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_faulty_xml_files_are_reported(eight: Eight) -> None:
     path = write_voc(eight.folder / "voc", eight.images, eight.content)
     for number, (old, new) in enumerate((("</annotation>", ""), ("<ymin>", "<ymin>x")), start=1):
         file = path / f"Annotations/a{number}.xml"
         file.write_text(file.read_text().replace(old, new))
-    text, content = report_of(path, tmp_path, capsys)
+    report = check_data(load_config("configs/small_R18_FPN.yaml", both(path)))
+    text, content = report.text, report.content["data_sets"][0]
     assert "a1.xml: is not valid XML" in text and "a2.xml: object 1 has xmin, ymin" in text
     assert content["facts"]["images"] == 7 and content["facts"]["boxes"] == 6
     for file in path.glob("Annotations/*.xml"):

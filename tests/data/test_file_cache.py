@@ -10,7 +10,6 @@ import pytest
 
 from retinanet_ext.data import (
     ValidationResult,
-    image_facts,
     image_files,
     validate_coco,
     validation,
@@ -39,10 +38,11 @@ def old(eight: Eight) -> Eight:
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that are looked at."""
     names: list[str] = []
+    original = image_files.inspect_image
 
-    def inspect(path: str, *args: object, **kwargs: object) -> image_facts.ImageFacts:
+    def inspect(path: str, *args: object, **kwargs: object) -> image_files.ImageFacts:
         names.append(Path(path).name)
-        return image_facts.inspect_image(path, *args, **kwargs)
+        return original(path, *args, **kwargs)
 
     monkeypatch.setattr(image_files, "inspect_image", inspect)
     return names

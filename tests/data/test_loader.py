@@ -112,10 +112,12 @@ def process(rank, num_processes):
         yield
 
 
-@pytest.mark.parametrize("streams", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("processes", "accumulate", "workers"),
-    [(1, 1, 2), (1, 4, 0), (1, 2, 1), (2, 1, 0), (2, 2, 2), (4, 1, 0)],
+    ("processes", "accumulate", "workers", "streams"),
+    [
+        *((1, 1, 2, 1), (1, 1, 2, 4), (1, 4, 0, 1), (1, 4, 0, 4), (1, 2, 1, 2), (2, 1, 0, 1)),
+        *((2, 1, 0, 2), (2, 2, 2, 2), (2, 2, 2, 4), (4, 1, 0, 1), (4, 1, 0, 4)),
+    ],
 )
 def test_the_same_images_are_seen_whatever_loads_them(
     processes, accumulate, workers, streams, loader_cfg
@@ -209,8 +211,9 @@ def test_images_without_objects_are_used_where_wanted(loader_cfg):
     assert len(SIZES) - 1 in set(itertools.chain(*image_ids(batches)))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("sampler", "workers"), [("TrainingSampler", 2), *((sampler, 0) for sampler in SAMPLERS)]
+)
 def test_going_on_after_n_batches_is_as_taking_n(sampler, workers, loader_cfg):
     """With a random seed, which travels in the state."""
     opts = ["SEED", -1, "DATALOADER.SAMPLER_TRAIN", sampler, "DATALOADER.NUM_WORKERS", workers]

@@ -1,20 +1,21 @@
 from __future__ import annotations
 
+import atexit
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog, get_detection_dataset_dicts
 from detectron2.data.datasets import register_coco_instances
+from detectron2.modeling import build_model
 
 from retinanet_ext.data import SampleSet, prepare_datasets
 from retinanet_ext.data.register import registered_classes
+from retinanet_ext.engine import load_config
 from retinanet_ext.errors import InputError
 
 from .conftest import Bccd
@@ -208,35 +209,23 @@ def strip(bccd: Bccd) -> None:
         annotation["id"] = number  # from 0
 
 
-def test_completed_json_goes_with_its_process(bccd: Bccd) -> None:
+def test_completed_json_goes_with_its_process(bccd: Bccd, cfg: CfgNode) -> None:
     strip(bccd)
-    bccd.write()
-    program = f"""
-from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog
-from retinanet_ext import add_retinanet_ext_config
-from retinanet_ext.data import prepare_datasets
-cfg = get_cfg()
-add_retinanet_ext_config(cfg)
-cfg.DATASETS.CUSTOM.TEST_JSON = {str(bccd.val_json)!r}
-cfg.DATASETS.CUSTOM.TEST_IMAGES = {str(bccd.images)!r}
-prepare_datasets(cfg, eval_only=True)
-path = MetadataCatalog.get("custom_test").json_file
-print(path, len(open(path).read()))
-"""
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=True
-    )
-    path, length = result.stdout.split()
-    assert path != str(bccd.val_json)
-    assert int(length) > len(json.dumps(bccd.val))
-    assert not os.path.exists(os.path.dirname(path))
+    with patch.object(atexit, "register") as at_exit:
+        prepare(bccd.use(cfg), eval_only=True)
+    path = Path(MetadataCatalog.get("custom_test").json_file)
+    assert path != bccd.val_json
+    assert len(path.read_text()) > len(json.dumps(bccd.val))
+    (call,) = at_exit.call_args_list
+    function, *arguments = call.args
+    function(*arguments, **call.kwargs)
+    assert not path.parent.exists()
 
 
 ALPHA = "MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA"
 
 
-def test_names_in_class_alpha_become_numbers_that_a_fresh_process_reads(
+def test_names_in_class_alpha_become_numbers_that_are_read_without_the_data(
     bccd: Bccd, cfg: CfgNode, tmp_path: Path
 ) -> None:
     cfg.merge_from_file("configs/small_R18_FPN.yaml", allow_unsafe=False)
@@ -245,14 +234,11 @@ def test_names_in_class_alpha_become_numbers_that_a_fresh_process_reads(
     assert cfg.MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA == [0.25, 0.25, 0.75]
     prepare(cfg)  # numbers stay
     (tmp_path / "config.yaml").write_text(cfg.dump())
-    program = f"""
-from detectron2.modeling import build_model
-from retinanet_ext.engine import load_config
-cfg = load_config({str(tmp_path / "config.yaml")!r})
-print(build_model(cfg).criterion.alpha_weights[0].tolist())
-"""
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert run.stdout.strip() == "[0.25, 0.25, 0.75]", run.stderr
+    for name in ("custom_train", "custom_test"):
+        DatasetCatalog.pop(name)
+        MetadataCatalog.pop(name)
+    model = build_model(load_config(tmp_path / "config.yaml"))
+    assert model.criterion.alpha_weights[0].tolist() == [0.25, 0.25, 0.75]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from retinanet_ext.data.duplicate_images import find_near_duplicates, hash_images
 from retinanet_ext.data.images import ImageReader
-from retinanet_ext.data.near_duplicates import find_near_duplicates, hash_images
 from retinanet_ext.data.validation_report import check_data
 
 from .conftest import BCCD_MINI, Bccd
