@@ -170,7 +170,7 @@ def summarize(reports: Reports) -> str:
             other = [chosen[half][measure] for half in ("other_half", "other_half_at_0.5")]
             rows.append([printable(each["name"]), chosen["threshold"], *other, chosen["note"]])
         head = ["class", f"threshold for {report['criterion']}"]
-        head += [f"{measure} on other images", f"{measure} at 0.5", ""]
+        head += [f"{measure} on other images", f"{measure} at 0.5", "note"]
         lines.append(tabulate(rows, head, floatfmt=".3f", disable_numparse=[0, 4]))
         lines.append(f"Wrote {path} and .json")
     return "\n".join(lines)

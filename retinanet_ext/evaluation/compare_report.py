@@ -58,10 +58,9 @@ def conclude(comparison: Comparison) -> str:
 def explain(comparison: Comparison) -> str:
     """Return what the intervals mean and what they do not cover, in words."""
     text = (
-        f"If {comparison.num_images} other images of the same kind were tested with the same "
-        "weights, again and again, about 95 % of the intervals over images would hold the "
-        "difference over all images of that kind; they are of the images, not of the seeds, and "
-        "do not say what other trainings with other seeds would give."
+        f"About 95 % of such intervals, each from {comparison.num_images} other images of the same "
+        "kind, hold the difference over all images of that kind. They are of the images, not of "
+        "the seeds: they do not say what trainings with other seeds would give."
     )
     if comparison.has_seeds:
         numbers = f"{len(comparison.a)} and {len(comparison.b)}"

@@ -67,8 +67,8 @@ def advise(cfg: CfgNode, run: str | Path | None = None) -> str:
     parts = [
         _describe_data(facts),
         f"This training: {situation}.",
-        _describe_setting(advice.setting),
         *advice.remarks,
+        _describe_setting(advice.setting),
         f"Advice: {advice.row}",
         _reason(advice.row, advice.setting),
         "    " + " \\\n    ".join(pairs),
@@ -227,8 +227,8 @@ def _reason(row: str, setting: Setting) -> str:
         return f"It is the default, and no other is ahead of it, {where}."
     lead = setting.mean(best) - setting.mean(row)
     return (
-        f"It is the default. {best} is ahead of it by {lead:.1f} AP, {where}: less than the "
-        f"{MARGIN:g} by which seeds differ."
+        f"It is the default. {best} is ahead of it by {lead:.1f} AP, {where}: less than "
+        f"{MARGIN:g} AP, by which seeds differ."
     )
 
 
