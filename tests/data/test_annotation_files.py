@@ -19,6 +19,7 @@ from retinanet_ext.cli import main
 from retinanet_ext.data.findings import KINDS
 from retinanet_ext.data.sources import find_custom
 from retinanet_ext.data.validation_report import check_data
+from retinanet_ext.data.voc_xml import read_voc
 from retinanet_ext.engine import load_config
 from training import run_train_net
 
@@ -408,6 +409,18 @@ def test_a_faulty_xml_is_named(old: str, new: str, expected: str, eight: Eight) 
     if old == new:
         (path / "JPEGImages/a1.jpg").unlink()
     assert expected in refusal(*both(path))
+
+
+def test_a_faulty_xml_of_the_test_set_is_none_of_the_training_set(eight: Eight) -> None:
+    train, test = (
+        write_voc(eight.folder / name, eight.images, eight.content) for name in ("train", "test")
+    )
+    (test / "Annotations/a1.xml").write_text("<annotation>")
+    faults = [
+        read_voc(str(own), str(own / "JPEGImages"), split, related=[str(other)]).faults
+        for own, other, split in ((train, test, "TRAIN"), (test, train, "TEST"))
+    ]
+    assert [len(each) for each in faults] == [0, 1]
 
 
 def test_formats_may_be_mixed_in_a_list(eight: Eight, tmp_path: Path) -> None:
