@@ -36,14 +36,7 @@ Points = Mapping[str, Mapping[float, Sequence[float]]]
 
 def draw_budget(table: TableResult) -> Figure:
     """Draw AP of each loss against iterations."""
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    axes = figure.subplots()
-    points = budget_points(table)
-    _draw_lines(axes, points, _colours(table))
-    _log_axis(axes, points, "iterations")
-    axes.set_ylabel("AP")
-    figure.legend(loc="outside right upper")
-    return figure
+    return _draw_losses(table, budget_points(table), "iterations")
 
 
 def draw_init(table: TableResult) -> Figure:
@@ -71,11 +64,16 @@ def draw_init(table: TableResult) -> Figure:
 
 def draw_rates(table: TableResult) -> Figure:
     """Draw AP of each loss against the learning rate."""
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
+    label = "learning rate, as a multiple of the common one"
+    return _draw_losses(table, rate_points(table), label)
+
+
+def _draw_losses(table: TableResult, points: Points, label: str) -> Figure:
+    """Draw AP of each loss against the x of its points, on a logarithmic axis."""
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
     axes = figure.subplots()
-    points = rate_points(table)
     _draw_lines(axes, points, _colours(table))
-    _log_axis(axes, points, "learning rate, as a multiple of the common one")
+    _log_axis(axes, points, label)
     axes.set_ylabel("AP")
     figure.legend(loc="outside right upper")
     return figure
