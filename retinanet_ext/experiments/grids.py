@@ -37,6 +37,9 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
 REFERENCE = "ce.75"
 """What the paper compares the focal loss with: its best cross entropy."""
 
+CHALLENGERS = {"focal.25": "focal loss", "matched": "focal loss with matched weight"}
+"""Name -> words of the losses that claims put ahead of it."""
+
 BUDGETS = (1, 3, 9)
 RATES = {"half": 0.5, "common": 1.0, "double": 2.0}
 
@@ -66,10 +69,7 @@ BUDGET = Table(
                 f"{name}-{times}x",
                 f"ce.75-{times}x",
             )
-            for name, words in (
-                ("focal.25", "focal loss"),
-                ("matched", "focal loss with matched weight"),
-            )
+            for name, words in CHALLENGERS.items()
             for times in BUDGETS
         ),
         _lead(
@@ -114,10 +114,7 @@ INIT = Table(
                 f"{name}-{start}",
                 f"ce.75-{start}",
             )
-            for name, words in (
-                ("focal.25", "focal loss"),
-                ("matched", "focal loss with matched weight"),
-            )
+            for name, words in CHALLENGERS.items()
             for start, (weights, _) in _WEIGHTS.items()
         ),
         _lead(
