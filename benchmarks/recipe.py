@@ -1,10 +1,12 @@
 """Train the rows of recipe.yaml, several side by side, and print AP by row over seeds.
 
     python benchmarks/recipe.py --data bccd=FOLDER [--rows NAME ...] [--seeds 1 2 3] [--jobs 2]
+        [--set KEY VALUE ...]
 
 FOLDER holds ``instances_{train,val}.json`` and ``images``. Each row is a training by
 ``train_net.py`` in ``--out``; rows that are finished are not run again. ``recipe.json`` there is
-rewritten after each run. ``--minutes`` ends all that runs at that time.
+rewritten after each run. ``--minutes`` ends all that runs at that time; ``--set`` is for all rows,
+such as ``SOLVER.AMP.ENABLED True SOLVER.AMP.PRECISION bfloat16`` on a CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def command(
         values.update(custom_data(data))
     pairs = [str(part) for pair in values.items() for part in pair]
     pairs = [args.weights if part == "{weights}" else part for part in pairs]
-    return [sys.executable, "train_net.py", "--config-file", config, *pairs]
+    return [sys.executable, "train_net.py", "--config-file", config, *pairs, *args.set]
 
 
 def read_run(output: Path) -> dict[str, Any]:
@@ -119,6 +121,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="*", default=[], metavar="TABLE=FOLDER")
     parser.add_argument("--weights", default="", help="timm's of the rows from ImageNet weights")
     parser.add_argument("--rows", nargs="*", default=[], metavar="TABLE/ROW", help="default: all")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY VALUE", help="of all rows")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
     parser.add_argument("--minutes", type=float, default=1e6)
