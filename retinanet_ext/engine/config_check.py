@@ -18,7 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from retinanet_ext.config_keys import all_keys, read_key
-from retinanet_ext.data.images import num_channels, parse_pixel_range
+from retinanet_ext.data.images import AUTO, num_channels, parse_pixel_range
 from retinanet_ext.engine.solver import FLAT_COSINE
 from retinanet_ext.errors import InputError, first_line
 from retinanet_ext.losses import LOSSES, Interval
@@ -62,7 +62,7 @@ TRAINING_RANGES = {
 """What each number of a key may be, in training."""
 
 CHOICES = {
-    "SOLVER.AMP.PRECISION": ("float16", "bfloat16"),
+    "SOLVER.AMP.PRECISION": ("float16", "bfloat16", AUTO),
     "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": ("value", "norm", "full_model"),
     "SOLVER.NON_FINITE.POLICY": ("raise", "skip"),
     "SOLVER.OPTIMIZER": ("SGD", "AdamW"),
@@ -276,3 +276,35 @@ def use_cpu_without_cuda(cfg: CfgNode, *, num_threads: int) -> None:
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
         logger.warning("No CUDA device: running on the CPU with %d threads", num_threads)
+
+
+def training_precision(cfg: CfgNode) -> str:
+    """Return ``SOLVER.AMP.PRECISION``, or what "auto" stands for on this device.
+
+    Returns:
+        "float32" without ``SOLVER.AMP.ENABLED``. "auto" is "bfloat16" where the device has
+        instructions for it; else it is "float16" on a GPU and "float32" on a CPU.
+    """
+    if not cfg.SOLVER.AMP.ENABLED:
+        return "float32"
+    if cfg.SOLVER.AMP.PRECISION != AUTO:
+        return cfg.SOLVER.AMP.PRECISION
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda":
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bfloat16" if native else "float16"
+    # An older torch does not tell.
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    native = known.get("avx512_bf16") or known.get("amx_bf16")
+    return "bfloat16" if native else "float32"
+
+
+def resolve_precision(cfg: CfgNode) -> None:
+    """Replace ``SOLVER.AMP.PRECISION`` "auto" by what is used, and say so."""
+    if not cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.AMP.PRECISION != AUTO:
+        return
+    precision = training_precision(cfg)
+    logger.info("SOLVER.AMP.PRECISION auto is %s on this device", precision)
+    if precision == "float32":
+        cfg.SOLVER.AMP.ENABLED = False
+    else:
+        cfg.SOLVER.AMP.PRECISION = precision

@@ -27,7 +27,7 @@ from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.anchor_coverage import warn_of_unreached_boxes
 from retinanet_ext.data.register import registered_classes
 from retinanet_ext.engine.checkpoint import Checkpointer
-from retinanet_ext.engine.config_check import check_config, use_cpu_without_cuda
+from retinanet_ext.engine.config_check import check_config, resolve_precision, use_cpu_without_cuda
 from retinanet_ext.engine.config_warnings import config_warnings
 from retinanet_ext.engine.find_checkpoint import find_weights
 from retinanet_ext.engine.launch import torchrun_store
@@ -72,6 +72,7 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     num_processes = comm.get_world_size()
     use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
     check_config(cfg, num_processes=num_processes, eval_only=args.eval_only)
+    resolve_precision(cfg)
     _check_same_everywhere(cfg)
     for change in [] if args.eval_only else scale_schedule(cfg):
         logger.info("%s", change)

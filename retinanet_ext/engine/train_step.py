@@ -19,6 +19,7 @@ from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from retinanet_ext.engine.config_check import training_precision
 from retinanet_ext.engine.non_finite import (
     Batch,
     Report,
@@ -59,7 +60,7 @@ class AccumulatingTrainer(SimpleTrainer):
         super().__init__(model, data_loader, optimizer)
         self.cfg = cfg
         self.device = next(model.parameters()).device
-        self.precision = cfg.SOLVER.AMP.PRECISION if cfg.SOLVER.AMP.ENABLED else "float32"
+        self.precision = training_precision(cfg)
         self.grad_scaler = torch.amp.GradScaler(
             self.device.type, enabled=self.precision == "float16"
         )

@@ -8,6 +8,8 @@ import pytest
 from retinanet_ext.engine.config_check import (
     check_config,
     config_errors,
+    resolve_precision,
+    training_precision,
     use_cpu_without_cuda,
 )
 from retinanet_ext.engine.config_load import load_config
@@ -189,3 +191,23 @@ def test_cuda_graphs_and_micro_batches(monkeypatch):
         check_config(cfg, num_processes=1, eval_only=False)
     cfg.SOLVER.GRAD_ACCUM_STEPS = 1
     check_config(cfg, num_processes=1, eval_only=False)
+
+
+@pytest.mark.parametrize(
+    ("instructions", "enabled", "precision"),
+    [
+        ({"avx512_f": True, "avx512_bf16": True}, True, "bfloat16"),
+        ({"amx_bf16": True}, True, "bfloat16"),
+        ({"avx512_f": True, "avx512_bf16": False}, False, "float32"),
+    ],
+)
+def test_auto_precision_is_bfloat16_where_the_cpu_computes_in_it(
+    monkeypatch, instructions, enabled, precision
+):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: instructions, raising=False)
+    auto = ["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "auto"]
+    cfg = load_config("tests/engine/tiny.yaml", auto)
+    check_config(cfg, num_processes=1, eval_only=False)
+    resolve_precision(cfg)
+    assert enabled == cfg.SOLVER.AMP.ENABLED
+    assert training_precision(cfg) == precision

@@ -205,7 +205,8 @@ def test_bfloat16_on_the_cpu_is_autocast_of_the_forward_pass(tmp_path):
 def test_an_unknown_precision_is_refused(tmp_path):
     cfg = make_cfg(tmp_path, "SOLVER.AMP.PRECISION", "int8")
     with pytest.raises(
-        InputError, match=r"SOLVER\.AMP\.PRECISION 'int8' is unknown; known: 'float16', 'bfloat16'"
+        InputError,
+        match=r"SOLVER\.AMP\.PRECISION 'int8' is unknown; known: 'float16', 'bfloat16', 'auto'",
     ):
         check_config(cfg, num_processes=1, eval_only=False)
 
