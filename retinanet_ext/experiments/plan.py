@@ -103,7 +103,11 @@ def plan(
     model = chosen[0][1].model if needs else "R50"
     base = row_config(preset, Row("base", {}, {}, model=model), 0, opts, configs)
     digests = _file_digests(base)
-    alike = [table.name for table in TABLES.values() if needs and table.needs == needs]
+    alike = [
+        table.name
+        for table in TABLES.values()
+        if needs and table.needs == needs and preset_name in table.presets
+    ]
     names = {f"{table.name}/{row.name}" for table, row in chosen}
     rows_of: dict[str, list[str]] = {}  # key -> table/row
     distinct: dict[str, Row] = {}

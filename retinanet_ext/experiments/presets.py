@@ -80,6 +80,7 @@ _QUICK_OVERRIDES = {
     "SOLVER.CHECKPOINT_PERIOD": 30,
     "TEST.DETECTION_GRID.NUM_IMAGES": 4,
 }
+_RECIPE_OVERRIDES = {"TEST.DETECTION_GRID.NUM_IMAGES": 0}
 
 PRESETS = {
     "paper": Preset(
@@ -106,6 +107,20 @@ PRESETS = {
         "a first look: the small preset cut to seconds per row; its AP means little",
         _SMALL,
         _QUICK_OVERRIDES,
+    ),
+    "recipe": Preset(
+        "recipe",
+        "the small configs as they are, on your data: for the tables of the recipe",
+        _SMALL,
+        _RECIPE_OVERRIDES,
+        seeds=3,
+    ),
+    "quickstart": Preset(
+        "quickstart",
+        "the quick start as it is, on the sample set: for table recipe",
+        {"R50": "quickstart.yaml"},
+        _RECIPE_OVERRIDES,
+        seeds=3,
     ),
 }
 

@@ -54,6 +54,7 @@ def same_runs(table: str, row: str) -> list[str]:
         for one in other.rows
         if all(getattr(one, what) == getattr(first, what) for what in WHAT_A_ROW_IS)
         and SMALL[one.model] == SMALL[first.model]
+        and "small" in other.presets
     ]
     return sorted(same, key=lambda name: name != f"{table}/{row}")
 

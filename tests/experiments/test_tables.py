@@ -315,7 +315,7 @@ def test_small_tables_keep_the_papers_relations():
 @pytest.mark.parametrize(
     ("ask", "answer"),
     [
-        (lambda: find_preset("tiny"), "there are paper, small, gpu, quick"),
+        (lambda: find_preset("tiny"), "there are paper, small, gpu, quick, recipe"),
         (lambda: find_rows(["9"], (), PRESETS["small"]), "there are 1a, 1b, 1c"),
         (lambda: find_rows(["3"], ["ghost"], PRESETS["small"]), "there are ce, focal, focal-star"),
         (lambda: find_rows(["imbalance"], (), PRESETS["paper"]), "it has small, gpu, quick"),
@@ -344,6 +344,21 @@ def test_budget_and_rate_are_multiples_of_the_preset_or_the_command_line(preset)
     arguments = row_arguments(preset, row, 1, opts, CONFIGS)
     file = CONFIGS / preset.configs[row.model]
     assert load_config(str(file), arguments) == row_config(preset, row, 1, opts, CONFIGS)
+
+
+@pytest.mark.parametrize("preset", ["recipe", "quickstart"])
+def test_rows_of_the_recipe_are_the_config_and_what_they_change(preset):
+    preset = PRESETS[preset]
+    tables = [table.name for table in TABLES.values() if preset.name in table.presets]
+    weights = ("MODEL.TIMM.WEIGHTS", "weights.pth")
+    for table, row in find_rows(tables, (), preset):
+        opts = ("MODEL.DEVICE", "cpu", *(weights if table.needs else ()))
+        cfg = row_config(preset, row, 1, opts, CONFIGS)
+        check_config(cfg, num_processes=1, eval_only=False)
+        file = load_config(str(CONFIGS / preset.configs[row.model]), opts)
+        before, after = dict(flatten(file)), dict(flatten(cfg))
+        changed = {key for key in after if after[key] != before[key]}
+        assert changed <= {*row.overrides, *preset.overrides}, row.name
 
 
 def test_every_point_of_the_dial_shows_the_same_number_of_objects():
