@@ -1,10 +1,11 @@
-"""Render Markdown as one HTML page that needs no other file and no script."""
+"""Tables and numbers in Markdown, and Markdown as one HTML page without other files or scripts."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
+import math
 import re
 from collections.abc import Container, Iterable, Sequence
 from itertools import pairwise
@@ -15,6 +16,7 @@ from markdown_it import MarkdownIt
 from PIL import Image, UnidentifiedImageError
 
 PICTURE_WIDTH = 1200  # pixels, at most
+NOTHING = "–"
 
 HEAD = """<!DOCTYPE html>
 <html lang="en">
@@ -87,6 +89,31 @@ def markdown_table(
     rule = ["---:" if column in numbers else "---" for column in range(len(head))]
     lines = (map(escape, head), rule, *rows)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def number(value: float | None, digits: int = 1) -> str:
+    """Return a number with a fixed number of decimals; a dash for None and NaN."""
+    return NOTHING if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def signed(value: float | None) -> str:
+    """Return a difference with its sign, the minus typographic; a dash for None and NaN."""
+    if value is None or math.isnan(value):
+        return NOTHING
+    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
+
+
+def between(bounds: tuple[float, float] | None) -> str:
+    """Return an interval of differences as "low to high"; a dash for None and NaN."""
+    if bounds is None or math.isnan(bounds[0]):
+        return NOTHING
+    return " to ".join(map(signed, bounds))
+
+
+def with_interval(value: float | None, bounds: tuple[float, float] | None) -> str:
+    """Return a difference, followed by its interval in brackets if there is one."""
+    text, interval = signed(value), between(bounds)
+    return text if NOTHING in (text, interval) else f"{text} ({interval})"
 
 
 def _data_uri(path: Path) -> str:

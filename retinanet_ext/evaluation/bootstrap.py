@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from statistics import fmean, stdev
+from dataclasses import dataclass
+from statistics import fmean, variance
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import norm, t, ttest_ind
+from scipy.stats import norm, t
 
 from retinanet_ext.evaluation.weighted_ap import mean_of_defined
 
@@ -99,12 +100,41 @@ def _resample_seeds(values: Array, generator: np.random.Generator) -> Array:
     return mean + distance * np.sqrt(num_seeds / (num_seeds - 1))
 
 
+@dataclass(frozen=True)
+class MeanDifference:
+    """A weighted sum of means over seeds, with Welch's 95 % t interval and two-sided p."""
+
+    value: float
+    interval: tuple[float, float]
+    p: float
+
+
+def contrast(terms: Sequence[tuple[float, Sequence[float]]]) -> MeanDifference | None:
+    """Compare means over seeds by Welch's t test, with Satterthwaite's degrees of freedom.
+
+    The terms +1 and -1 give Welch's test of two means; four terms compare two differences.
+
+    Args:
+        terms: pairs of a factor and the values per seed
+
+    Returns:
+        the sum of factor x mean; None if a term has fewer than two values
+    """
+    if min(len(values) for _, values in terms) < 2:
+        return None
+    value = sum(factor * fmean(values) for factor, values in terms)
+    parts = [factor**2 * variance(values) / len(values) for factor, values in terms]
+    total = sum(parts)
+    if total == 0:
+        return MeanDifference(value, (value, value), float(value == 0))
+    squares = [part**2 / (len(values) - 1) for part, (_, values) in zip(parts, terms, strict=True)]
+    freedom, error = total**2 / sum(squares), total**0.5
+    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * error
+    p = 2 * float(t.sf(abs(value) / error, freedom))
+    return MeanDifference(value, (value - half, value + half), p)
+
+
 def welch_interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float] | None:
     """Return Welch's 95 % t interval of mean(a) - mean(b), or None if a or b has one value only."""
-    if min(len(a), len(b)) < 2:
-        return None
-    difference = fmean(a) - fmean(b)
-    if stdev(a) == stdev(b) == 0:
-        return difference, difference
-    interval = ttest_ind(a, b, equal_var=False).confidence_interval(LEVEL)
-    return float(interval.low), float(interval.high)
+    found = contrast([(1.0, a), (-1.0, b)])
+    return found.interval if found else None

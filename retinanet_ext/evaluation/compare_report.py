@@ -11,9 +11,9 @@ from tabulate import tabulate
 
 from retinanet_ext.analysis.plots import COLOURS, save_figure
 from retinanet_ext.data.coco_json import join_some, printable
-from retinanet_ext.evaluation.compare import METRICS, Bounds, Comparison, ImageChange
+from retinanet_ext.evaluation.compare import METRICS, Comparison, ImageChange
 from retinanet_ext.evaluation.fonts import choose_fonts
-from retinanet_ext.page import escape, markdown_table
+from retinanet_ext.page import between, escape, markdown_table, number, signed, with_interval
 
 NUM_SHOWN = 10
 """Number of images listed on the page that gained most, and that lost most."""
@@ -44,7 +44,7 @@ def conclude(comparison: Comparison) -> str:
     group = comparison.groups[0]
     found = group.metrics["AP"]
     low, high = bounds = found.images_and_seeds or found.images
-    numbers = f"(AP {signed(found.difference)}, {_bounds(bounds)})"
+    numbers = f"(AP {signed(found.difference)}, {between(bounds)})"
     if group.num_images < FEW_IMAGES:
         return f"Fewer than {FEW_IMAGES} images do not decide between a and b {numbers}."
     if low > 0 or high < 0:
@@ -170,19 +170,6 @@ def count_images(comparison: Comparison) -> str:
     )
 
 
-def signed(value: float) -> str:
-    """Return a difference with its sign; a dash for NaN."""
-    return "–" if math.isnan(value) else f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
-
-
-def with_interval(difference: float, bounds: Bounds | None) -> str:
-    """Return a difference with its interval in brackets."""
-    if bounds is None or math.isnan(difference):
-        return signed(difference)
-    low, high = map(signed, bounds)
-    return f"{signed(difference)} ({low} to {high})"
-
-
 def _sides(comparison: Comparison) -> tuple[tuple[str, Sequence[str]], ...]:
     return ("a", comparison.a), ("b", comparison.b)
 
@@ -196,10 +183,10 @@ def _rows(comparison: Comparison) -> Iterator[list[str]]:
     """Yield a row per group, with the intervals over images."""
     for group in comparison.groups:
         ap = group.metrics["AP"]
-        row = [printable(group.name), str(group.num_images), _plain(ap.a), _plain(ap.b)]
+        row = [printable(group.name), str(group.num_images), number(ap.a), number(ap.b)]
         row += [with_interval(d.difference, d.images) for d in group.metrics.values()]
         if comparison.has_seeds:
-            row += [_bounds(ap.images_and_seeds), _bounds(ap.seeds)]
+            row += [between(ap.images_and_seeds), between(ap.seeds)]
         yield row
 
 
@@ -211,27 +198,17 @@ def _seed_rows(comparison: Comparison) -> Iterator[list[str]]:
                 printable(group.name),
                 metric,
                 signed(found.difference),
-                *map(_bounds, intervals),
+                *map(between, intervals),
             ]
 
 
 def _image_row(image: ImageChange) -> list[str]:
     name = [str(image.image_id), printable(image.file_name)]
-    return [*name, _plain(image.a), _plain(image.b), signed(image.change)]
+    return [*name, number(image.a), number(image.b), signed(image.change)]
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return markdown_table(head, [[escape(cell) for cell in row] for row in rows])
-
-
-def _plain(value: float) -> str:
-    return "–" if math.isnan(value) else f"{value:.1f}"
-
-
-def _bounds(bounds: Bounds | None) -> str:
-    if bounds is None or math.isnan(bounds[0]):
-        return "–"
-    return " to ".join(map(signed, bounds))
 
 
 def extremes(

@@ -23,7 +23,7 @@ from retinanet_ext.evaluation.evaluation_figures import draw_evaluation, weakest
 from retinanet_ext.evaluation.score_curves import FROC_RATES
 from retinanet_ext.evaluation.threshold_choice import Criterion
 from retinanet_ext.files import make_folder, to_json, write_file
-from retinanet_ext.page import anchor, escape, markdown_table, render_page
+from retinanet_ext.page import anchor, escape, markdown_table, number, render_page
 
 MAX_ROWS = 12
 """Number of classes in the tables between the figures; a last section has all of them."""
@@ -111,8 +111,8 @@ def _draw_pictures(matches: Matches, report: Report, source: Source, folder: Pat
     """Write the pictures of errors."""
     thresholds = [each["threshold"]["threshold"] for each in report["classes"]]
     pictures = ErrorPictures(matches, thresholds, source.images, source.reader)
-    for number, image in enumerate(report["worst_images"]):
-        pictures.draw_image(image, folder / f"worst_{number}.png")
+    for index, image in enumerate(report["worst_images"]):
+        pictures.draw_image(image, folder / f"worst_{index}.png")
     for name, doubts in report["label_doubts"].items():
         if doubts:
             pictures.draw_doubts(doubts, folder / f"doubts_{name}.png")
@@ -161,9 +161,9 @@ def _average_precision(
 
 
 def _ap_table(report: Report, labels: Iterable[int]) -> str:
-    rows = [["**mean**", *(_percent(report["metrics"][name]) for name in AP_NAMES), "", ""]]
+    rows = [["**mean**", *(number(report["metrics"][name]) for name in AP_NAMES), "", ""]]
     for each in (report["classes"][label] for label in labels):
-        numbers = [_percent(each[name]) for name in AP_NAMES]
+        numbers = [number(each[name]) for name in AP_NAMES]
         rows.append([_name(each), *numbers, str(each["objects"]), str(each["detections"])])
     return markdown_table(["class", *AP_NAMES, "objects", "detections"], rows)
 
@@ -189,7 +189,7 @@ def _threshold_table(report: Report, labels: Iterable[int]) -> str:
         chosen = each["threshold"]
         numbers = [chosen[key] for key in ("threshold", "precision", "recall", "f1")]
         numbers += [chosen[half][measure] for half in ("other_half", "other_half_at_0.5")]
-        rows.append([_name(each), *map(_fraction, numbers), chosen["note"]])
+        rows.append([_name(each), *(number(value, 3) for value in numbers), chosen["note"]])
     head = ["class", "threshold", "precision", "recall", "F1"]
     head += [f"{_measure(report)}, other half", "at .5, same half", "note"]
     if not any(row[-1] for row in rows):
@@ -265,13 +265,14 @@ def _calibration(report: Report, shown: Shown, labels: Sequence[int], weak: str)
     rows = [
         [
             _name(each),
-            *map(_fraction, each["froc"].values()),
-            _fraction(each["calibration"]["error"]),
+            *(number(value, 3) for value in each["froc"].values()),
+            number(each["calibration"]["error"], 3),
         ]
         for each in (report["classes"][label] for label in labels)
     ]
     error = report["calibration"]["error"]
-    rows.append(["**all**", *map(_fraction, report["froc"].values()), _fraction(error)])
+    of_all = [*report["froc"].values(), error]
+    rows.append(["**all**", *(number(value, 3) for value in of_all)])
     head = ["class", *(f"{rate:g}" for rate in FROC_RATES), "calibration error"]
     yield markdown_table(head, rows)
     yield from _figure(shown, "froc", "Recall against false positives per image.")
@@ -288,13 +289,13 @@ def _worst_images(report: Report, shown: Shown) -> Iterator[str]:
     yield markdown_table(
         head,
         [
-            [_escape(_image(each)), _fraction(each["f1"]), *(str(each[k]) for k in keys)]
+            [_escape(_image(each)), number(each["f1"], 3), *(str(each[k]) for k in keys)]
             for each in report["worst_images"]
         ],
     )
-    for number, each in enumerate(report["worst_images"]):
+    for index, each in enumerate(report["worst_images"]):
         what = "ground truth at the left, detections at the right."
-        yield from _figure(shown, f"worst_{number}", f"Image {_image(each)}: {what}")
+        yield from _figure(shown, f"worst_{index}", f"Image {_image(each)}: {what}")
 
 
 def _label_doubts(report: Report, shown: Shown) -> Iterator[str]:
@@ -323,7 +324,7 @@ def _image(each: Mapping[str, Any]) -> str:
 def _cell(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(f"{number:.0f}" for number in value)
-    return _fraction(value) if isinstance(value, float) else _escape(str(value))
+    return number(value, 3) if isinstance(value, float) else _escape(str(value))
 
 
 def _figure(shown: Shown, name: str, caption: str) -> Iterator[str]:
@@ -335,14 +336,6 @@ def _figure(shown: Shown, name: str, caption: str) -> Iterator[str]:
 
 def _name(each: Mapping[str, Any]) -> str:
     return _escape(each["name"])
-
-
-def _percent(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.1f}"
-
-
-def _fraction(value: float) -> str:
-    return "–" if np.isnan(value) else f"{value:.3f}"
 
 
 def _escape(text: str) -> str:

@@ -39,9 +39,9 @@ from retinanet_ext.experiments.measured_losses import (
     read_measurements,
     recommend,
 )
-from retinanet_ext.experiments.statistics import signed
 from retinanet_ext.modeling.matching import AnchorMatcher, is_foreground, label_anchors
 from retinanet_ext.modeling.timm_backbone import timm_weights
+from retinanet_ext.page import between, signed
 
 CLASS_ALPHA = f"{DEFAULT}, class alpha auto"
 
@@ -250,7 +250,7 @@ def _describe_class_alpha(
     if interval is None:
         found = "one seed, which decides nothing"
     else:
-        found = f"95 % interval {signed(interval[0])} to {signed(interval[1])}, which "
+        found = f"95 % interval {between(interval)}, which "
         found += "decides for it" if interval[0] > 0 else "does not decide"
     return (
         f"Class alpha: the most frequent class has {max(counts) / max(min(counts), 1):.1f} times "

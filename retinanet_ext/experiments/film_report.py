@@ -15,6 +15,7 @@ from retinanet_ext.analysis.film import EARLY, GROUPS, QUANTITIES, Film, early_s
 from retinanet_ext.engine import load_config
 from retinanet_ext.engine.loss_film import read_film
 from retinanet_ext.experiments.record import final_metrics
+from retinanet_ext.page import number
 
 MIN_RUNS = 4
 """Runs that a rank correlation needs: of three, any order is likely by chance."""
@@ -40,13 +41,8 @@ def describe_films(folders: Sequence[str | Path], films: Sequence[Film]) -> str:
     rows = []
     for film in films:
         early = early_shares(film)
-        shares = [
-            "–" if math.isnan(share) else f"{100 * share:.1f}"
-            for quantity in QUANTITIES
-            for share in early[quantity]
-        ]
-        ap = "–" if film.ap is None else f"{film.ap:.1f}"
-        rows.append([film.name, film.cls_loss, *shares, ap])
+        shares = [number(100 * share) for quantity in QUANTITIES for share in early[quantity]]
+        rows.append([film.name, film.cls_loss, *shares, number(film.ap)])
     columns = [f"{quantity}:\n{group}" for quantity in QUANTITIES for group in GROUPS]
     text = [
         f"Percent of loss and gradient, mean over the first {100 * EARLY:.0f} % of the iterations",
@@ -70,7 +66,7 @@ def _describe_correlation(folders: Sequence[str | Path], films: Sequence[Film]) 
     if len({_test_data(load_config(Path(folder, "config.yaml"))) for folder in folders}) > 1:
         return "Rank correlation with the final AP: none, because the runs have other test data."
     rows = [
-        [quantity, group, *("–" if math.isnan(v) else f"{v:.2f}" for v in result)]
+        [quantity, group, *(number(value, 2) for value in result)]
         for (quantity, group), result in rank_correlations(measured).items()
     ]
     table = tabulate(rows, ["share of", "on", "Spearman", "p"], disable_numparse=True)

@@ -13,11 +13,9 @@ from retinanet_ext.experiments.statistics import (
     RowResult,
     TableResult,
     lead,
-    number,
-    with_interval,
     with_spread,
 )
-from retinanet_ext.page import escape, markdown_table
+from retinanet_ext.page import escape, markdown_table, number, with_interval
 
 REFERENCE_LABEL = LOSSES[REFERENCE][0]
 

@@ -24,8 +24,9 @@ from retinanet_ext.experiments.presets import (
     merge_row,
     row_arguments,
     row_config,
+    rows_with,
 )
-from retinanet_ext.experiments.tables import TABLES, Row, Table
+from retinanet_ext.experiments.tables import Row, Table
 
 SIDES = ("TRAIN", "TEST")
 
@@ -103,15 +104,10 @@ def plan(
     model = chosen[0][1].model if needs else "R50"
     base = row_config(preset, Row("base", {}, {}, model=model), 0, opts, configs)
     digests = _file_digests(base)
-    alike = [
-        table.name
-        for table in TABLES.values()
-        if needs and table.needs == needs and preset_name in table.presets
-    ]
     names = {f"{table.name}/{row.name}" for table, row in chosen}
     rows_of: dict[str, list[str]] = {}  # key -> table/row
     distinct: dict[str, Row] = {}
-    for table, row in find_rows(alike, (), preset):
+    for table, row in rows_with(needs, preset):
         name = f"{table.name}/{row.name}"
         config = row_config if name in names else merge_row  # only what is run is checked
         key = _digest(config(preset, row, 0, opts, configs), digests)

@@ -155,18 +155,25 @@ def find_rows(
                 f"table {table.name} has no preset {preset.name!r}; "
                 f"it has {', '.join(table.presets)}"
             )
-    found = [
-        (table, row)
-        for table in TABLES.values()
-        if (table.name in tables if tables else preset.name in table.presets and not table.needs)
-        for row in table.rows
-    ]
+    found = rows_with("", preset)
+    if tables:
+        found = [(t, row) for t in TABLES.values() if t.name in tables for row in t.rows]
     known = list(dict.fromkeys(row.name for _, row in found))
     for name in rows:
         if name not in known:
             where = f"table {', '.join(tables)}" if tables else "any table"
             raise InputError(f"there is no row {name!r} in {where}; there are {', '.join(known)}")
     return [(table, row) for table, row in found if not rows or row.name in rows]
+
+
+def rows_with(needs: str, preset: Preset) -> list[tuple[Table, Row]]:
+    """Return the rows, with their tables, of a preset's tables that need this key; "": none."""
+    return [
+        (table, row)
+        for table in TABLES.values()
+        if preset.name in table.presets and table.needs == needs
+        for row in table.rows
+    ]
 
 
 def row_arguments(

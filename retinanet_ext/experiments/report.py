@@ -21,12 +21,10 @@ from retinanet_ext.experiments.statistics import (
     RULE,
     TableResult,
     duration,
-    number,
     probability,
-    signed,
 )
 from retinanet_ext.files import make_folder, write_file
-from retinanet_ext.page import anchor, escape, markdown_table, render_page
+from retinanet_ext.page import anchor, escape, markdown_table, number, render_page, signed
 
 
 def write_reports(output: Path) -> Iterator[Path]:

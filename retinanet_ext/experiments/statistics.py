@@ -6,18 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from statistics import fmean, stdev, variance
-
-from scipy.stats import t
+from statistics import fmean, stdev
 
 from retinanet_ext.data.coco_json import count
+from retinanet_ext.evaluation.bootstrap import LEVEL, contrast, welch_interval
 from retinanet_ext.experiments.record import DIVERGED, FAILED, FINISHED, Record
 from retinanet_ext.experiments.tables import Claim, Row, Table
+from retinanet_ext.page import number, with_interval
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "is not decided"
 ONE_SEED, UNMEASURED = "is not decided (one seed)", "not measured"
 WORDS = (HOLDS, FAILS, UNDECIDED, ONE_SEED, UNMEASURED)
-LEVEL = 0.95
 
 RULE = (
     "A claim says that one row of a table has a higher AP than another, or a larger lead over a "
@@ -107,15 +106,6 @@ class RowResult:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A weighted sum of means over seeds, with Welch's 95 % t interval and two-sided p."""
-
-    value: float
-    interval: tuple[float, float]
-    p: float
-
-
-@dataclass(frozen=True)
 class Verdict:
     """The verdict on a claim.
 
@@ -152,31 +142,6 @@ def highest(rows: Sequence[RowResult]) -> RowResult | None:
     """Return the row with the highest mean AP, or None if no row has an AP."""
     rows = [row for row in rows if row.values("AP")]
     return max(rows, key=lambda row: fmean(row.values("AP")), default=None)
-
-
-def contrast(terms: Sequence[tuple[float, Sequence[float]]]) -> Difference | None:
-    """Compare means over seeds by Welch's t test, with Satterthwaite's degrees of freedom.
-
-    The terms +1 and -1 give Welch's test of two means; four terms compare two differences.
-
-    Args:
-        terms: pairs of a factor and the values per seed
-
-    Returns:
-        the sum of factor x mean; None if a term has fewer than two values
-    """
-    if min(len(values) for _, values in terms) < 2:
-        return None
-    value = sum(factor * fmean(values) for factor, values in terms)
-    parts = [factor**2 * variance(values) / len(values) for factor, values in terms]
-    total = sum(parts)
-    if total == 0:
-        return Difference(value, (value, value), float(value == 0))
-    squares = [part**2 / (len(values) - 1) for part, (_, values) in zip(parts, terms, strict=True)]
-    freedom, error = total**2 / sum(squares), math.sqrt(total)
-    half = float(t.ppf((1 + LEVEL) / 2, freedom)) * error
-    p = 2 * float(t.sf(abs(value) / error, freedom))
-    return Difference(value, (value - half, value + half), p)
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -283,24 +248,6 @@ class TableResult:
         return sentences
 
 
-def number(value: float | None) -> str:
-    """Return a number with one decimal, as the paper prints it; a dash for None."""
-    return "–" if value is None else f"{value:.1f}"
-
-
-def signed(value: float | None) -> str:
-    """Return a difference with its sign, the minus typographic; a dash for None."""
-    return "–" if value is None else f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
-
-
-def with_interval(value: float | None, interval: tuple[float, float] | None) -> str:
-    """Return a difference, followed by its interval in brackets if there is one."""
-    if interval is None:
-        return signed(value)
-    low, high = map(signed, interval)
-    return f"{signed(value)} ({low} to {high})"
-
-
 def probability(value: float | None) -> str:
     """Return a p with three decimals, without the zero before them; a dash for None."""
     if value is None:
@@ -310,8 +257,7 @@ def probability(value: float | None) -> str:
 
 def lead(a: Sequence[float], b: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
     """Return mean(a) - mean(b), and its interval unless one of them has a single seed."""
-    found = contrast([(1.0, a), (-1.0, b)])
-    return fmean(a) - fmean(b), found.interval if found else None
+    return fmean(a) - fmean(b), welch_interval(a, b)
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float] | None:

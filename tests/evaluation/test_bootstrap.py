@@ -1,10 +1,13 @@
 """Intervals against Student's and Welch's, and how often they hold the truth."""
 
+import math
+
 import numpy as np
 import pytest
-from scipy.stats import binom, ttest_1samp
+from scipy.stats import binom, ttest_1samp, ttest_ind
 
 from retinanet_ext.evaluation.bootstrap import (
+    contrast,
     draw_weights,
     images_and_seeds_interval,
     percentile_interval,
@@ -98,3 +101,36 @@ def test_the_interval_holds_the_true_difference_of_two_detectors():
         hits += bool(low <= truth[0] <= high)
     # Of 95 % ± 2; the bounds are passed once in 1000 times.
     assert binom.ppf(0.001, repeats, 0.93) <= hits <= binom.ppf(0.999, repeats, 0.97), hits
+
+
+def test_contrast_of_two_means_is_scipys_welch_test():
+    a, b = [30.0, 31.0, 32.5], [28.0, 29.0]
+    found, expected = contrast([(1.0, a), (-1.0, b)]), ttest_ind(a, b, equal_var=False)
+    interval = expected.confidence_interval(0.95)
+    assert found.value == pytest.approx(sum(a) / 3 - 28.5)
+    assert found.p == pytest.approx(expected.pvalue)
+    assert found.interval == pytest.approx((interval.low, interval.high))
+    same = contrast([(1.0, [31.5, 31.5]), (-1.0, [31.0, 31.0])])
+    assert (same.interval, same.p) == ((0.5, 0.5), 0.0)
+    assert contrast([(1.0, [31.0, 31.5]), (-1.0, [31.0])]) is None
+
+
+def test_contrast_of_two_leads_by_hand():
+    """Four samples of variance 1/2, 2, 1/2 and 2, two values each: df = 2.5^2 / (2 (1/16 + 1))."""
+    samples = [30.0, 31.0], [28.0, 30.0], [20.0, 21.0], [24.0, 26.0]
+    found = contrast(list(zip((1.0, -1.0, -1.0, 1.0), samples, strict=True)))
+    half = student_quantile(0.975, 2.5**2 / 2.125) * math.sqrt(2.5)
+    assert found.value == 6.0  # 1.5 - (-4.5)
+    assert found.interval == pytest.approx((6 - half, 6 + half), abs=1e-3)
+    bound = student_quantile(1 - found.p / 2, 2.5**2 / 2.125) * math.sqrt(2.5)
+    assert bound == pytest.approx(6.0, abs=1e-3)
+
+
+def student_quantile(probability, df):
+    """Return a quantile of Student's t from its density alone."""
+    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
+    x, mass, step = 0.0, 0.5, 1e-4
+    while mass < probability:
+        mass += step * scale * (1 + (x + step / 2) ** 2 / df) ** (-(df + 1) / 2)
+        x += step
+    return x

@@ -9,7 +9,6 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 import pytest
-from scipy.stats import ttest_ind
 
 from experiments.campaigns import add_run, make_campaign
 from retinanet_ext.errors import InputError
@@ -21,14 +20,13 @@ from retinanet_ext.experiments.statistics import (
     ONE_SEED,
     UNDECIDED,
     UNMEASURED,
-    contrast,
     holm,
     judge,
     probability,
-    signed,
     with_spread,
 )
 from retinanet_ext.experiments.tables import Claim
+from retinanet_ext.page import signed
 
 HOSTILE = "<script>alert(1)</script> a|b \"quoted\" & 'x'\n# *bold* `code` [link](http://a.b)"
 
@@ -62,39 +60,6 @@ def test_mean_and_spread_are_over_seeds(campaign):
     ]
     assert row(campaign, "gamma5.0").cells(["AP", "APs"]) == ["20.0", "–"]
     assert with_spread([]) == "–"
-
-
-def test_contrast_of_two_means_is_scipys_welch_test():
-    a, b = [30.0, 31.0, 32.5], [28.0, 29.0]
-    found, expected = contrast([(1.0, a), (-1.0, b)]), ttest_ind(a, b, equal_var=False)
-    interval = expected.confidence_interval(0.95)
-    assert found.value == pytest.approx(sum(a) / 3 - 28.5)
-    assert found.p == pytest.approx(expected.pvalue)
-    assert found.interval == pytest.approx((interval.low, interval.high))
-    same = contrast([(1.0, [31.5, 31.5]), (-1.0, [31.0, 31.0])])
-    assert (same.interval, same.p) == ((0.5, 0.5), 0.0)
-    assert contrast([(1.0, [31.0, 31.5]), (-1.0, [31.0])]) is None
-
-
-def test_contrast_of_two_leads_by_hand():
-    """Four samples of variance 1/2, 2, 1/2 and 2, two values each: df = 2.5^2 / (2 (1/16 + 1))."""
-    samples = [30.0, 31.0], [28.0, 30.0], [20.0, 21.0], [24.0, 26.0]
-    found = contrast(list(zip((1.0, -1.0, -1.0, 1.0), samples, strict=True)))
-    half = student_quantile(0.975, 2.5**2 / 2.125) * math.sqrt(2.5)
-    assert found.value == 6.0  # 1.5 - (-4.5)
-    assert found.interval == pytest.approx((6 - half, 6 + half), abs=1e-3)
-    bound = student_quantile(1 - found.p / 2, 2.5**2 / 2.125) * math.sqrt(2.5)
-    assert bound == pytest.approx(6.0, abs=1e-3)
-
-
-def student_quantile(probability, df):
-    """Return a quantile of Student's t from its density alone."""
-    scale = math.gamma((df + 1) / 2) / math.gamma(df / 2) / math.sqrt(df * math.pi)
-    x, mass, step = 0.0, 0.5, 1e-4
-    while mass < probability:
-        mass += step * scale * (1 + (x + step / 2) ** 2 / df) ** (-(df + 1) / 2)
-        x += step
-    return x
 
 
 def test_holm_by_hand():
