@@ -241,8 +241,8 @@ def add_retinanet_ext_config(cfg: CfgNode) -> None:
 
     # Precision of autocast in training: "float16" (Detectron2's; CUDA only), or "bfloat16", which
     # needs no loss scaling and also runs on a CPU. "auto" is "bfloat16" where the device has
-    # instructions for it, else "float16" on a GPU and float32 on a CPU. TEST.PRECISION is the
-    # precision of detection.
+    # instructions for it (a CPU: AVX512_BF16 or AMX), else "float16" on a GPU and float32 on a CPU.
+    # TEST.PRECISION is the precision of detection.
     cfg.SOLVER.AMP.PRECISION = "float16"
 
     # Number of micro-batches per optimizer step, 1 to 65536. IMS_PER_BATCH counts the images of all

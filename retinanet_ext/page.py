@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 PICTURE_WIDTH = 1200  # pixels, at most
 NOTHING = "–"
+"""What stands for a number that there is not."""
 
 HEAD = """<!DOCTYPE html>
 <html lang="en">
@@ -103,7 +104,7 @@ def signed(value: float | None) -> str:
     return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
 
 
-def between(bounds: tuple[float, float] | None) -> str:
+def interval(bounds: tuple[float, float] | None) -> str:
     """Return an interval of differences as "low to high"; a dash for None and NaN."""
     if bounds is None or math.isnan(bounds[0]):
         return NOTHING
@@ -112,8 +113,8 @@ def between(bounds: tuple[float, float] | None) -> str:
 
 def with_interval(value: float | None, bounds: tuple[float, float] | None) -> str:
     """Return a difference, followed by its interval in brackets if there is one."""
-    text, interval = signed(value), between(bounds)
-    return text if NOTHING in (text, interval) else f"{text} ({interval})"
+    text, around = signed(value), interval(bounds)
+    return text if NOTHING in (text, around) else f"{text} ({around})"
 
 
 def _data_uri(path: Path) -> str:

@@ -90,7 +90,9 @@ def test_resuming_goes_on_where_the_run_ended(trained, tmp_path, run_here):
     (folder / "model_final.pth").unlink()
     (folder / "metrics.json").unlink()
     (folder / "last_checkpoint").write_text("model_0000001.pth")
-    output = run_here("--num-gpus", 2, "--resume", "OUTPUT_DIR", folder)
+    auto = ("SOLVER.AMP.ENABLED", True, "SOLVER.AMP.PRECISION", "auto")
+    output = run_here("--num-gpus", 2, "--resume", "OUTPUT_DIR", folder, *auto)
+    assert "PRECISION auto is float32, as in the run that is resumed" in output.out
     assert "Starting training from iteration 2" in output.out
     before, after = (torch.load(folder / f"model_{name}.pth") for name in ("0000001", "final"))
     assert (before["iteration"], after["iteration"]) == (1, 2)

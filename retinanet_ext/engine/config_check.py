@@ -8,7 +8,7 @@ import os
 import re
 import reprlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -257,9 +257,7 @@ def _check_device(cfg: CfgNode, num_processes: int, eval_only: bool) -> None:
         )
     if eval_only:
         return
-    needs_cuda = {}
-    if cfg.SOLVER.AMP.ENABLED and cfg.SOLVER.AMP.PRECISION == "float16":
-        needs_cuda["SOLVER.AMP.PRECISION float16"] = "set bfloat16, or SOLVER.AMP.ENABLED False"
+    needs_cuda = _float16(cfg)
     if cfg.MODEL.COMPILE and cfg.MODEL.CUDA_GRAPHS:
         needs_cuda["MODEL.CUDA_GRAPHS True"] = "set it to False"
     if any(cfg.MODEL.RESNETS.DEFORM_ON_PER_STAGE):
@@ -267,6 +265,17 @@ def _check_device(cfg: CfgNode, num_processes: int, eval_only: bool) -> None:
     for key in ("MODEL.RESNETS.NORM", "MODEL.FPN.NORM", "MODEL.RETINANET.NORM"):
         if read_key(cfg, key) == "SyncBN" and num_processes > 1:
             needs_cuda[f"{key} SyncBN"] = "set naiveSyncBN, which does the same on the CPU"
+    _refuse_on_cpu(needs_cuda)
+
+
+def _float16(cfg: CfgNode) -> dict[str, str]:
+    """Return float16 as what needs CUDA, with the remedy; empty if it is not used."""
+    if not cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.AMP.PRECISION != "float16":
+        return {}
+    return {"SOLVER.AMP.PRECISION float16": "set bfloat16, or SOLVER.AMP.ENABLED False"}
+
+
+def _refuse_on_cpu(needs_cuda: Mapping[str, str]) -> None:
     for what, remedy in needs_cuda.items():
         raise InputError(f"{what} trains on CUDA devices alone, and this is the CPU: {remedy}")
 
@@ -279,32 +288,43 @@ def use_cpu_without_cuda(cfg: CfgNode, *, num_threads: int) -> None:
 
 
 def training_precision(cfg: CfgNode) -> str:
-    """Return ``SOLVER.AMP.PRECISION``, or what "auto" stands for on this device.
+    """Return the precision of autocast in training, with what "auto" stands for on this device.
 
     Returns:
         "float32" without ``SOLVER.AMP.ENABLED``. "auto" is "bfloat16" where the device has
-        instructions for it; else it is "float16" on a GPU and "float32" on a CPU.
+        instructions for it, as far as torch tells; else "float16" on a GPU and "float32" on a CPU.
     """
     if not cfg.SOLVER.AMP.ENABLED:
         return "float32"
     if cfg.SOLVER.AMP.PRECISION != AUTO:
         return cfg.SOLVER.AMP.PRECISION
-    if torch.device(cfg.MODEL.DEVICE).type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    if cfg.MODEL.DEVICE.startswith("cuda") and torch.cuda.is_available():
+        with torch.cuda.device(cfg.MODEL.DEVICE):
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bfloat16" if native else "float16"
-    # An older torch does not tell.
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    native = known.get("avx512_bf16") or known.get("amx_bf16")
-    return "bfloat16" if native else "float32"
+    if not hasattr(torch.cpu, "get_capabilities"):
+        logger.warning("torch %s does not tell whether this CPU has bfloat16", torch.__version__)
+        return "float32"
+    known = torch.cpu.get_capabilities()
+    return "bfloat16" if known.get("avx512_bf16") or known.get("amx_bf16") else "float32"
 
 
-def resolve_precision(cfg: CfgNode) -> None:
-    """Replace ``SOLVER.AMP.PRECISION`` "auto" by what is used, and say so."""
+def resolve_precision(cfg: CfgNode, earlier: CfgNode | None = None) -> None:
+    """Replace ``SOLVER.AMP.PRECISION`` "auto" by what is used, and say so.
+
+    Args:
+        cfg: a checked config, changed in place
+        earlier: config of the run that is resumed, whose precision goes on
+
+    Raises:
+        InputError: the run was trained in float16, and this is a CPU
+    """
     if not cfg.SOLVER.AMP.ENABLED or cfg.SOLVER.AMP.PRECISION != AUTO:
         return
-    precision = training_precision(cfg)
-    logger.info("SOLVER.AMP.PRECISION auto is %s on this device", precision)
-    if precision == "float32":
-        cfg.SOLVER.AMP.ENABLED = False
-    else:
-        cfg.SOLVER.AMP.PRECISION = precision
+    precision = training_precision(earlier or cfg)
+    cfg.SOLVER.AMP.ENABLED = precision != "float32"
+    cfg.SOLVER.AMP.PRECISION = precision if cfg.SOLVER.AMP.ENABLED else "float16"
+    if cfg.MODEL.DEVICE == "cpu":
+        _refuse_on_cpu(_float16(cfg))
+    where = "as in the run that is resumed" if earlier else "on this device"
+    logger.info("SOLVER.AMP.PRECISION auto is %s, %s", precision, where)

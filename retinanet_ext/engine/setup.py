@@ -27,7 +27,13 @@ from retinanet_ext.data import prepare_datasets
 from retinanet_ext.data.anchor_coverage import warn_of_unreached_boxes
 from retinanet_ext.data.register import registered_classes
 from retinanet_ext.engine.checkpoint import Checkpointer
-from retinanet_ext.engine.config_check import check_config, resolve_precision, use_cpu_without_cuda
+from retinanet_ext.engine.config_check import (
+    check_config,
+    resolve_precision,
+    training_precision,
+    use_cpu_without_cuda,
+)
+from retinanet_ext.engine.config_load import load_config
 from retinanet_ext.engine.config_warnings import config_warnings
 from retinanet_ext.engine.find_checkpoint import find_weights
 from retinanet_ext.engine.launch import torchrun_store
@@ -72,13 +78,14 @@ def prepare_run(cfg: CfgNode, args: argparse.Namespace) -> None:
     num_processes = comm.get_world_size()
     use_cpu_without_cuda(cfg, num_threads=torch.get_num_threads())
     check_config(cfg, num_processes=num_processes, eval_only=args.eval_only)
-    resolve_precision(cfg)
     _check_same_everywhere(cfg)
     for change in [] if args.eval_only else scale_schedule(cfg):
         logger.info("%s", change)
     args.resume = args.resume or _is_restart_of_own_run(cfg, args.eval_only)
     args.weights, args.resume = find_weights(cfg, resume=args.resume, eval_only=args.eval_only)
     args.weights = args.weights or timm_weights(cfg)
+    if not args.eval_only:
+        _choose_precision(cfg, args.resume)
     with _first_process_first():
         prepare_datasets(cfg, eval_only=args.eval_only)
     resolve_cls_loss_weight(cfg)
@@ -198,6 +205,23 @@ def _check_same_everywhere(cfg: CfgNode) -> None:
                     f"{key} is {expected} in process 0 and {values[key]} in process {rank}; start "
                     "all machines with the same config and command"
                 )
+
+
+def _choose_precision(cfg: CfgNode, resume: bool) -> None:
+    """Resolve ``SOLVER.AMP.PRECISION`` "auto", to that of the run if it is resumed.
+
+    Raises:
+        InputError: the devices have no precision in common
+    """
+    file = Path(cfg.OUTPUT_DIR, "config.yaml")
+    resolve_precision(cfg, load_config(file) if resume and file.is_file() else None)
+    chosen = comm.all_gather(training_precision(cfg))
+    for rank, precision in enumerate(chosen):
+        if precision != chosen[0]:
+            raise InputError(
+                f"SOLVER.AMP.PRECISION auto is {chosen[0]} in process 0 and {precision} in process "
+                f"{rank}; set one that all devices have"
+            )
 
 
 def _is_restart_of_own_run(cfg: CfgNode, eval_only: bool) -> bool:

@@ -206,7 +206,7 @@ class AccumulatingTrainer(SimpleTrainer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.skipped_steps = state_dict.get("skipped_steps", 0)  # Detectron2's has none
-        if self.grad_scaler.is_enabled():
+        if self.grad_scaler.is_enabled() and "grad_scaler" in state_dict:
             self.grad_scaler.load_state_dict(state_dict["grad_scaler"])
 
 

@@ -13,7 +13,7 @@ from retinanet_ext.analysis.plots import COLOURS, save_figure
 from retinanet_ext.data.coco_json import join_some, printable
 from retinanet_ext.evaluation.compare import METRICS, Comparison, ImageChange
 from retinanet_ext.evaluation.fonts import choose_fonts
-from retinanet_ext.page import between, escape, markdown_table, number, signed, with_interval
+from retinanet_ext.page import escape, interval, markdown_table, number, signed, with_interval
 
 NUM_SHOWN = 10
 """Number of images listed on the page that gained most, and that lost most."""
@@ -44,7 +44,7 @@ def conclude(comparison: Comparison) -> str:
     group = comparison.groups[0]
     found = group.metrics["AP"]
     low, high = bounds = found.images_and_seeds or found.images
-    numbers = f"(AP {signed(found.difference)}, {between(bounds)})"
+    numbers = f"(AP {signed(found.difference)}, {interval(bounds)})"
     if group.num_images < FEW_IMAGES:
         return f"Fewer than {FEW_IMAGES} images do not decide between a and b {numbers}."
     if low > 0 or high < 0:
@@ -186,7 +186,7 @@ def _rows(comparison: Comparison) -> Iterator[list[str]]:
         row = [printable(group.name), str(group.num_images), number(ap.a), number(ap.b)]
         row += [with_interval(d.difference, d.images) for d in group.metrics.values()]
         if comparison.has_seeds:
-            row += [between(ap.images_and_seeds), between(ap.seeds)]
+            row += [interval(ap.images_and_seeds), interval(ap.seeds)]
         yield row
 
 
@@ -198,7 +198,7 @@ def _seed_rows(comparison: Comparison) -> Iterator[list[str]]:
                 printable(group.name),
                 metric,
                 signed(found.difference),
-                *map(between, intervals),
+                *map(interval, intervals),
             ]
 
 
@@ -212,9 +212,9 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def extremes(
-    images: Sequence[ImageChange], number: int
+    images: Sequence[ImageChange], most: int
 ) -> tuple[list[ImageChange], list[ImageChange]]:
     """Return the images that gained most and those that lost most, the largest change first."""
     gained = [image for image in images if image.change > 0]
     lost = [image for image in reversed(images) if image.change < 0]
-    return gained[:number], lost[:number]
+    return gained[:most], lost[:most]

@@ -323,7 +323,7 @@ def _image(each: Mapping[str, Any]) -> str:
 
 def _cell(value: Any) -> str:
     if isinstance(value, list):
-        return ", ".join(f"{number:.0f}" for number in value)
+        return ", ".join(f"{each:.0f}" for each in value)
     return number(value, 3) if isinstance(value, float) else _escape(str(value))
 
 

@@ -41,7 +41,7 @@ from retinanet_ext.experiments.measured_losses import (
 )
 from retinanet_ext.modeling.matching import AnchorMatcher, is_foreground, label_anchors
 from retinanet_ext.modeling.timm_backbone import timm_weights
-from retinanet_ext.page import between, signed
+from retinanet_ext.page import interval, signed
 
 CLASS_ALPHA = f"{DEFAULT}, class alpha auto"
 
@@ -246,12 +246,11 @@ def _describe_class_alpha(
         return ""
     nearest = min(pool, key=lambda setting: situation.distance(setting.situation))
     aps = nearest.rows[CLASS_ALPHA], nearest.rows[DEFAULT]
-    interval = welch_interval(*aps)
-    if interval is None:
-        found = "one seed, which decides nothing"
-    else:
-        found = f"95 % interval {between(interval)}, which "
-        found += "decides for it" if interval[0] > 0 else "does not decide"
+    bounds = welch_interval(*aps)
+    found = "one seed, which decides nothing"
+    if bounds:
+        decides = "decides for it" if bounds[0] > 0 else "does not decide"
+        found = f"95 % interval {interval(bounds)}, which {decides}"
     return (
         f"Class alpha: the most frequent class has {max(counts) / max(min(counts), 1):.1f} times "
         "the objects of the rarest. MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA auto brought "

@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from retinanet_ext.config_keys import read_key
 from retinanet_ext.engine import load_config
+from retinanet_ext.engine.config_check import resolve_precision
 from retinanet_ext.engine.config_load import AUTO_KEYS
 from retinanet_ext.engine.config_warnings import ineffective_keys
 from retinanet_ext.errors import InputError
@@ -167,7 +168,7 @@ def find_rows(
 
 
 def rows_with(needs: str, preset: Preset) -> list[tuple[Table, Row]]:
-    """Return the rows, with their tables, of a preset's tables that need this key; "": none."""
+    """Return the rows of a preset with their tables, of the tables that need this key or none."""
     return [
         (table, row)
         for table in TABLES.values()
@@ -237,8 +238,15 @@ def _shared_config(preset: Preset, row: Row, opts: Sequence[str], configs: Path)
     return _load_once(file, (*_pairs(preset.overrides), *opts))
 
 
-_load_once = cache(load_config)
-"""Rows share the config file and ``opts``; reading them takes longer than merging a row's keys."""
+@cache
+def _load_once(file: str, opts: tuple[str, ...]) -> CfgNode:
+    """Return a config, which rows share, because reading it takes longer than merging their keys.
+
+    The precision "auto" is resolved, because results of different ones cannot be compared.
+    """
+    cfg = load_config(file, opts)
+    resolve_precision(cfg)
+    return cfg
 
 
 def list_tables(names: Sequence[str] = ()) -> str:

@@ -96,7 +96,7 @@ PRESET_RECIPES = {"image_side": _image_side, "longer": _longer}
 
 def _read_row(name: str, columns: Sequence[str], row: Mapping[str, Any]) -> Row:
     overrides = dict(row.get("keys", {}))
-    preset_overrides: dict[str, dict[str, Any]] = {}
+    preset_overrides: dict[str, dict[str, Any]] = dict(row.get("preset_keys", {}))
     for recipe in row.keys() & RECIPES.keys():
         overrides |= RECIPES[recipe](*row[recipe])
     for recipe in row.keys() & PRESET_RECIPES.keys():

@@ -1,6 +1,7 @@
 """A config that cannot be used is answered with one line that says what to change."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from retinanet_ext.engine.config_check import (
     use_cpu_without_cuda,
 )
 from retinanet_ext.engine.config_load import load_config
+from retinanet_ext.engine.config_warnings import ineffective_keys
 from retinanet_ext.errors import InputError
 
 FOCAL = "MODEL.RETINANET.FOCAL_LOSS_GAMMA"
@@ -193,21 +195,50 @@ def test_cuda_graphs_and_micro_batches(monkeypatch):
     check_config(cfg, num_processes=1, eval_only=False)
 
 
+AUTO = ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "auto")
+
+
+def resolved(*opts, earlier=None):
+    """Return the config with the precision that "auto" stands for, which must not be warned of."""
+    cfg = load_config("tests/engine/tiny.yaml", [*AUTO, *opts])
+    expected = training_precision(cfg)
+    resolve_precision(cfg, earlier)
+    assert ineffective_keys(cfg) == []
+    assert earlier or training_precision(cfg) == expected
+    return training_precision(cfg)
+
+
 @pytest.mark.parametrize(
-    ("instructions", "enabled", "precision"),
+    ("instructions", "precision"),
     [
-        ({"avx512_f": True, "avx512_bf16": True}, True, "bfloat16"),
-        ({"amx_bf16": True}, True, "bfloat16"),
-        ({"avx512_f": True, "avx512_bf16": False}, False, "float32"),
+        ({"avx512_f": True, "avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"avx512_f": True, "avx512_bf16": False}, "float32"),
     ],
 )
-def test_auto_precision_is_bfloat16_where_the_cpu_computes_in_it(
-    monkeypatch, instructions, enabled, precision
-):
+def test_auto_precision_of_a_cpu(monkeypatch, instructions, precision):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: instructions, raising=False)
-    auto = ["MODEL.DEVICE", "cpu", "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.PRECISION", "auto"]
-    cfg = load_config("tests/engine/tiny.yaml", auto)
-    check_config(cfg, num_processes=1, eval_only=False)
-    resolve_precision(cfg)
-    assert enabled == cfg.SOLVER.AMP.ENABLED
-    assert training_precision(cfg) == precision
+    assert resolved("MODEL.DEVICE", "cpu") == precision
+
+
+def test_a_torch_that_does_not_tell_what_the_cpu_has(monkeypatch, caplog):
+    monkeypatch.delattr("torch.cpu.get_capabilities", raising=False)
+    assert resolved("MODEL.DEVICE", "cpu") == "float32"
+    assert "does not tell whether this CPU has bfloat16" in caplog.text
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bfloat16"), (False, "float16")])
+def test_auto_precision_of_a_gpu(monkeypatch, native, precision):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device", lambda device: nullcontext())
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: native)
+    assert resolved("MODEL.DEVICE", "cuda") == precision
+
+
+def test_a_resumed_run_keeps_its_precision(monkeypatch):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"amx_bf16": True}, raising=False)
+    earlier = load_config("tests/engine/tiny.yaml", ["SOLVER.AMP.ENABLED", "False"])
+    assert resolved("MODEL.DEVICE", "cpu", earlier=earlier) == "float32"
+    earlier.SOLVER.AMP.ENABLED = True  # in Detectron2's float16
+    with pytest.raises(InputError, match="float16 trains on CUDA devices alone"):
+        resolved("MODEL.DEVICE", "cpu", earlier=earlier)

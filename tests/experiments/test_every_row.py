@@ -1,4 +1,4 @@
-"""Every kind of row trains for a step and evaluates for a step, on the sample set."""
+"""Every kind of row of the small preset trains and evaluates for a step, on the sample set."""
 
 import math
 from pathlib import Path
@@ -17,18 +17,19 @@ SMALL = PRESETS["small"]
 
 
 def kind(row):
-    """Return what a row changes, without its numbers."""
+    """Return what a row changes, without its values but for names."""
     changed = {**row.overrides, **row.preset_overrides.get("small", {})}
     return str({key: value if isinstance(value, str) else "" for key, value in changed.items()})
 
 
-# Of rows that differ by numbers alone the last is trained.
+# Of rows of a kind the last is trained.
 ROWS = {
     kind(row): (f"{table.name}/{row.name}", row)
     for table, row in find_rows((), (), SMALL)
     if not row.factors
 }
 for table, name in (
+    ("1c", "scales1-aspects1"),
     ("budget", "matched-1x"),
     ("init", "focal.25-random"),
     ("dial", "ce-foreground-1:100"),
