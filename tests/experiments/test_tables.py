@@ -9,7 +9,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectors import build_without_memory
 from retinanet_ext import add_retinanet_ext_config
 from retinanet_ext.engine import load_config
-from retinanet_ext.engine.config_check import check_config
+from retinanet_ext.engine.config_check import check_config, resolve_precision
 from retinanet_ext.errors import InputError
 from retinanet_ext.experiments.presets import (
     PRESETS,
@@ -357,6 +357,7 @@ def test_rows_of_the_recipe_are_the_config_and_what_they_change(preset):
         cfg = row_config(preset, row, 1, opts, CONFIGS)
         check_config(cfg, num_processes=1, eval_only=False)
         file = load_config(str(CONFIGS / preset.configs[row.model]), opts)
+        resolve_precision(file)
         before, after = dict(flatten(file)), dict(flatten(cfg))
         changed = {key for key in after if after[key] != before[key]} - {*preset.overrides}
         is_the_config = f"{table.name}/{row.name}" in ("recipe/recipe", "recipe-imagenet/adamw.001")
