@@ -2,7 +2,7 @@
 
     python benchmarks/bench_start.py --json train.json --images images [--weights FILE] [--repeat 5]
 
-Both use ``configs/small_R18_FPN.yaml`` and the same data. Detectron2's is its ``DefaultTrainer``
+Both train ResNet-18 on the same data. Detectron2's is its ``DefaultTrainer``
 behind ``default_setup``, as in its ``tools/train_net.py``; ours is ``train_net.py``. Each start
 is a process of its own, and they alternate. "ours, first" has an empty cache of image checks.
 """
@@ -35,7 +35,7 @@ def start_detectron2(args: argparse.Namespace, output: str) -> None:
     register_coco_instances("start", {}, args.json, args.images)
     cfg = get_cfg()
     add_retinanet_ext_config(cfg)
-    cfg.merge_from_file(str(ROOT / "configs/small_R18_FPN.yaml"), allow_unsafe=False)
+    cfg.merge_from_file(str(ROOT / "benchmarks/detectron2_R18_FPN.yaml"), allow_unsafe=False)
     cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("start",), ()
     cfg.MODEL.DEVICE, cfg.MODEL.WEIGHTS, cfg.OUTPUT_DIR = "cpu", args.weights, output
     cfg.MODEL.META_ARCHITECTURE = "RetinaNet"
