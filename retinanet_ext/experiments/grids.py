@@ -233,6 +233,9 @@ def _dial_rows() -> list[Row]:
     rows = []
     for ratio, point in PROPORTIONAL_DIAL.items():
         times = objects_ratio(ratio)
+        factors = {"SOLVER.MAX_ITER": times, "SOLVER.CHECKPOINT_PERIOD": times}
+        if times < 1:  # otherwise a short training could end within its warm-up
+            factors["SOLVER.WARMUP_ITERS"] = times
         for name, (label, keys) in DIAL_LOSSES.items():
             for suffix, normalizer in NORMALIZERS.items():
                 own = {**keys, **_sample_data(point)}
@@ -253,7 +256,7 @@ def _dial_rows() -> list[Row]:
                     preset_overrides={
                         "quick": {f"DATASETS.SAMPLE.{key}": n for key, n in small.items()}
                     },
-                    factors={"SOLVER.MAX_ITER": times, "SOLVER.CHECKPOINT_PERIOD": times},
+                    factors=factors,
                 )
                 rows.append(row)
     return rows
@@ -283,7 +286,8 @@ DIAL = Table(
         ),
     ),
     note="Iterations and training images grow as objects per image fall, so that every point shows "
-    "the same number of objects, in all and per epoch. The preset's budget is that of 1:100. "
+    "the same number of objects, in all and per epoch. The preset's budget is that of 1:100; where "
+    "it shrinks, so does the warm-up. "
     "docs/dial.md has the formula and what the paper's argument predicts.",
     presets=SMALL_PRESETS,
 )

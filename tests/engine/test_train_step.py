@@ -106,7 +106,8 @@ EMPTY_SHARE = [make_images((3, 2, 0, 0), seed=2)] * 2
 def test_a_process_without_boxes_changes_nothing(device, tmp_path):
     """Two processes, of which the second has only images without boxes, train as one does."""
     command = [sys.executable, "tests/engine/two_processes.py", str(tmp_path), device]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
         command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
     )

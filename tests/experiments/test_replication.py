@@ -1,18 +1,14 @@
 """The recorded runs of docs/results, reported again: every table of replication.md is theirs."""
 
-import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 
-from experiments.campaigns import make_campaign
-from retinanet_ext.experiments.record import Record
-from retinanet_ext.experiments.report import write_report
-
-RESULTS = Path(__file__).parents[2] / "docs/results"
-RUNS = json.loads((RESULTS / "replication_runs.json").read_text())
-TEXT = (RESULTS / "replication.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+PAGE = runpy.run_path(str(DOCS / "make_results.py"))
+TEXT = (DOCS / "results/replication.md").read_text(encoding="utf-8")
 
 
 def tables(text):
@@ -25,17 +21,12 @@ def tables(text):
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory):
     """The tables of the report on the recorded runs of each campaign."""
+    runs = PAGE["read_runs"]()
     reports = {}
-    for name in {run["campaign"] for run in RUNS}:
-        campaign = make_campaign(tmp_path_factory.mktemp("report") / "small-0")
-        for number, run in enumerate(RUNS):
-            if run["campaign"] == name:
-                fields = {key: value for key, value in run.items() if key != "campaign"}
-                metrics = {metric: fields.pop(metric) for metric in ("AP", "AP50", "AP75")}
-                folder = campaign / "runs" / f"{number:02}"
-                folder.mkdir()
-                Record(**fields, key=run["rows"][0], metrics=metrics, folder=folder).write()
-        reports[name] = tables(write_report(campaign)[1].read_text(encoding="utf-8"))
+    for name in {run["campaign"] for run in runs}:
+        folder = tmp_path_factory.mktemp("report")
+        report = PAGE["report"]((run for run in runs if run["campaign"] == name), folder)
+        reports[name] = tables(report.read_text(encoding="utf-8"))
     return reports
 
 

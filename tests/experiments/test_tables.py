@@ -375,6 +375,7 @@ def test_every_point_of_the_dial_shows_the_same_number_of_objects():
         images = cfg.SOLVER.MAX_ITER * cfg.SOLVER.IMS_PER_BATCH
         assert images * boxes == pytest.approx(450 * 8 * 8.0, rel=0.02)
         assert cfg.DATASETS.SAMPLE.NUM_TRAIN * boxes == pytest.approx(400 * 8.0, rel=0.02)
+        assert cfg.SOLVER.WARMUP_ITERS / cfg.SOLVER.MAX_ITER <= 50 / 450 + 0.001
         assert cfg.MODEL.RETINANET.LOSS_NORMALIZER == "foreground"
 
 
