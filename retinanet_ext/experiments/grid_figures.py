@@ -7,75 +7,74 @@ from statistics import fmean
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from retinanet_ext.data.sample_set import CLASSES
 from retinanet_ext.experiments.figure_style import GREY, PALETTE, WIDTH
 from retinanet_ext.experiments.gradient_share import share_of_row
+from retinanet_ext.experiments.grids import REFERENCE_LABEL
 from retinanet_ext.experiments.statistics import RowResult, TableResult, lead, mean_interval
 
-BUDGET = (
-    "AP against iterations. A dot is the mean over seeds, a bar its 95 % interval; a row with a "
-    "single seed has no bar."
+_LEADS = (
+    "Left: AP, the mean over seeds with its 95 % interval. Right: the lead over cross entropy "
+    "(α = .75), with Welch's 95 % interval. A long interval leaves the frame; a single seed has "
+    "none."
 )
-INIT = "AP of each loss from either start: the seeds, their mean and its 95 % interval."
-RATES = (
-    "AP against the learning rate, as a multiple of the common one: the mean over seeds and its "
-    "95 % interval."
-)
+BUDGET = f"By iterations. {_LEADS}"
+INIT = f"By initial weights. {_LEADS}"
+RATES = f"By the learning rate, as a multiple of the common one. {_LEADS}"
 DIAL = (
     "Above: AP against background anchors per foreground anchor, with either normaliser (OHEM has "
-    "its own). Below, left: the lead of the focal loss, measured, with Welch's 95 % interval. "
-    "Right: the curve that the paper's argument predicts, the focal loss's lead in the share of "
-    "the gradient that positives have at the start. It is no difference in AP: only its shape can "
-    "be right."
+    "its own). Below, left: the lead of the focal loss, measured with the moving average, and "
+    "Welch's 95 % interval. Right: the curve that the paper's argument predicts, the focal loss's "
+    "lead in the share of the gradient that positives have at the start. It is no difference in "
+    "AP: only its shape can be right."
 )
 
 Points = Mapping[str, Mapping[float, Sequence[float]]]
 """Label of a line -> x -> AP of each seed."""
 
+Line = Mapping[float, tuple[float, tuple[float, float] | None]]
+"""x -> a mean or a difference of means, and its interval unless it comes from a single seed."""
+
 
 def draw_budget(table: TableResult) -> Figure:
-    """Draw AP of each loss against iterations."""
+    """Draw AP of each loss, and its lead over the reference, against iterations."""
     return _draw_losses(table, budget_points(table), "iterations")
 
 
 def draw_init(table: TableResult) -> Figure:
-    """Draw AP of each loss from ImageNet weights and from random ones."""
-    figure = Figure(figsize=(WIDTH, 3.4), layout="constrained")
-    axes = figure.subplots()
-    labels = list(dict.fromkeys(row.row.settings["loss"] for row in table.rows))
+    """Draw AP of each loss, and its lead, from ImageNet weights and from random ones."""
     starts = list(dict.fromkeys(row.row.settings["weights"] for row in table.rows))
-    for start, colour in zip(starts, PALETTE, strict=False):
-        offset = 0.12 if starts.index(start) else -0.12
-        points = {
-            labels.index(row.row.settings["loss"]) + offset: row.values("AP")
-            for row in table.rows
-            if row.row.settings["weights"] == start and row.values("AP")
-        }
-        _draw_points(axes, points, colour, start, line="")
-        for x, values in points.items():
-            axes.plot([x] * len(values), values, ".", ms=3, color=GREY, zorder=3)
-    axes.set_xticks(range(len(labels)), labels, fontsize=8)
-    axes.set_ylabel("AP")
-    axes.set_ylim(bottom=0)
-    axes.legend(title="initial weights")
-    return figure
+    points = _collect(table.rows, lambda row: 1 + starts.index(row.row.settings["weights"]))
+    return _draw_losses(table, points, "initial weights", dict(enumerate(starts, 1)))
 
 
 def draw_rates(table: TableResult) -> Figure:
-    """Draw AP of each loss against the learning rate."""
-    label = "learning rate, as a multiple of the common one"
-    return _draw_losses(table, rate_points(table), label)
+    """Draw AP of each loss, and its lead over the reference, against the learning rate."""
+    return _draw_losses(table, rate_points(table), "learning rate, of the common one")
 
 
-def _draw_losses(table: TableResult, points: Points, label: str) -> Figure:
-    """Draw AP of each loss against the x of its points, on a logarithmic axis."""
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    axes = figure.subplots()
-    _draw_lines(axes, points, _colours(table))
-    _log_axis(axes, points, label)
-    axes.set_ylabel("AP")
-    figure.legend(loc="outside right upper")
+def _draw_losses(
+    table: TableResult, points: Points, label: str, names: Mapping[float, str] | None = None
+) -> Figure:
+    """Draw AP of each loss against the x of its points, and its lead over the reference."""
+    figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
+    aps, leads = figure.subplots(1, 2)
+    reference = points.get(REFERENCE_LABEL, {})
+    places = _asides(table)
+    for loss, colour in _colours(table).items():
+        line, aside = points.get(loss, {}), places[loss]
+        _draw_line(aps, _means(line), colour, loss, aside)
+        if loss == REFERENCE_LABEL:
+            leads.axhline(0, color=colour)
+        else:
+            _draw_line(leads, _leads(line, reference), colour, loss, aside)
+    for axes, title in ((aps, "AP"), (leads, f"lead over {REFERENCE_LABEL}, in AP")):
+        _log_axis(axes, points, label, names)
+        axes.set_title(title)
+    lines, losses = aps.get_legend_handles_labels()
+    figure.legend(lines, losses, loc="outside upper left", ncols=6, columnspacing=1.2)
     return figure
 
 
@@ -84,42 +83,31 @@ def draw_dial(table: TableResult) -> Figure:
     figure = Figure(figsize=(WIDTH, 6.2), layout="constrained")
     (average, foreground), (measured, predicted) = figure.subplots(2, 2)
     foreground.sharey(average)
-    colours = _colours(table)
+    colours, places = _colours(table), _asides(table)
     for axes, normalizer in ((average, "moving average"), (foreground, "foreground")):
-        points = dial_points(table, normalizer)
-        _draw_lines(axes, points, colours)
-        axes.set(title=f"normaliser: {normalizer}", ylabel="AP")
+        for loss, line in dial_points(table, normalizer).items():
+            _draw_line(axes, _means(line), colours[loss], loss, places[loss])
+        axes.set_title(f"AP, normaliser {normalizer}")
     lines = dict(zip(*average.get_legend_handles_labels()[::-1], strict=True))
     lines |= dict(zip(*foreground.get_legend_handles_labels()[::-1], strict=True))
     figure.legend(lines.values(), lines, loc="outside upper left", ncols=5)
     ratios = sorted({_background(row) for row in table.rows})
-    _draw_leads(measured, dial_points(table, "moving average"), colours)
+    points = dial_points(table, "moving average")
+    for loss in ("CE", "α-CE"):
+        leads = _leads(points.get("focal", {}), points.get(loss, {}))
+        _draw_line(measured, leads, colours[loss], f"over {loss}", places[loss])
+    measured.axhline(0, color=GREY, lw=0.8)
+    measured.set_title("lead of the focal loss, in AP")
     shares = {loss: predicted_shares(table, loss) for loss in ("focal", "CE", "α-CE")}
     for loss in ("CE", "α-CE"):
-        leads = [shares["focal"][x] - shares[loss][x] for x in ratios]
-        predicted.plot(ratios, leads, "o--", ms=4, color=colours[loss], label=f"over {loss}")
+        differences = [shares["focal"][x] - shares[loss][x] for x in ratios]
+        predicted.plot(ratios, differences, "o--", ms=4, color=colours[loss], label=f"over {loss}")
     predicted.set(title="lead in positives' share of the gradient, computed", ylim=(0, 1.05))
-    predicted.set_ylabel("difference in share")
     for axes in (average, foreground, measured, predicted):
         _log_axis(axes, {"": dict.fromkeys(ratios, ())}, "background anchors per foreground anchor")
     for axes in (measured, predicted):
         axes.legend()
     return figure
-
-
-def _draw_leads(axes: Axes, points: Points, colours: Mapping[str, str]) -> None:
-    """Draw the lead of the focal loss over either cross entropy at each imbalance."""
-    focal = points.get("focal", {})
-    for loss in ("CE", "α-CE"):
-        colour, other = colours[loss], points.get(loss, {})
-        leads = {x: lead(focal[x], other[x]) for x in sorted(focal.keys() & other.keys())}
-        means = [value for value, _ in leads.values()]
-        axes.plot(list(leads), means, "o-", ms=4, color=colour, label=f"over {loss}")
-        for x, (_, interval) in leads.items():
-            if interval:
-                axes.plot([x, x], interval, color=colour, lw=0.9)
-    axes.axhline(0, color=GREY, lw=0.8)
-    axes.set(title="lead of the focal loss, measured", ylabel="difference in AP")
 
 
 def budget_points(table: TableResult) -> Points:
@@ -162,31 +150,38 @@ def _colours(table: TableResult) -> dict[str, str]:
     return dict(zip(labels, PALETTE, strict=False))
 
 
-def _draw_lines(axes: Axes, points: Points, colours: Mapping[str, str]) -> None:
-    for label, line in points.items():
-        _draw_points(axes, dict(sorted(line.items())), colours[label], label, line="-")
-    # Two seeds give intervals that would flatten everything else.
-    highest = max((v for line in points.values() for aps in line.values() for v in aps), default=1)
-    axes.set_ylim(0, 1.2 * highest or 1)
+def _asides(table: TableResult) -> dict[str, float]:
+    """Return a factor of x per loss, which puts intervals at one x beside each other."""
+    labels = list(_colours(table))
+    return {label: 1.024 ** (i - (len(labels) - 1) / 2) for i, label in enumerate(labels)}
 
 
-def _draw_points(
-    axes: Axes, points: Mapping[float, Sequence[float]], colour: str, label: str, line: str
+def _means(line: Mapping[float, Sequence[float]]) -> Line:
+    return {x: (fmean(values), mean_interval(values)) for x, values in sorted(line.items())}
+
+
+def _leads(line: Mapping[float, Sequence[float]], other: Mapping[float, Sequence[float]]) -> Line:
+    return {x: lead(line[x], other[x]) for x in sorted(line.keys() & other.keys())}
+
+
+def _draw_line(axes: Axes, line: Line, colour: str, label: str, aside: float) -> None:
+    """Draw values at ``aside`` times their x, with their intervals, which set no limit of y."""
+    places = [x * aside for x in line]
+    axes.plot(places, [y for y, _ in line.values()], "o-", ms=4, color=colour, label=label)
+    for x, (_, interval) in zip(places, line.values(), strict=True):
+        if interval:
+            axes.add_artist(Line2D([x, x], interval, color=colour, lw=0.9))
+    axes.margins(y=0.2)
+
+
+def _log_axis(
+    axes: Axes, points: Points, label: str, names: Mapping[float, str] | None = None
 ) -> None:
-    """Draw the mean at each x and its interval."""
-    means = [fmean(values) for values in points.values()]
-    axes.plot(list(points), means, f"o{line}", ms=4, color=colour, label=label)
-    for x, values in points.items():
-        if interval := mean_interval(values):
-            axes.plot([x, x], interval, color=colour, lw=0.9)
-
-
-def _log_axis(axes: Axes, points: Points, label: str) -> None:
     places = sorted({x for line in points.values() for x in line})
     axes.set_xscale("log")
     if places:
         axes.set_xlim(0.8 * places[0], 1.25 * places[-1])
-    axes.set_xticks(places, [f"{x:g}" for x in places])
+    axes.set_xticks(places, [(names or {}).get(x, f"{x:g}") for x in places])
     axes.set_xticks([], minor=True)
     axes.set_xlabel(label)
 

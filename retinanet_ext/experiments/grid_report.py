@@ -8,7 +8,7 @@ from itertools import pairwise
 from statistics import fmean
 
 from retinanet_ext.experiments.grid_figures import Points, budget_points, dial_points
-from retinanet_ext.experiments.grids import LOSSES, REFERENCE
+from retinanet_ext.experiments.grids import LOSSES, REFERENCE, REFERENCE_LABEL
 from retinanet_ext.experiments.statistics import (
     RowResult,
     TableResult,
@@ -16,8 +16,6 @@ from retinanet_ext.experiments.statistics import (
     with_spread,
 )
 from retinanet_ext.page import escape, markdown_table, number, with_interval
-
-REFERENCE_LABEL = LOSSES[REFERENCE][0]
 
 
 def grid_blocks(table: TableResult) -> Iterator[str]:

@@ -37,6 +37,8 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
 REFERENCE = "ce.75"
 """What the paper compares the focal loss with: its best cross entropy."""
 
+REFERENCE_LABEL = LOSSES[REFERENCE][0]
+
 CHALLENGERS = {"focal.25": "focal loss", "matched": "focal loss with matched weight"}
 """Name -> words of the losses that claims put ahead of it."""
 
