@@ -2,7 +2,8 @@
 
     python docs/make_results.py [--add CAMPAIGN FOLDER TABLE] [--page output/replication.html]
 
-The runs are in docs/results/replication_runs.json, a line each. ``--add`` records those of a table
+The runs are in docs/results/replication_runs.json, a line each, with the shares of loss and
+gradient over the first tenth of those that have a film. ``--add`` records the runs of a table
 first: FOLDER is one that ``retinanet-ext experiments run`` wrote, and CAMPAIGN the name under which
 they are reported together. Runs of that name and table that were recorded before are replaced.
 """
@@ -17,10 +18,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import spearmanr
+
+from retinanet_ext.analysis.film import GROUPS, QUANTITIES, early_shares
+from retinanet_ext.engine.loss_film import LOSS_FILM, read_film
 from retinanet_ext.experiments.record import DIVERGED, FINISHED, Record, read_records, write_json
 from retinanet_ext.experiments.report import write_report
+from retinanet_ext.experiments.statistics import probability
 from retinanet_ext.files import make_folder, write_file
-from retinanet_ext.page import render_page
+from retinanet_ext.page import NOTHING, markdown_table, render_page
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = RESULTS / "replication_runs.json"
@@ -29,6 +35,17 @@ METRICS = ("AP", "AP50", "AP75")
 FIELDS = ("rows", "seed", "status", "message", "iterations", "wall_seconds", "num_starts", "commit")
 FIGURES = {"init": "init", "budget": "budget", "descendants": "claims_descendants"}
 """Campaign -> name of the figure in its report that the page shows."""
+
+FILMED = {
+    "ResNet-18, random weights, 350 iterations": ("budget", "-1x"),
+    "the same, 1050 iterations": ("budget", "-3x"),
+    "the same, 3150 iterations": ("budget", "-9x"),
+    "MobileNetV2, random weights, 350 iterations": ("init", "-random"),
+    "MobileNetV2, ImageNet weights, 350 iterations": ("init", "-imagenet"),
+    "the dial at 1:100": ("dial in proportion", "-1:100"),
+    "the dial at 1:300": ("dial in proportion", "-1:300"),
+}
+"""Setting of films -> its campaign and the end of its rows' names."""
 
 
 def read_runs() -> list[dict[str, Any]]:
@@ -46,7 +63,12 @@ def describe(record: Record, table: str) -> dict[str, Any]:
     """Return what is recorded of a run as one of a table."""
     fields = {name: getattr(record, name) for name in FIELDS}
     fields["rows"] = [row for row in record.rows if row.startswith(f"{table}/")]
-    return fields | {metric: record.metrics.get(metric) for metric in METRICS}
+    fields |= {metric: record.metrics.get(metric) for metric in METRICS}
+    fields["hardware"] = ", ".join(record.hardware["gpus"]) or record.hardware["cpu"]
+    if (record.folder / LOSS_FILM).is_file():
+        shares = early_shares(read_film(record.folder, ap=record.metrics.get("AP")))
+        fields |= {name: [round(float(x), 4) for x in shares[name]] for name in QUANTITIES}
+    return fields
 
 
 def add(runs: Sequence[dict[str, Any]], campaign: str, folder: Path, table: str) -> list[dict]:
@@ -65,18 +87,46 @@ def add(runs: Sequence[dict[str, Any]], campaign: str, folder: Path, table: str)
 
 def report(runs: Iterable[dict[str, Any]], folder: Path) -> Path:
     """Write recorded runs of one campaign into a new folder, and return the report on them."""
-    names = {side: {"name": "", "sha256": ""} for side in ("train", "test")}
+    data = {side: {"name": "", "sha256": ""} for side in ("train", "test")}
     make_folder(folder / "runs")
-    write_json(
-        folder / "campaign.json", {"format": 1, "preset": "small", "opts": [], "data": names}
-    )
-    for number, run in enumerate(runs):
+    write_json(folder / "campaign.json", {"preset": "small", "opts": [], "data": data})
+    for i, run in enumerate(runs):
         fields = {name: run[name] for name in FIELDS}
         metrics = {metric: run[metric] for metric in METRICS}
-        path = folder / "runs" / f"{number:03}"
+        path = folder / "runs" / f"{i:03}"
         path.mkdir()
         Record(**fields, key=run["rows"][0], metrics=metrics, folder=path).write()
     return write_report(folder)[1]
+
+
+def film_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Return the rank correlations of early shares with the final AP, by setting."""
+    columns = [(name, i) for name in QUANTITIES for i in range(len(GROUPS))]
+    rows = []
+    for setting, (campaign, ending) in FILMED.items():
+        filmed = [run for run in runs if run["campaign"] == campaign and "loss" in run]
+        filmed = [run for run in filmed if run["rows"][0].endswith(ending)]
+        cells = []
+        for name, i in columns:
+            shares = [run[name][i] for run in filmed]
+            if len(set(shares)) == 1:
+                cells.append(NOTHING)
+                continue
+            found = spearmanr(shares, [run["AP"] for run in filmed])
+            cells.append(f"{found[0]:+.2f} ({probability(found[1])})".replace("-", "−"))
+        rows.append((setting, str(len(filmed)), *cells))
+    head = ["setting", "runs", *(f"{name}, {GROUPS[i]}" for name, i in columns)]
+    return markdown_table(head, rows, numbers=range(1, len(head)))
+
+
+def costs(runs: Sequence[dict[str, Any]]) -> str:
+    """Return the runs and hours of training of each campaign, by hardware."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for run in runs:
+        place = run["campaign"], run.get("hardware", "Intel Xeon")
+        found.setdefault(place, []).append(run["wall_seconds"] / 3600)
+    rows = [(*place, str(len(hours)), f"{sum(hours):.1f}") for place, hours in found.items()]
+    return markdown_table(("runs of", "on", "runs", "hours"), rows, numbers=(2, 3))
 
 
 def draw(runs: Sequence[dict[str, Any]]) -> None:
@@ -100,6 +150,8 @@ def main() -> None:
     if args.add:
         write_runs(runs)
     draw(runs)
+    print(film_table(runs))
+    print(costs(runs))
     if args.page:
         text = PAGE.read_text(encoding="utf-8")
         title = text.splitlines()[0].removeprefix("# ")

@@ -36,6 +36,7 @@ from retinanet_ext.experiments.measured_losses import (
     Situation,
     comparable,
     leave_one_out,
+    one_loss_everywhere,
     read_measurements,
     recommend,
 )
@@ -72,6 +73,7 @@ def advise(cfg: CfgNode, run: str | Path | None = None) -> str:
         f"Advice: {advice.row}",
         _reason(advice.row, advice.setting),
         "    " + " \\\n    ".join(pairs),
+        _describe_safest(advice.row, situation, settings),
         _describe_class_alpha(situation, facts, settings),
         *([] if film is None else [_describe_film(film)]),
     ]
@@ -80,7 +82,8 @@ def advise(cfg: CfgNode, run: str | Path | None = None) -> str:
 
 def describe_regret() -> str:
     """Return the AP that the advice loses on each measured setting when the others advise it."""
-    regrets = leave_one_out(read_measurements()[0])
+    settings = read_measurements()[0]
+    regrets = leave_one_out(settings)
     rows = [
         [
             regret.setting.name,
@@ -95,9 +98,16 @@ def describe_regret() -> str:
     means = [fmean(regret.ap for regret in regrets), fmean(regret.default for regret in regrets)]
     rows.append(["mean", "", "", "", *(f"{mean:.1f}" for mean in means)])
     head = ["left out", "advised from", "advice", "best row", "AP lost", "by the default"]
-    return (
-        "Each measured setting, advised from the others among its own rows. Settings where no loss "
-        f"reaches {MIN_AP:g} AP are left out.\n\n{tabulate(rows, head, disable_numparse=True)}"
+    count, constant = one_loss_everywhere(settings)
+    everywhere = [[row, *(f"{ap:.1f}" for ap in lost)] for row, lost in constant.items()]
+    return "\n\n".join(
+        (
+            "Each measured setting, advised from the others among its own rows. Settings where no "
+            f"loss reaches {MIN_AP:g} AP are left out.",
+            tabulate(rows, head, disable_numparse=True),
+            f"One loss everywhere, on the {count} settings that have all of these:",
+            tabulate(everywhere, ["loss", "AP lost, mean", "most"], disable_numparse=True),
+        )
     )
 
 
@@ -236,6 +246,19 @@ def _measured_at(setting: Setting) -> str:
     return f"measured at imbalance 1 : {setting.situation.imbalance} on {setting.name}"
 
 
+def _describe_safest(advised: str, situation: Situation, settings: Sequence[Setting]) -> str:
+    """Return the loss that costs least on all comparable settings; empty if it is the advised."""
+    count, lost = one_loss_everywhere(comparable(situation, settings)[0])
+    row = min(lost, key=lambda row: lost[row][0], default=advised)
+    if row == advised or count < 2:
+        return ""
+    return (
+        f"The safest: {row}. On the {count} comparable settings it is {lost[row][0]:.1f} AP behind "
+        f"the best loss in the mean and {lost[row][1]:.1f} at most; the default is "
+        f"{lost[DEFAULT][0]:.1f} and {lost[DEFAULT][1]:.1f} behind."
+    )
+
+
 def _describe_class_alpha(
     situation: Situation, facts: DataFacts, settings: Sequence[Setting]
 ) -> str:
@@ -276,5 +299,6 @@ def _describe_film(film: Film) -> str:
         f"Film of {film.name} ({film.cls_loss}), shares of the gradient: in the first tenth "
         f"{shares(early)}; at iteration {film.iterations[-1]} {shares(last)}. Easy negatives carry "
         f"{'more' if easy > CONCENTRATED else 'no more'} than {100 * CONCENTRATED:.0f} %: {what}. "
-        "The advice does not rest on the film, because no measurement relates one to AP yet."
+        "The advice does not rest on the film: which share goes with a high AP changes with the "
+        "initial weights (docs/results/replication.md)."
     )

@@ -7,6 +7,7 @@ are losses with the AP of each seed.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -213,3 +214,19 @@ def leave_one_out(settings: Sequence[Setting]) -> list[Regret]:
         lost = [setting.mean(best) - setting.mean(row) for row in (advice.row, DEFAULT)]
         found.append(Regret(setting, advice, best, *lost))
     return found
+
+
+def one_loss_everywhere(settings: Sequence[Setting]) -> tuple[int, dict[str, tuple[float, float]]]:
+    """Return what it costs to take one loss on all settings.
+
+    Compared are the rows that most settings have, on the settings that have all of those.
+
+    Returns:
+        the number of such settings, and row -> mean and largest AP lost against the best row
+    """
+    learnt = [setting for setting in settings if setting.has_learnt]
+    counts = Counter(row for setting in learnt for row in setting.rows)
+    rows = [row for row, count in counts.items() if 2 * count > len(learnt)]
+    common = [setting for setting in learnt if setting.rows.keys() >= set(rows)]
+    lost = {row: [s.mean(s.best()) - s.mean(row) for s in common] for row in rows}
+    return len(common), {row: (fmean(aps), max(aps)) for row, aps in lost.items()}
