@@ -70,7 +70,14 @@ def _describe_correlation(folders: Sequence[str | Path], films: Sequence[Film]) 
         for (quantity, group), result in rank_correlations(measured).items()
     ]
     table = tabulate(rows, ["share of", "on", "Spearman", "p"], disable_numparse=True)
-    return f"Rank correlation of these shares with the final AP, {len(measured)} runs\n\n{table}"
+    text = f"Rank correlation of these shares with the final AP, {len(measured)} runs\n\n{table}"
+    lengths = sorted({film.num_iterations for film in measured})
+    if len(lengths) > 1:
+        text += (
+            f"\n\nThe runs have {lengths[0]} to {lengths[-1]} iterations: the correlation mixes "
+            "the effect of the losses with that of the budget."
+        )
+    return text
 
 
 def _test_data(cfg: CfgNode) -> str:

@@ -46,6 +46,9 @@ def test_films_are_drawn_and_ranked(tmp_path, capsys):
         "needs 4 runs that were evaluated and whose films have their first tenth, got 3"
         in describe(runs[:3])
     )
+    longer = make_run(tmp_path / "longer", 3.0, 50.0, "SOLVER.MAX_ITER", 80)
+    assert "budget" not in describe(runs)
+    assert "have 40 to 80 iterations: the correlation mixes" in describe([*runs, longer])
     other = make_run(tmp_path / "other", 3.0, 50.0, "DATASETS.CUSTOM.TEST_JSON", "other.json")
     assert "none, because the runs have other test data" in describe([*runs, other])
 
