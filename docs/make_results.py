@@ -5,7 +5,7 @@
 The runs are in docs/results/replication_runs.json, a line each, with the shares of loss and
 gradient over the first tenth of those that have a film. ``--add`` records the runs of a table
 first: FOLDER is one that ``retinanet-ext experiments run`` wrote, and CAMPAIGN the name under which
-they are reported together. Runs of that name and table that were recorded before are replaced.
+they are reported; runs that were recorded under it before are replaced.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from scipy.stats import spearmanr
+import numpy as np
 
 from retinanet_ext.analysis.film import GROUPS, QUANTITIES, early_shares
 from retinanet_ext.engine.loss_film import LOSS_FILM, read_film
-from retinanet_ext.experiments.record import DIVERGED, FINISHED, Record, read_records, write_json
+from retinanet_ext.experiments.film_report import rank_correlations
+from retinanet_ext.experiments.record import Record, write_json
 from retinanet_ext.experiments.report import write_report
-from retinanet_ext.experiments.statistics import probability
+from retinanet_ext.experiments.results import read_results
 from retinanet_ext.files import make_folder, write_file
-from retinanet_ext.page import NOTHING, markdown_table, render_page
+from retinanet_ext.page import markdown_table, number, render_page
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = RESULTS / "replication_runs.json"
@@ -66,23 +68,19 @@ def describe(record: Record, table: str) -> dict[str, Any]:
     fields |= {metric: record.metrics.get(metric) for metric in METRICS}
     fields["hardware"] = ", ".join(record.hardware["gpus"]) or record.hardware["cpu"]
     if (record.folder / LOSS_FILM).is_file():
-        shares = early_shares(read_film(record.folder, ap=record.metrics.get("AP")))
+        shares = early_shares(read_film(record.folder))
         fields |= {name: [round(float(x), 4) for x in shares[name]] for name in QUANTITIES}
     return fields
 
 
 def add(runs: Sequence[dict[str, Any]], campaign: str, folder: Path, table: str) -> list[dict]:
-    """Return ``runs`` with those of a table in a campaign's folder."""
-    kept = [
-        run
-        for run in runs
-        if run["campaign"] != campaign or not run["rows"][0].startswith(f"{table}/")
-    ]
-    for record in read_records(folder):
-        found = describe(record, table)
-        if found["rows"] and record.status in (FINISHED, DIVERGED):
-            kept.append({"campaign": campaign, **found})
-    return kept
+    """Return ``runs`` with a campaign that consists of the runs of a table in a folder."""
+    found = [describe(record, table) for record in read_results(folder).runs]
+    found = [run for run in found if run["rows"]]
+    if not found:
+        raise SystemExit(f"{folder} has no run of table {table}")
+    kept = [run for run in runs if run["campaign"] != campaign]
+    return kept + [{"campaign": campaign, **run} for run in found]
 
 
 def report(runs: Iterable[dict[str, Any]], folder: Path) -> Path:
@@ -100,22 +98,25 @@ def report(runs: Iterable[dict[str, Any]], folder: Path) -> Path:
 
 
 def film_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Return the rank correlations of early shares with the final AP, by setting."""
-    columns = [(name, i) for name in QUANTITIES for i in range(len(GROUPS))]
+    """Return the rank correlations of early shares with the final AP, over the rows of settings."""
     rows = []
     for setting, (campaign, ending) in FILMED.items():
-        filmed = [run for run in runs if run["campaign"] == campaign and "loss" in run]
-        filmed = [run for run in filmed if run["rows"][0].endswith(ending)]
-        cells = []
-        for name, i in columns:
-            shares = [run[name][i] for run in filmed]
-            if len(set(shares)) == 1:
-                cells.append(NOTHING)
-                continue
-            found = spearmanr(shares, [run["AP"] for run in filmed])
-            cells.append(f"{found[0]:+.2f} ({probability(found[1])})".replace("-", "−"))
-        rows.append((setting, str(len(filmed)), *cells))
-    head = ["setting", "runs", *(f"{name}, {GROUPS[i]}" for name, i in columns)]
+        seeds: dict[str, list[dict[str, Any]]] = {}
+        for run in runs:
+            name = run["rows"][0]
+            is_filmed = "loss" in run and run["AP"] is not None
+            if run["campaign"] == campaign and name.endswith(ending) and is_filmed:
+                seeds.setdefault(name, []).append(run)
+        early = [
+            {name: np.mean([run[name] for run in own], axis=0) for name in QUANTITIES}
+            for own in seeds.values()
+        ]
+        aps = [fmean(run["AP"] for run in own) for own in seeds.values()]
+        cells = [
+            number(rho, 2).replace("-", "−") for rho, _ in rank_correlations(early, aps).values()
+        ]
+        rows.append((setting, str(len(seeds)), *cells))
+    head = ["setting", "rows", *(f"{name}, {group}" for name in QUANTITIES for group in GROUPS)]
     return markdown_table(head, rows, numbers=range(1, len(head)))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,9 +65,11 @@ def _describe_correlation(folders: Sequence[str | Path], films: Sequence[Film]) 
         )
     if len({_test_data(load_config(Path(folder, "config.yaml"))) for folder in folders}) > 1:
         return "Rank correlation with the final AP: none, because the runs have other test data."
+    early, aps = zip(*((early_shares(film), film.ap) for film in measured), strict=True)
+    correlations = rank_correlations(early, aps)
     rows = [
         [quantity, group, *(number(value, 2) for value in result)]
-        for (quantity, group), result in rank_correlations(measured).items()
+        for (quantity, group), result in correlations.items()
     ]
     table = tabulate(rows, ["share of", "on", "Spearman", "p"], disable_numparse=True)
     text = f"Rank correlation of these shares with the final AP, {len(measured)} runs\n\n{table}"
@@ -86,22 +88,26 @@ def _test_data(cfg: CfgNode) -> str:
     return repr((cfg.DATASETS.TEST, custom.TEST_JSON, custom.CLASSES, dict(sample)))
 
 
-def rank_correlations(films: Sequence[Film]) -> dict[tuple[str, str], tuple[float, float]]:
+def rank_correlations(
+    early: Sequence[Mapping[str, Sequence[float]]], aps: Sequence[float]
+) -> dict[tuple[str, str], tuple[float, float]]:
     """Return whether an early share predicts the order of the final APs.
 
     Args:
-        films: of :data:`MIN_RUNS` runs or more, all with an AP on the same test data
+        early: of each run (or row, then means over seeds) quantity -> shares of the groups, as
+            :func:`~retinanet_ext.analysis.film.early_shares` gives them
+        aps: of each, on the same test data
 
     Returns:
-        quantity and group -> Spearman's rank correlation and its two-sided p-value; NaN if all runs
-        have the same share
+        quantity and group -> Spearman's rank correlation and its two-sided p-value; NaN if all
+        have the same share or AP. The p-value takes runs for independent, which seeds of one
+        loss are not.
     """
-    early = [early_shares(film) for film in films]
     found = {}
     for quantity in QUANTITIES:
         for index, group in enumerate(GROUPS):
             shares = [float(numbers[quantity][index]) for numbers in early]
-            constant = len(set(shares)) == 1 or len({film.ap for film in films}) == 1
-            result = (math.nan,) * 2 if constant else spearmanr(shares, [f.ap for f in films])
+            constant = len(set(shares)) == 1 or len(set(aps)) == 1
+            result = (math.nan,) * 2 if constant else spearmanr(shares, aps)
             found[quantity, group] = (float(result[0]), float(result[1]))
     return found

@@ -15,20 +15,20 @@ from retinanet_ext.experiments.gradient_share import share_of_row
 from retinanet_ext.experiments.grids import REFERENCE_LABEL
 from retinanet_ext.experiments.statistics import RowResult, TableResult, lead, mean_interval
 
+_BARS = "A long interval leaves the frame; a single seed has none."
 _LEADS = (
     "Left: AP, the mean over seeds with its 95 % interval. Right: the lead over cross entropy "
-    "(α = .75), with Welch's 95 % interval. A long interval leaves the frame; a single seed has "
-    "none."
+    f"(α = .75), with Welch's 95 % interval. {_BARS}"
 )
 BUDGET = f"By iterations. {_LEADS}"
 INIT = f"By initial weights. {_LEADS}"
 RATES = f"By the learning rate, as a multiple of the common one. {_LEADS}"
 DIAL = (
-    "Above: AP against background anchors per foreground anchor, with either normaliser (OHEM has "
-    "its own). Below, left: the lead of the focal loss, measured with the moving average, and "
-    "Welch's 95 % interval. Right: the curve that the paper's argument predicts, the focal loss's "
-    "lead in the share of the gradient that positives have at the start. It is no difference in "
-    "AP: only its shape can be right."
+    "Above: AP against background anchors per foreground anchor, the mean over seeds with its 95 % "
+    "interval, with either normaliser (OHEM has its own). Below, left: the lead of the focal loss "
+    f"with the moving average, and Welch's 95 % interval. {_BARS} Right: the curve that the "
+    "paper's argument predicts, the focal loss's lead in the share of the gradient that positives "
+    "have at the start. It is no difference in AP: only its shape can be right."
 )
 
 Points = Mapping[str, Mapping[float, Sequence[float]]]
@@ -52,7 +52,7 @@ def draw_init(table: TableResult) -> Figure:
 
 def draw_rates(table: TableResult) -> Figure:
     """Draw AP of each loss, and its lead over the reference, against the learning rate."""
-    return _draw_losses(table, rate_points(table), "learning rate, of the common one")
+    return _draw_losses(table, rate_points(table), "learning rate / common rate")
 
 
 def _draw_losses(
@@ -62,14 +62,14 @@ def _draw_losses(
     figure = Figure(figsize=(WIDTH, 3.8), layout="constrained")
     aps, leads = figure.subplots(1, 2)
     reference = points.get(REFERENCE_LABEL, {})
-    places = _asides(table)
-    for loss, colour in _colours(table).items():
-        line, aside = points.get(loss, {}), places[loss]
-        _draw_line(aps, _means(line), colour, loss, aside)
-        if loss == REFERENCE_LABEL:
-            leads.axhline(0, color=colour)
-        else:
-            _draw_line(leads, _leads(line, reference), colour, loss, aside)
+    colours, places = _colours(table), _asides(table)
+    marker = "o" if names else "o-"  # names have no order
+    for loss, line in points.items():
+        _draw_line(aps, _means(line), colours[loss], loss, places[loss], marker)
+        if loss != REFERENCE_LABEL:
+            _draw_line(leads, _leads(line, reference), colours[loss], loss, places[loss], marker)
+    if reference:
+        leads.axhline(0, color=colours[REFERENCE_LABEL])
     for axes, title in ((aps, "AP"), (leads, f"lead over {REFERENCE_LABEL}, in AP")):
         _log_axis(axes, points, label, names)
         axes.set_title(title)
@@ -164,10 +164,12 @@ def _leads(line: Mapping[float, Sequence[float]], other: Mapping[float, Sequence
     return {x: lead(line[x], other[x]) for x in sorted(line.keys() & other.keys())}
 
 
-def _draw_line(axes: Axes, line: Line, colour: str, label: str, aside: float) -> None:
+def _draw_line(
+    axes: Axes, line: Line, colour: str, label: str, aside: float, marker: str = "o-"
+) -> None:
     """Draw values at ``aside`` times their x, with their intervals, which set no limit of y."""
     places = [x * aside for x in line]
-    axes.plot(places, [y for y, _ in line.values()], "o-", ms=4, color=colour, label=label)
+    axes.plot(places, [y for y, _ in line.values()], marker, ms=4, color=colour, label=label)
     for x, (_, interval) in zip(places, line.values(), strict=True):
         if interval:
             axes.add_artist(Line2D([x, x], interval, color=colour, lw=0.9))

@@ -7,7 +7,6 @@ are losses with the AP of each seed.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -19,6 +18,9 @@ import yaml
 
 DEFAULT = "focal, gamma 2, alpha .25"
 """The paper's loss and Detectron2's default."""
+
+CANDIDATES = (DEFAULT, f"{DEFAULT}, weight auto", "cross entropy, alpha .75")
+"""Rows that are compared as the one loss for everything."""
 
 COMMON_KEYS = {
     "MODEL.RETINANET.CLS_LOSS.WEIGHT": 1.0,
@@ -217,16 +219,14 @@ def leave_one_out(settings: Sequence[Setting]) -> list[Regret]:
 
 
 def one_loss_everywhere(settings: Sequence[Setting]) -> tuple[int, dict[str, tuple[float, float]]]:
-    """Return what it costs to take one loss on all settings.
-
-    Compared are the rows that most settings have, on the settings that have all of those.
+    """Return what it costs to take one of :data:`CANDIDATES` on all settings.
 
     Returns:
-        the number of such settings, and row -> mean and largest AP lost against the best row
+        the number of settings that have all of them, and row -> mean and largest AP lost there
+        against the best row; empty if there is no such setting
     """
-    learnt = [setting for setting in settings if setting.has_learnt]
-    counts = Counter(row for setting in learnt for row in setting.rows)
-    rows = [row for row, count in counts.items() if 2 * count > len(learnt)]
-    common = [setting for setting in learnt if setting.rows.keys() >= set(rows)]
-    lost = {row: [s.mean(s.best()) - s.mean(row) for s in common] for row in rows}
+    common = [s for s in settings if s.has_learnt and s.rows.keys() >= set(CANDIDATES)]
+    if not common:
+        return 0, {}
+    lost = {row: [s.mean(s.best()) - s.mean(row) for s in common] for row in CANDIDATES}
     return len(common), {row: (fmean(aps), max(aps)) for row, aps in lost.items()}

@@ -27,7 +27,7 @@ def make_film(positives, ap, classes=2):
 def test_the_first_tenth_is_averaged_and_ranked():
     films = [make_film(p, ap) for p, ap in ((0.9, 40), (0.5, 20), (0.7, 35), (0.6, 30), (0.4, 25))]
     assert early_shares(films[0])["gradient"] == pytest.approx([0.9, 0.05, 0.05])
-    found = rank_correlations(films)
+    found = rank_correlations([early_shares(film) for film in films], [film.ap for film in films])
     # Ranks 5, 2, 4, 3, 1 and 5, 1, 4, 3, 2: 1 - 6 (1 + 1) / (5 (25 - 1)).
     assert found["gradient", "positives"][0] == pytest.approx(0.9)
     assert found["gradient", "easy negatives"][0] == pytest.approx(-0.9)

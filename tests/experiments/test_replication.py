@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.campaigns import add_run, make_campaign
+
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = runpy.run_path(str(DOCS / "make_results.py"))
 TEXT = (DOCS / "results/replication.md").read_text(encoding="utf-8")
@@ -65,3 +67,20 @@ def test_dial(reported):
         for ratio, *printed in rows:
             ratio = ratio.rpartition(" ")[2]
             assert printed == [cells[ratio, loss] for loss in head[1:]]
+
+
+def test_runs_are_recorded_without_those_of_an_earlier_config(tmp_path):
+    campaign = make_campaign(tmp_path / "small-0")
+    add_run(campaign, "dial", "focal-1:30", 1, 20.0)
+    add_run(
+        *(campaign, "dial", "focal-1:30", 2, 10.0),
+        **{"key": "earlier", "ended": "2026-11-20T20:00:00"},
+    )
+    add_run(campaign, "1a", "alpha.75", 1, 30.0)
+    kept = {"campaign": "bccd", "rows": ["dial/focal-1:30"]}
+    before = [kept, {"campaign": "dial", "rows": ["dial/ohem-1:30"]}]
+    first, second = PAGE["add"](before, "dial", campaign, "dial")
+    assert first == kept
+    assert (second["rows"], second["seed"], second["AP"]) == (["dial/focal-1:30"], 1, 20.0)
+    with pytest.raises(SystemExit, match="has no run of table init"):
+        PAGE["add"](before, "dial", campaign, "init")
