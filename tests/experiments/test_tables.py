@@ -1,6 +1,7 @@
 """The tables as data: what the paper preset's configs say, field by field, written out here."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -377,6 +378,15 @@ def test_every_point_of_the_dial_shows_the_same_number_of_objects():
         assert cfg.DATASETS.SAMPLE.NUM_TRAIN * boxes == pytest.approx(400 * 8.0, rel=0.02)
         assert cfg.SOLVER.WARMUP_ITERS / cfg.SOLVER.MAX_ITER <= 50 / 450 + 0.001
         assert cfg.MODEL.RETINANET.LOSS_NORMALIZER == "foreground"
+
+
+def test_the_clipping_of_a_preset_is_switched_off_as_documented():
+    text = (CONFIGS.parent / "docs/experiments.md").read_text(encoding="utf-8")
+    opts = re.search(r"`(SOLVER\.CLIP_GRADIENTS[^`]*)` switches it off", text)[1].split()
+    for row in (TABLES["budget"]["ohem-1x"], TABLES["init"]["focal.25-random"]):
+        assert row_config(PRESETS["small"], row, 1, (), CONFIGS).SOLVER.CLIP_GRADIENTS.ENABLED
+        cfg = row_config(PRESETS["small"], row, 1, opts, CONFIGS)
+        assert not cfg.SOLVER.CLIP_GRADIENTS.ENABLED
 
 
 def test_rows_that_start_from_weights_and_from_nothing():
