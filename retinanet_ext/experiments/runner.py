@@ -57,7 +57,7 @@ def run_campaign(
     """
     if jobs < 1:
         raise InputError(f"--jobs must be at least 1, got {jobs}")
-    hardware = _check(runs, campaign.content["num_gpus"], jobs)
+    hardware = _check(runs, campaign.content["num_gpus"], jobs, log)
     with _open_campaign(campaign) as lock, _interrupt_on_sigterm():
         records = {(run.key, run.seed): run for run in record.read_records(campaign.folder)}
         waiting = []
@@ -94,8 +94,10 @@ def run_campaign(
     return [run for run in found if run.status != record.UNFINISHED]
 
 
-def _check(runs: Sequence[Run], num_gpus: int, jobs: int) -> dict[str, Any]:
-    """Refuse what every process would refuse, and return the hardware that they will use.
+def _check(
+    runs: Sequence[Run], num_gpus: int, jobs: int, log: Callable[[str], None]
+) -> dict[str, Any]:
+    """Refuse what every process would refuse, warn, and return the hardware that they will use.
 
     The config of every row is checked, and that its file of a backbone's weights exists; the data
     and the model only of the first.
@@ -107,6 +109,11 @@ def _check(runs: Sequence[Run], num_gpus: int, jobs: int) -> dict[str, Any]:
         cfg.MODEL.DEVICE = first.MODEL.DEVICE
         check_config(cfg, num_processes=num_gpus, eval_only=False)
         timm_weights(cfg)
+        if cfg.SOLVER.WARMUP_ITERS > cfg.SOLVER.MAX_ITER:
+            log(
+                f"{run.rows[0]}: SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS} is longer than "
+                f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: the rate never reaches SOLVER.BASE_LR"
+            )
     find_weights(first, resume=False, eval_only=False)
     prepare_datasets(first, eval_only=False)
     Trainer.build_model(first)

@@ -237,6 +237,17 @@ def test_a_row_that_cannot_be_started_does_not_end_the_others(root, tmp_path):
     assert any("1a/alpha.50" in line and "cannot be run" in line for line in lines)
 
 
+@pytest.mark.parametrize(("iterations", "warned"), [(9, True), (10, False)])
+def test_a_training_within_its_warm_up_is_announced(root, tmp_path, iterations, warned):
+    """Preset quick has ten iterations of it."""
+    opts = [*OPTS, "SOLVER.MAX_ITER", str(iterations)]
+    campaign, runs = plan(root, tmp_path / "out", "alpha.50", opts=opts)
+    lines = []
+    runner.run_campaign(campaign, runs, root=root, log=lines.append)
+    said = "1a/alpha.50: SOLVER.WARMUP_ITERS 10 is longer than SOLVER.MAX_ITER 9"
+    assert lines[0].startswith(said) == warned
+
+
 def test_a_new_row_of_the_same_config_is_credited(root, tmp_path):
     campaign, (one,) = plan(root, tmp_path / "out", "alpha.50")
     less = planning.Run(one.rows[:1], *(one.key, 1, one.config_file, one.arguments))
