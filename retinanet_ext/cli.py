@@ -202,19 +202,19 @@ def _run_rows(args: argparse.Namespace) -> int:
 
 def sample_set(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     """Draw the sample set at a point of the imbalance dial, as COCO json and images."""
-    from retinanet_ext.data.dial import PROPORTIONAL_DIAL
+    from retinanet_ext.data.dial import IMBALANCE_DIAL
     from retinanet_ext.data.sample_set import SampleSet, export_sample_set
 
     parser.epilog = "docs/dial.md says how another detector is put on the dial"
     parser.add_argument("folder", type=Path, help="a new folder: {train,val}.json, train/, val/")
     ratio = "foreground to background anchors; default: 1:100"
-    parser.add_argument("--ratio", choices=PROPORTIONAL_DIAL, default="1:100", help=ratio)
+    parser.add_argument("--ratio", choices=IMBALANCE_DIAL, default="1:100", help=ratio)
     number = {"type": int, "metavar": "N"}
     parser.add_argument("--num-train", **number, help="images; default: as table dial")
     parser.add_argument("--num-val", **number, help="images; default: as table dial")
     parser.add_argument("--seed", **number, default=0, help="other pictures of the same kind")
     args = parser.parse_args(argv)
-    keys = SampleSet.config_defaults() | PROPORTIONAL_DIAL[args.ratio] | {"SEED": args.seed}
+    keys = SampleSet.config_defaults() | IMBALANCE_DIAL[args.ratio] | {"SEED": args.seed}
     numbers = {"NUM_TRAIN": args.num_train, "NUM_VAL": args.num_val}
     keys |= {key: value for key, value in numbers.items() if value is not None}
     export_sample_set(SampleSet.from_config(keys), args.folder)

@@ -1,11 +1,11 @@
-"""Figures of a report: training curves, figures 2 and 7 of the paper, the imbalance dial."""
+"""Figures of a report: claims, training curves, and figures 2 and 7 of the paper."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from textwrap import fill
 
 import matplotlib as mpl
@@ -56,11 +56,6 @@ FOCAL_STAR = (
     "is below or training did not converge. Right: coloured by the mean AP measured here, dotted "
     "if training diverged."
 )
-DIAL = (
-    "AP against the number of background anchors per foreground anchor. Each dot is a seed; lines "
-    "connect the means. Right: the mean's distance from the best loss at the same imbalance; bars "
-    "are ± one standard deviation."
-)
 CLAIMS = (
     "Difference in AP of each claim with its 95 % interval over seeds. Blue: the claim holds; red: "
     "it does not; grey: it is not decided. A hollow diamond is the paper's difference."
@@ -85,9 +80,6 @@ def draw_figures(tables: Sequence[TableResult]) -> dict[str, list[Drawing]]:
         if name == "fig7":
             svg = render_svg(lambda table=table: draw_focal_star(table))
             figures[name].append(Drawing("figure_7", FOCAL_STAR, svg))
-        if name == "imbalance" and any(row.values("AP") for row in table.rows):
-            svg = render_svg(lambda table=table: draw_imbalance(table))
-            figures[name].append(Drawing("imbalance", DIAL, svg))
         if name in GRID_FIGURES and any(row.values("AP") for row in table.rows):
             caption, draw = GRID_FIGURES[name]
             svg = render_svg(lambda table=table, draw=draw: draw(table))
@@ -209,43 +201,6 @@ def draw_focal_star(table: TableResult) -> Figure:
     if aps:
         figure.colorbar(ScalarMappable(scale, colours), ax=measured, aspect=30, label="AP")
     return figure
-
-
-def draw_imbalance(table: TableResult) -> Figure:
-    """Draw AP of each loss against the imbalance, and its distance from the best loss."""
-    figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
-    absolute, relative = figure.subplots(1, 2)
-    losses: dict[str, dict[float, list[float]]] = {}
-    for row in table.rows:
-        if values := row.values("AP"):
-            losses.setdefault(row.row.settings["loss"], {})[imbalance(row)] = values
-    ratios = sorted({ratio for points in losses.values() for ratio in points})
-    best = {
-        ratio: max(fmean(points[ratio]) for points in losses.values() if ratio in points)
-        for ratio in ratios
-    }
-    for (loss, points), colour in zip(losses.items(), PALETTE, strict=False):
-        means = {ratio: fmean(points[ratio]) for ratio in sorted(points)}
-        absolute.plot(list(means), list(means.values()), color=colour, label=loss)
-        for ratio, values in points.items():
-            absolute.plot([ratio] * len(values), values, ".", ms=5, color=colour)
-        gaps = [mean - best[ratio] for ratio, mean in means.items()]
-        errors = [stdev(points[x]) if len(points[x]) > 1 else 0 for x in means]
-        relative.errorbar(list(means), gaps, errors, fmt="o-", ms=3.5, capsize=2, color=colour)
-    for axes in (absolute, relative):
-        axes.set_xscale("log")
-        axes.set_xticks(ratios, [f"{ratio:g}" for ratio in ratios])
-        axes.set_xticks([], minor=True)
-        axes.set_xlabel("background anchors per foreground anchor")
-    absolute.set(title="AP by imbalance", ylabel="AP")
-    relative.set(title="behind the best loss", ylabel="AP minus the best mean")
-    figure.legend(loc="outside upper left", ncols=len(losses))
-    return figure
-
-
-def imbalance(row: RowResult) -> float:
-    """Return the number of background anchors per foreground anchor in a row of the dial."""
-    return float(row.row.settings["background : foreground"].partition(":")[0])
 
 
 def _curves(row: RowResult) -> list[np.ndarray]:

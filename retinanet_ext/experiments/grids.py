@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from retinanet_ext.data.dial import IMBALANCE_DIAL, PROPORTIONAL_DIAL, objects_ratio
+from retinanet_ext.data.dial import IMBALANCE_DIAL, objects_ratio
 from retinanet_ext.experiments.rows import (
     Claim,
     Row,
@@ -194,46 +194,20 @@ def _background(ratio: str) -> str:
     return f"{ratio.partition(':')[2]} : 1"
 
 
-_FOUR_LOSSES = {
+DIAL_LOSSES = {
     "ce": ("CE", cross_entropy(-1.0)),
     "alpha-ce": ("α-CE", cross_entropy(0.75)),
     "ohem": ("OHEM", ohem(128, 0.5)),
     "focal": ("focal", focal()),
+    "matched": ("focal, matched weight", MATCHED),
 }
-
-IMBALANCE = Table(
-    "imbalance",
-    "Imbalance as a dial: four losses on synthetic data",
-    "beyond the paper; section 3's argument",
-    tuple(
-        Row(
-            f"{name}-{ratio}",
-            {"background : foreground": _background(ratio), "loss": label},
-            {**keys, **_sample_data(point)},
-        )
-        for ratio, point in IMBALANCE_DIAL.items()
-        for name, (label, keys) in _FOUR_LOSSES.items()
-    ),
-    tuple(
-        _lead(f"at {ratio} focal is ahead of {label}", f"focal-{ratio}", f"{name}-{ratio}")
-        for ratio in IMBALANCE_DIAL
-        for name, (label, _) in _FOUR_LOSSES.items()
-        if name != "focal"
-    ),
-    note="Not in the paper, but its reasoning predicts that the lead of the focal loss grows with "
-    "the imbalance. Fewer objects also mean fewer positives in the same number of iterations: "
-    "compare losses at one point, not points with each other. In table dial the budget grows.",
-    presets=SMALL_PRESETS,
-)
-
-DIAL_LOSSES = {**_FOUR_LOSSES, "matched": ("focal, matched weight", MATCHED)}
 NORMALIZERS = {"": "moving average", "-foreground": "foreground"}
 """Suffix of a row's name -> the normaliser in words. OHEM has its own, the selected anchors."""
 
 
 def _dial_rows() -> list[Row]:
     rows = []
-    for ratio, point in PROPORTIONAL_DIAL.items():
+    for ratio, point in IMBALANCE_DIAL.items():
         times = objects_ratio(ratio)
         factors = {"SOLVER.MAX_ITER": times, "SOLVER.CHECKPOINT_PERIOD": times}
         if times < 1:  # otherwise a short training could end within its warm-up
@@ -276,7 +250,7 @@ DIAL = Table(
                 (f"focal-{ratio}",),
                 tuple(f"{name}-{ratio}" for name in ("ce", "alpha-ce", "ohem")),
             )
-            for ratio in PROPORTIONAL_DIAL
+            for ratio in IMBALANCE_DIAL
         ),
         _lead(
             "the focal loss's lead over cross entropy is larger at 1:1000 than at 1:30",
@@ -294,4 +268,4 @@ DIAL = Table(
     presets=SMALL_PRESETS,
 )
 
-GRIDS = {table.name: table for table in (IMBALANCE, BUDGET, INIT, FAIR_STEPS, DIAL)}
+GRIDS = {table.name: table for table in (BUDGET, INIT, FAIR_STEPS, DIAL)}

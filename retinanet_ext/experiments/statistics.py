@@ -31,8 +31,8 @@ RULE = (
 SAID_BY_VALUE = ("loss", "method", "backbone", "background : foreground")
 """Columns whose values need no column name beside them."""
 
-OTHER_DATA = ("imbalance", "dial")
-"""Tables whose rows have different test sets. Their APs cannot be compared."""
+OTHER_DATA = "dial"
+"""The table whose rows have different test sets. Their APs cannot be compared."""
 
 SHOWN = ("AP", "AP50", "AP75")
 """Metrics of every table, shown with their spread."""
@@ -231,7 +231,7 @@ class TableResult:
     @property
     def best(self) -> RowResult | None:
         """Return the row with the highest mean AP; None if the rows' APs cannot be compared."""
-        return None if self.table.name in OTHER_DATA else highest(self.rows)
+        return None if self.table.name == OTHER_DATA else highest(self.rows)
 
     @cached_property
     def verdicts(self) -> list[Verdict]:

@@ -15,7 +15,7 @@ pytestmark = needs_browser
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     campaign = make_campaign(tmp_path_factory.mktemp("report") / "small-0123abcd")
-    for name in ("1b", "1e", "fig7", "imbalance", "dial"):
+    for name in ("1b", "1e", "fig7", "dial"):
         for index, row in enumerate(TABLES[name].rows[:7]):
             shared = {"losses": [2.0, 1.5, 1.2], "picture": (1500, 40)}
             if index == 1:

@@ -95,8 +95,8 @@ def test_a_claim_about_leads(campaign):
     }
     for name, values in aps.items():
         for seed, ap in enumerate(values, start=1):
-            add_run(campaign, "imbalance", name, seed, ap)
-    rows = {row.row.name: row for row in table(campaign, "imbalance").rows}
+            add_run(campaign, "dial", name, seed, ap)
+    rows = {row.row.name: row for row in table(campaign, "dial").rows}
     claim = Claim("the lead grows", ("focal-1:300",), ("ce-1:300",), ("focal-1:30", "ce-1:30"))
     (found,) = judge([claim], rows)
     assert (found.word, found.difference, found.paper_difference) == (HOLDS, 15.0, None)
@@ -184,9 +184,9 @@ def test_the_best_row_is_that_of_the_highest_mean(campaign):
 
 
 def test_rows_of_different_data_have_no_best(campaign):
-    add_run(campaign, "imbalance", "focal-1:30", 1, 90.0)
-    add_run(campaign, "imbalance", "focal-1:100", 1, 80.0)
-    assert table(campaign, "imbalance").best is None
+    add_run(campaign, "dial", "focal-1:30", 1, 90.0)
+    add_run(campaign, "dial", "focal-1:100", 1, 80.0)
+    assert table(campaign, "dial").best is None
 
 
 def test_facts_and_warnings(campaign):
@@ -319,8 +319,8 @@ def everything(campaign):
             ("2", "X101", 39.0),
             ("fig7", "gamma2-beta1", 30.0),
             ("fig7", "gamma3-beta0", 33.0),
-            ("imbalance", "ce-1:30", 50.0),
-            ("imbalance", "focal-1:30", 51.0),
+            ("dial", "ce-1:30", 50.0),
+            ("dial", "focal-1:30", 51.0),
         ):
             add_run(campaign, of, name, seed, ap + seed, losses=losses, picture=(1500, 30))
         add_run(
@@ -337,9 +337,9 @@ def test_figures_and_pictures(everything):
     _, markdown, page = (path.read_text(encoding="utf-8") for path in write_report(everything))
     names = {path.stem for path in (everything / "figures").iterdir()}
     assert names == {
-        *(f"training_{name}" for name in ("1a", "1e", "2", "3", "fig7", "imbalance")),
-        *(f"claims_{name}" for name in ("1a", "2", "3", "imbalance")),
-        *("figure_2", "figure_7", "imbalance"),
+        *(f"training_{name}" for name in ("1a", "1e", "2", "3", "fig7", "dial")),
+        *(f"claims_{name}" for name in ("1a", "2", "3", "dial")),
+        *("figure_2", "figure_7", "dial"),
     }
     for path in (everything / "figures").iterdir():
         assert ElementTree.parse(path).getroot().tag.endswith("svg")
