@@ -35,7 +35,7 @@ RUNS = RESULTS / "replication_runs.json"
 PAGE = RESULTS / "replication.md"
 METRICS = ("AP", "AP50", "AP75")
 FIELDS = ("rows", "seed", "status", "message", "iterations", "wall_seconds", "num_starts", "commit")
-FIGURES = {"init": "init", "budget": "budget", "descendants": "claims_descendants"}
+FIGURES = {"init": "init", "budget": "budget", "descendants": "claims_descendants", "dial": "dial"}
 """Campaign -> name of the figure in its report that the page shows."""
 
 FILMED = {
@@ -44,8 +44,8 @@ FILMED = {
     "the same, 3150 iterations": ("budget", "-9x"),
     "MobileNetV2, random weights, 350 iterations": ("init", "-random"),
     "MobileNetV2, ImageNet weights, 350 iterations": ("init", "-imagenet"),
-    "the dial at 1:100": ("dial in proportion", "-1:100"),
-    "the dial at 1:300": ("dial in proportion", "-1:300"),
+    "the dial at 1:100": ("dial", "-1:100"),
+    "the dial at 1:300": ("dial", "-1:300"),
 }
 """Setting of films -> its campaign and the end of its rows' names."""
 
