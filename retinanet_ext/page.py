@@ -98,10 +98,13 @@ def number(value: float | None, digits: int = 1) -> str:
 
 
 def signed(value: float | None) -> str:
-    """Return a difference with its sign, the minus typographic; a dash for None and NaN."""
+    """Return a difference with its sign, the minus typographic; a dash for None and NaN.
+
+    What rounds to zero keeps its sign, so that an interval shows whether it leaves out 0.
+    """
     if value is None or math.isnan(value):
         return NOTHING
-    return f"{round(value, 1) + 0.0:+.1f}".replace("-", "−")
+    return f"{value + 0.0:+.1f}".replace("-", "−")  # -0.0 + 0.0 is 0.0
 
 
 def interval(bounds: tuple[float, float] | None) -> str:

@@ -126,6 +126,11 @@ def test_verdict(campaign, better, worse, word, measured):
     assert found.remarks == (() if worse else ("γ 0, α .75: not run",))
 
 
+def test_a_difference_that_rounds_to_zero_keeps_its_sign():
+    values = (0.0, -0.0, 0.04, -0.04, -0.06)
+    assert [signed(value) for value in values] == ["+0.0", "+0.0", "+0.0", "−0.0", "−0.1"]
+
+
 @pytest.mark.parametrize(
     ("diverging", "seeds", "word"),
     [("none", 2, HOLDS), ("pi.01", 2, FAILS), ("none", 1, ONE_SEED), ("both", 2, UNMEASURED)],
