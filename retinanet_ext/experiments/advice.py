@@ -301,7 +301,7 @@ def _describe_film(film: Film) -> str:
         f"Film of {film.name} ({film.cls_loss}), shares of the gradient: in the first tenth "
         f"{shares(early)}; at iteration {film.iterations[-1]} {shares(last)}. Easy negatives carry "
         f"{'more' if easy > CONCENTRATED else 'no more'} than {100 * CONCENTRATED:.0f} %: {what}. "
-        "The advice does not rest on the film: of six losses those with more gradient on easy "
+        "The advice does not rest on the film: on BCCD the losses with more gradient on easy "
         "negatives ended higher from random weights and lower from pretrained ones "
         "(docs/results/replication.md)."
     )
