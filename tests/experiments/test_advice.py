@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,13 @@ OF_A_SETTING = ("DATASETS", "DATALOADER", "INPUT", "MODEL.TIMM", "MODEL.ANCHOR_G
 
 def model_with(keys):
     """The config of a model with these keys, as text."""
-    pairs = [pair for pair in keys.items() if not pair[0].startswith(OF_A_SETTING)]
-    pairs = [str(part) for pair in pairs for part in pair]
-    return load_config("configs/small_R18_FPN.yaml", pairs).MODEL.dump()
+    pairs = [pair for pair in sorted(keys.items()) if not pair[0].startswith(OF_A_SETTING)]
+    return load_model(tuple(str(part) for pair in pairs for part in pair))
+
+
+@cache
+def load_model(opts):
+    return load_config("configs/small_R18_FPN.yaml", opts).MODEL.dump()
 
 
 def recorded(setting):
