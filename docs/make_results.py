@@ -69,7 +69,8 @@ def describe(record: Record, table: str) -> dict[str, Any]:
     fields["hardware"] = ", ".join(record.hardware["gpus"]) or record.hardware["cpu"]
     if (record.folder / LOSS_FILM).is_file():
         shares = early_shares(read_film(record.folder))
-        fields |= {name: [round(float(x), 4) for x in shares[name]] for name in QUANTITIES}
+        if not np.isnan(shares["loss"]).any():  # of a film that begins late
+            fields |= {name: [round(float(x), 4) for x in shares[name]] for name in QUANTITIES}
     return fields
 
 

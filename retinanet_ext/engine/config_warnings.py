@@ -344,17 +344,25 @@ def _crowded_images(cfg: CfgNode, splits: Sequence[str]) -> Warnings:
         )
 
 
-def _schedule(cfg: CfgNode, num_images: int) -> Warnings:
-    solver = cfg.SOLVER
-    end = f"SOLVER.MAX_ITER {solver.MAX_ITER}"
+def too_long(cfg: CfgNode, *keys: str) -> list[str]:
+    """Return a line per key that is longer than the training, of all such keys if none is named."""
     effects = {
         "SOLVER.WARMUP_ITERS": "the learning rate never reaches SOLVER.BASE_LR",
         "SOLVER.CHECKPOINT_PERIOD": "nothing is saved before the end",
         "TEST.EVAL_PERIOD": "nothing is evaluated before the end",
     }
-    for key, effect in effects.items():
-        if read_key(cfg, key) > solver.MAX_ITER:
-            yield f"{key} {read_key(cfg, key)} is longer than {end}: {effect}"
+    end = cfg.SOLVER.MAX_ITER
+    return [
+        f"{key} {read_key(cfg, key)} is longer than SOLVER.MAX_ITER {end}: {effects[key]}"
+        for key in keys or effects
+        if read_key(cfg, key) > end
+    ]
+
+
+def _schedule(cfg: CfgNode, num_images: int) -> Warnings:
+    solver = cfg.SOLVER
+    end = f"SOLVER.MAX_ITER {solver.MAX_ITER}"
+    yield from too_long(cfg)
     flat = round(solver.FLAT_RATIO * solver.MAX_ITER)
     if solver.LR_SCHEDULER_NAME == FLAT_COSINE and flat < solver.WARMUP_ITERS <= solver.MAX_ITER:
         yield (

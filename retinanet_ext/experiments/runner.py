@@ -21,6 +21,7 @@ import torch
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine.config_check import check_config, use_cpu_without_cuda
 from retinanet_ext.engine.config_load import load_config
+from retinanet_ext.engine.config_warnings import too_long
 from retinanet_ext.engine.find_checkpoint import find_weights
 from retinanet_ext.engine.launch import end_with_parent
 from retinanet_ext.engine.run_info import commit, cpu_name, versions
@@ -109,11 +110,8 @@ def _check(
         cfg.MODEL.DEVICE = first.MODEL.DEVICE
         check_config(cfg, num_processes=num_gpus, eval_only=False)
         timm_weights(cfg)
-        if cfg.SOLVER.WARMUP_ITERS > cfg.SOLVER.MAX_ITER:
-            log(
-                f"{run.rows[0]}: SOLVER.WARMUP_ITERS {cfg.SOLVER.WARMUP_ITERS} is longer than "
-                f"SOLVER.MAX_ITER {cfg.SOLVER.MAX_ITER}: the rate never reaches SOLVER.BASE_LR"
-            )
+        for line in too_long(cfg, "SOLVER.WARMUP_ITERS"):
+            log(f"{run.rows[0]}: {line}")
     find_weights(first, resume=False, eval_only=False)
     prepare_datasets(first, eval_only=False)
     Trainer.build_model(first)
