@@ -1,7 +1,8 @@
-"""Draw the figures of docs/results/replication.md from its recorded runs, and make it an HTML page.
+"""Make the tables and figures of docs/results/replication.md from its recorded runs.
 
     python docs/make_results.py [--add CAMPAIGN FOLDER TABLE] [--page output/replication.html]
 
+The sentences and the paper's own tables stay. ``--page`` writes the page as one HTML file as well.
 The runs are in docs/results/replication_runs.json, a line each, with the shares of loss and
 gradient over the first tenth of those that have a film. ``--add`` records the runs of a table
 first: FOLDER is one that ``retinanet-ext experiments run`` wrote, and CAMPAIGN the name under which
@@ -12,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,15 +30,20 @@ from retinanet_ext.experiments.record import Record, write_json
 from retinanet_ext.experiments.report import write_report
 from retinanet_ext.experiments.results import read_results
 from retinanet_ext.files import make_folder, write_file
-from retinanet_ext.page import markdown_table, number, render_page
+from retinanet_ext.page import NOTHING, markdown_table, number, render_page
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = RESULTS / "replication_runs.json"
 PAGE = RESULTS / "replication.md"
 METRICS = ("AP", "AP50", "AP75")
 FIELDS = ("rows", "seed", "status", "message", "iterations", "wall_seconds", "num_starts", "commit")
-FIGURES = {"init": "init", "budget": "budget", "descendants": "claims_descendants", "dial": "dial"}
-"""Campaign -> name of the figure in its report that the page shows."""
+FIGURES = {
+    "init": "init",
+    "budget": "budget",
+    "dial": "dial",
+    "descendants": "claims_descendants",
+}
+"""Campaign -> the figure of its report that the page shows, under the name of the campaign."""
 
 FILMED = {
     "ResNet-18, random weights, 350 iterations": ("budget", "-1x"),
@@ -46,8 +53,11 @@ FILMED = {
     "MobileNetV2, ImageNet weights, 350 iterations": ("init", "-imagenet"),
     "the dial at 1:100": ("dial", "-1:100"),
     "the dial at 1:300": ("dial", "-1:300"),
+    "the dial at 1:1000": ("dial", "-1:1000"),
 }
 """Setting of films -> its campaign and the end of its rows' names."""
+
+TABLE = re.compile(r"(?:^\|.*\n)+", re.MULTILINE)
 
 
 def read_runs() -> list[dict[str, Any]]:
@@ -131,17 +141,61 @@ def costs(runs: Sequence[dict[str, Any]]) -> str:
     return markdown_table(("runs of", "on", "runs", "hours"), rows, numbers=(2, 3))
 
 
-def draw(runs: Sequence[dict[str, Any]]) -> None:
-    """Write the page's figures into docs/results/figures."""
+def tables(text: str) -> list[list[list[str]]]:
+    """Return the rows of cells of each table in Markdown, head first and without the rule."""
+    blocks = [block.splitlines() for block in TABLE.findall(text)]
+    cells = [[line.strip("| ").split(" | ") for line in lines] for lines in blocks]
+    return [[head, *rows] for head, _, *rows in cells]
+
+
+def fill(text: str, runs: Sequence[dict[str, Any]], reports: Mapping[str, str]) -> str:
+    """Return the page with each of its tables beyond the paper made again.
+
+    Args:
+        text: the page; the tables of AP keep their columns
+        runs: all recorded runs
+        reports: campaign -> text of the report on its runs
+    """
+    campaigns = iter(FIGURES)
+
+    def make(block: re.Match[str]) -> str:
+        ((head, *_),) = tables(block[0])
+        if head[-1] == "AP of each seed":
+            (names, *rows) = tables(reports[next(campaigns)])[1]
+            columns = [names.index(column) for column in head]
+            rows = [row for row in rows if row[names.index("AP")] != NOTHING]
+            rows = [[row[column] for column in columns] for row in rows]
+            made = markdown_table(head, rows, numbers=[head.index("AP"), head.index("AP50")])
+        elif head[-1] == "p (Holm)":
+            found = [[name, *row[1:-1]] for name in FIGURES for row in tables(reports[name])[0][1:]]
+            rows = [row for row in found if row[2] != "not measured"]
+            made = markdown_table(head, rows, numbers=(3, 4))
+        elif head[0] == "setting":
+            made = film_table(runs)
+        elif head[0] == "runs of":
+            made = costs(runs)
+        else:
+            return block[0]
+        return made + "\n"
+
+    return TABLE.sub(make, text)
+
+
+def write_results(runs: Sequence[dict[str, Any]]) -> None:
+    """Write the page's tables, and its figures into docs/results/figures."""
+    reports = {}
     with tempfile.TemporaryDirectory() as folder:
-        for campaign, name in FIGURES.items():
+        for campaign, figure in FIGURES.items():
             own = [run for run in runs if run["campaign"] == campaign]
-            figures = report(own, Path(folder) / campaign).parent / "figures"
-            shutil.copy(figures / f"{name}.svg", RESULTS / "figures")
+            path = report(own, Path(folder) / campaign)
+            reports[campaign] = path.read_text(encoding="utf-8")
+            name = f"{campaign.replace(':', '-')}.svg"
+            shutil.copy(path.parent / f"figures/{figure}.svg", RESULTS / "figures" / name)
+    write_file(PAGE, fill(PAGE.read_text(encoding="utf-8"), runs, reports))
 
 
 def main() -> None:
-    """Add runs if asked to, and write figures and page."""
+    """Add runs if asked to, and write page and figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--add", nargs=3, metavar=("CAMPAIGN", "FOLDER", "TABLE"), action="append")
     parser.add_argument("--page", type=Path, help="HTML page to write")
@@ -151,9 +205,7 @@ def main() -> None:
         runs = add(runs, campaign, Path(folder), table)
     if args.add:
         write_runs(runs)
-    draw(runs)
-    print(film_table(runs))
-    print(costs(runs))
+    write_results(runs)
     if args.page:
         text = PAGE.read_text(encoding="utf-8")
         title = text.splitlines()[0].removeprefix("# ")
