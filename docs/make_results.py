@@ -40,6 +40,7 @@ FIELDS = ("rows", "seed", "status", "message", "iterations", "wall_seconds", "nu
 FIGURES = {
     "init": "init",
     "budget": "budget",
+    "budget-1:300": "budget",
     "dial": "dial",
     "descendants": "claims_descendants",
 }
@@ -49,6 +50,9 @@ FILMED = {
     "ResNet-18, random weights, 350 iterations": ("budget", "-1x"),
     "the same, 1050 iterations": ("budget", "-3x"),
     "the same, 3150 iterations": ("budget", "-9x"),
+    "the sample set at 1:300, 160 iterations": ("budget-1:300", "-1x"),
+    "the same, 480 iterations": ("budget-1:300", "-3x"),
+    "the same, 1440 iterations": ("budget-1:300", "-9x"),
     "MobileNetV2, random weights, 350 iterations": ("init", "-random"),
     "MobileNetV2, ImageNet weights, 350 iterations": ("init", "-imagenet"),
     "the dial at 1:100": ("dial", "-1:100"),

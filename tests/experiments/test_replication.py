@@ -71,6 +71,7 @@ def numbers(text):
     [
         ("In short", tuple(PAGE["FIGURES"])),
         ("Initial weights", ("init",)),
+        ("Budget", ("budget", "budget-1:300")),
         ("Imbalance", ("dial",)),
     ],
 )
