@@ -165,7 +165,7 @@ def fill(text: str, runs: Sequence[dict[str, Any]], reports: Mapping[str, str]) 
     def make(block: re.Match[str]) -> str:
         ((head, *_),) = tables(block[0])
         if head[-1] == "AP of each seed":
-            (names, *rows) = tables(reports[next(campaigns)])[1]
+            names, *rows = tables(reports[next(campaigns)])[1]
             columns = [names.index(column) for column in head]
             rows = [row for row in rows if row[names.index("AP")] != NOTHING]
             rows = [[row[column] for column in columns] for row in rows]

@@ -45,7 +45,7 @@ def test_tables_beyond_the_paper(reported):
     words = [row[2] for row in claims[1:]]
     counts = [words.count(said) for said in ("holds", "does not hold", "is not decided")]
     said = "Of the {} claims of the tables here {} hold, {} do not and {} are not decided"
-    assert said.format(sum(counts), *counts) in " ".join(TEXT.split())
+    assert said.format(len(words), *counts) in " ".join(TEXT.split())
 
 
 def test_tables_of_the_paper(reported):
