@@ -6,7 +6,7 @@ The sentences and the paper's own tables stay. ``--page`` writes the page as one
 The runs are in docs/results/replication_runs.json, a line each, with the shares of loss and
 gradient over the first tenth of those that have a film. ``--add`` records the runs of a table
 first: FOLDER is one that ``retinanet-ext experiments run`` wrote, and CAMPAIGN the name under which
-they are reported; runs that were recorded under it before are replaced.
+they are reported; what was recorded under it before of the same row and seed is replaced.
 """
 
 from __future__ import annotations
@@ -89,13 +89,18 @@ def describe(record: Record, table: str) -> dict[str, Any]:
 
 
 def add(runs: Sequence[dict[str, Any]], campaign: str, folder: Path, table: str) -> list[dict]:
-    """Return ``runs`` with a campaign that consists of the runs of a table in a folder."""
+    """Return ``runs`` with those of a table in a folder, as runs of a campaign."""
     found = [describe(record, table) for record in read_results(folder).runs]
-    found = [run for run in found if run["rows"]]
+    found = [{"campaign": campaign, **run} for run in found if run["rows"]]
     if not found:
         raise SystemExit(f"{folder} has no run of table {table}")
-    kept = [run for run in runs if run["campaign"] != campaign]
-    return kept + [{"campaign": campaign, **run} for run in found]
+    new = set().union(*map(places, found))
+    return [run for run in runs if new.isdisjoint(places(run))] + found
+
+
+def places(run: Mapping[str, Any]) -> set[tuple[str, str, int]]:
+    """Return campaign, row and seed of each row that a run is one of."""
+    return {(run["campaign"], row, run["seed"]) for row in run["rows"]}
 
 
 def report(runs: Iterable[dict[str, Any]], folder: Path) -> Path:

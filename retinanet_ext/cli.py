@@ -155,6 +155,7 @@ def experiments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
     presets = "; ".join(f"{preset.name}: {preset.what}" for preset in PRESETS.values())
     run.add_argument("--preset", required=True, metavar="NAME", help=presets)
     run.add_argument("--seeds", type=int, metavar="N", help="default: the preset's")
+    run.add_argument("--first-seed", type=int, default=1, metavar="N", help="default: 1")
     run.add_argument("--num-gpus", type=int, default=1, metavar="N", help="of each row")
     run.add_argument("--jobs", type=int, default=1, metavar="N", help="rows at a time")
     run.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="for all rows")
@@ -190,6 +191,7 @@ def _run_rows(args: argparse.Namespace) -> int:
         tables=args.table,
         rows=args.row,
         seeds=args.seeds,
+        first_seed=args.first_seed,
         num_gpus=args.num_gpus,
         opts=args.opts,
         root=ROOT,

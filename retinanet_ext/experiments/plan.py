@@ -74,6 +74,7 @@ def plan(
     tables: Sequence[str] = (),
     rows: Sequence[str] = (),
     seeds: int | None = None,
+    first_seed: int = 1,
     num_gpus: int = 1,
     opts: Sequence[str] = (),
     root: Path,
@@ -84,7 +85,8 @@ def plan(
     Args:
         preset_name: a key of :data:`~retinanet_ext.experiments.presets.PRESETS`
         tables, rows: names; none means all
-        seeds: number of seeds per row, numbered from 1; by default the preset's
+        seeds: number of seeds per row; by default the preset's
+        first_seed: the lowest of them
         num_gpus: number of processes per run
         opts: alternating config keys and values for all rows
         root: folder of ``train_net.py`` and ``configs/``
@@ -97,6 +99,8 @@ def plan(
     chosen = find_rows(tables, rows, preset)
     if seeds is not None and seeds < 1:
         raise InputError(f"--seeds must be at least 1, got {seeds}")
+    if first_seed < 1:
+        raise InputError(f"--first-seed must be at least 1, got {first_seed}")
     check_processes(num_gpus)
     _check_opts(preset, chosen, opts)
     configs = root / "configs"
@@ -123,7 +127,7 @@ def plan(
             config_file=configs / preset.configs[row.model],
             arguments=tuple(row_arguments(preset, row, seed, opts, configs)),
         )
-        for seed in range(1, (seeds or preset.seeds) + 1)
+        for seed in range(first_seed, first_seed + (seeds or preset.seeds))
         for key, row in distinct.items()
     ]
 

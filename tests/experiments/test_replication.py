@@ -83,7 +83,7 @@ def test_numbers_of_the_sentences_are_the_reports(reported, section, campaigns):
     assert numbers(sentences) <= numbers("".join(known))
 
 
-def test_runs_are_recorded_without_those_of_an_earlier_config(tmp_path):
+def test_a_recorded_run_is_replaced_by_one_of_its_row_and_seed(tmp_path):
     campaign = make_campaign(tmp_path / "small-0")
     add_run(campaign, "dial", "focal-1:30", 1, 20.0)
     add_run(
@@ -91,10 +91,15 @@ def test_runs_are_recorded_without_those_of_an_earlier_config(tmp_path):
         **{"key": "earlier", "ended": "2026-11-20T20:00:00"},
     )
     add_run(campaign, "1a", "alpha.75", 1, 30.0)
-    kept = {"campaign": "bccd", "rows": ["dial/focal-1:30"]}
-    before = [kept, {"campaign": "dial", "rows": ["dial/ohem-1:30"]}]
-    first, second = PAGE["add"](before, "dial", campaign, "dial")
-    assert first == kept
-    assert (second["rows"], second["seed"], second["AP"]) == (["dial/focal-1:30"], 1, 20.0)
+    focal = {"campaign": "dial", "rows": ["dial/focal-1:30"], "seed": 1}
+    kept = [
+        {**focal, "campaign": "bccd"},
+        {**focal, "rows": ["dial/ohem-1:30"]},
+        {**focal, "seed": 3},
+    ]
+    before = [*kept, {**focal, "AP": 10.0}]
+    *others, added = PAGE["add"](before, "dial", campaign, "dial")
+    assert others == kept
+    assert (added["rows"], added["seed"], added["AP"]) == (["dial/focal-1:30"], 1, 20.0)
     with pytest.raises(SystemExit, match="has no run of table init"):
         PAGE["add"](before, "dial", campaign, "init")

@@ -360,8 +360,15 @@ def test_grids_share_the_rows_of_one_config(tmp_path):
     assert len(runs) == 18 + 18 - 6 + 7 + 8 - 1 - 4
 
 
-@pytest.mark.parametrize(("name", "option"), [("seeds", "--seeds"), ("num_gpus", "--num-gpus")])
-def test_numbers_of_nothing(name, option, tmp_path):
+def test_more_seeds_are_runs_of_the_same_campaign(tmp_path):
+    campaign, runs = plan(ROOT, tmp_path, "alpha.99", seeds=5)
+    other, more = plan(ROOT, tmp_path, "alpha.99", first_seed=4, seeds=2)
+    assert other == campaign and more == runs[3:]
+
+
+@pytest.mark.parametrize("name", ["seeds", "first_seed", "num_gpus"])
+def test_numbers_of_nothing(name, tmp_path):
+    option = f"--{name.replace('_', '-')}"
     with pytest.raises(InputError, match=f"{option} must be at least 1"):
         plan(ROOT, tmp_path, **{name: 0})
 
