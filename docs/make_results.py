@@ -1,8 +1,9 @@
-"""Make the tables and figures of docs/results/replication.md from its recorded runs.
+"""Make the tables and figures of docs/results/replication.md, and the tables of docs/advise.md.
 
     python docs/make_results.py [--add CAMPAIGN FOLDER TABLE] [--page output/replication.html]
 
-The sentences and the paper's own tables stay. ``--page`` writes the page as one HTML file as well.
+They come from the recorded runs and from the adviser's measured losses. The sentences and the
+paper's own tables stay. ``--page`` writes replication.md as one HTML file as well.
 The runs are in docs/results/replication_runs.json, a line each, with the shares of loss and
 gradient over the first tenth of those that have a film. ``--add`` records the runs of a table
 first: FOLDER is one that ``retinanet-ext experiments run`` wrote, and CAMPAIGN the name under which
@@ -25,7 +26,9 @@ import numpy as np
 
 from retinanet_ext.analysis.film import GROUPS, QUANTITIES, early_shares
 from retinanet_ext.engine.loss_film import LOSS_FILM, read_film
+from retinanet_ext.experiments.advice import everywhere_table, regret_table
 from retinanet_ext.experiments.film_report import rank_correlations
+from retinanet_ext.experiments.measured_losses import read_measurements
 from retinanet_ext.experiments.record import Record, write_json
 from retinanet_ext.experiments.report import write_report
 from retinanet_ext.experiments.results import read_results
@@ -35,6 +38,7 @@ from retinanet_ext.page import NOTHING, markdown_table, number, render_page
 RESULTS = Path(__file__).parent / "results"
 RUNS = RESULTS / "replication_runs.json"
 PAGE = RESULTS / "replication.md"
+ADVICE = Path(__file__).parent / "advise.md"
 METRICS = ("AP", "AP50", "AP75")
 FIELDS = ("rows", "seed", "status", "message", "iterations", "wall_seconds", "num_starts", "commit")
 FIGURES = {
@@ -158,14 +162,15 @@ def tables(text: str) -> list[list[list[str]]]:
 
 
 def fill(text: str, runs: Sequence[dict[str, Any]], reports: Mapping[str, str]) -> str:
-    """Return the page with each of its tables beyond the paper made again.
+    """Return a document with each of its tables beyond the paper made again.
 
     Args:
-        text: the page; the tables of AP keep their columns
+        text: of :data:`PAGE` or :data:`ADVICE`; the tables of AP keep their columns
         runs: all recorded runs
         reports: campaign -> text of the report on its runs
     """
     campaigns = iter(FIGURES)
+    settings = read_measurements()[0]
 
     def make(block: re.Match[str]) -> str:
         ((head, *_),) = tables(block[0])
@@ -183,6 +188,10 @@ def fill(text: str, runs: Sequence[dict[str, Any]], reports: Mapping[str, str]) 
             made = film_table(runs)
         elif head[0] == "runs of":
             made = costs(runs)
+        elif head[0] == "left out":
+            made = markdown_table(head, regret_table(settings)[1:], numbers=(4, 5))
+        elif head[-1] == "most":
+            made = markdown_table(head, everywhere_table(settings)[1:], numbers=(1, 2))
         else:
             return block[0]
         return made + "\n"
@@ -191,7 +200,7 @@ def fill(text: str, runs: Sequence[dict[str, Any]], reports: Mapping[str, str]) 
 
 
 def write_results(runs: Sequence[dict[str, Any]]) -> None:
-    """Write the page's tables, and its figures into docs/results/figures."""
+    """Write the tables of both documents, and the figures into docs/results/figures."""
     reports = {}
     with tempfile.TemporaryDirectory() as folder:
         for campaign, figure in FIGURES.items():
@@ -200,11 +209,12 @@ def write_results(runs: Sequence[dict[str, Any]]) -> None:
             reports[campaign] = path.read_text(encoding="utf-8")
             name = f"{campaign.replace(':', '-')}.svg"
             shutil.copy(path.parent / f"figures/{figure}.svg", RESULTS / "figures" / name)
-    write_file(PAGE, fill(PAGE.read_text(encoding="utf-8"), runs, reports))
+    for document in (PAGE, ADVICE):
+        write_file(document, fill(document.read_text(encoding="utf-8"), runs, reports))
 
 
 def main() -> None:
-    """Add runs if asked to, and write page and figures."""
+    """Add runs if asked to, and write tables and figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--add", nargs=3, metavar=("CAMPAIGN", "FOLDER", "TABLE"), action="append")
     parser.add_argument("--page", type=Path, help="HTML page to write")

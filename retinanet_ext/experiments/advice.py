@@ -83,32 +83,44 @@ def advise(cfg: CfgNode, run: str | Path | None = None) -> str:
 def describe_regret() -> str:
     """Return the AP that the advice loses on each measured setting when the others advise it."""
     settings = read_measurements()[0]
-    regrets = leave_one_out(settings)
-    rows = [
-        [
-            regret.setting.name,
-            regret.advice.setting.name,
-            regret.advice.row,
-            regret.best,
-            f"{regret.ap:.1f}",
-            f"{regret.default:.1f}",
-        ]
-        for regret in regrets
-    ]
-    means = [fmean(regret.ap for regret in regrets), fmean(regret.default for regret in regrets)]
-    rows.append(["mean", "", "", "", *(f"{mean:.1f}" for mean in means)])
-    head = ["left out", "advised from", "advice", "best row", "AP lost", "by the default"]
-    count, constant = one_loss_everywhere(settings)
-    everywhere = [[row, *(f"{ap:.1f}" for ap in lost)] for row, lost in constant.items()]
+    count, _ = one_loss_everywhere(settings)
     return "\n\n".join(
         (
             "Each measured setting, advised from the others among its own rows. Settings where no "
             f"loss reaches {MIN_AP:g} AP are left out.",
-            tabulate(rows, head, disable_numparse=True),
+            tabulate(regret_table(settings), "firstrow", disable_numparse=True),
             f"One loss everywhere, on the {count} settings that have all of these:",
-            tabulate(everywhere, ["loss", "AP lost, mean", "most"], disable_numparse=True),
+            tabulate(everywhere_table(settings), "firstrow", disable_numparse=True),
         )
     )
+
+
+def regret_table(settings: Sequence[Setting]) -> list[list[str]]:
+    """Return a head, a row of cells for each setting left out, and the means."""
+    regrets = leave_one_out(settings)
+    means = [fmean(regret.ap for regret in regrets), fmean(regret.default for regret in regrets)]
+    return [
+        ["left out", "advised from", "advice", "best row", "AP lost", "by the default"],
+        *(
+            [
+                regret.setting.name,
+                regret.advice.setting.name,
+                regret.advice.row,
+                regret.best,
+                f"{regret.ap:.1f}",
+                f"{regret.default:.1f}",
+            ]
+            for regret in regrets
+        ),
+        ["mean", "", "", "", *(f"{mean:.1f}" for mean in means)],
+    ]
+
+
+def everywhere_table(settings: Sequence[Setting]) -> list[list[str]]:
+    """Return a head, and a row of cells for each loss that could be taken everywhere."""
+    _, lost = one_loss_everywhere(settings)
+    rows = [[row, *(f"{ap:.1f}" for ap in aps)] for row, aps in lost.items()]
+    return [["loss", "AP lost, mean", "most"], *rows]
 
 
 @dataclass(frozen=True)

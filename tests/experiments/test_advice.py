@@ -5,7 +5,6 @@ import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from statistics import fmean
 
 import pytest
 import torch
@@ -153,23 +152,6 @@ def test_one_loss_everywhere_is_measured_on_the_settings_that_have_all():
     assert "2.0 AP behind the best loss in the mean and 3.0 at most; the default 5.5" in said
     assert advice._describe_safest(auto, HERE, settings) == ""  # it is advised already
     assert advice._describe_safest(ce, HERE, settings[1:]) == ""  # the default is as good
-
-
-def test_the_documents_print_what_the_advice_costs():
-    text = (ROOT / "docs/advise.md").read_text(encoding="utf-8")
-    page = (ROOT / "docs/results/replication.md").read_text(encoding="utf-8")
-    regrets = leave_one_out(SETTINGS)
-    for regret in regrets:
-        rows = regret.advice.setting.name, regret.advice.row, regret.best
-        cells = regret.setting.name, *rows, f"{regret.ap:.1f}", f"{regret.default:.1f}"
-        assert f"| {' | '.join(cells)} |" in text
-    means = fmean(regret.ap for regret in regrets), fmean(regret.default for regret in regrets)
-    assert "| mean | | | | {:.1f} | {:.1f} |".format(*means) in text
-    count, lost = one_loss_everywhere(SETTINGS)
-    assert f"on the {count} settings that have all three" in text
-    for row, (mean, most) in lost.items():
-        assert f"| {row} | {mean:.1f} | {most:.1f} |" in text
-        assert f" | {mean:.1f} | {most:.1f} |" in page
 
 
 def make_opts(tmp_path, *opts):
