@@ -47,6 +47,7 @@ FIGURES = {
     "budget-1:300": "budget",
     "dial": "dial",
     "descendants": "claims_descendants",
+    "descendants-1:300": "claims_descendants",
 }
 """Campaign -> the figure of its report that the page shows, under the name of the campaign."""
 
@@ -175,15 +176,22 @@ def fill(text: str, runs: Sequence[dict[str, Any]], reports: Mapping[str, str]) 
     def make(block: re.Match[str]) -> str:
         ((head, *_),) = tables(block[0])
         if head[-1] == "AP of each seed":
-            names, *rows = tables(reports[next(campaigns)])[1]
+            found = tables(reports[next(campaigns)])
+            names, *rows = next(table for table in found if head[-1] in table[0])
             columns = [names.index(column) for column in head]
             rows = [row for row in rows if row[names.index("AP")] != NOTHING]
             rows = [[row[column] for column in columns] for row in rows]
             made = markdown_table(head, rows, numbers=[head.index("AP"), head.index("AP50")])
         elif head[-1] == "p (Holm)":
-            found = [[name, *row[1:-1]] for name in FIGURES for row in tables(reports[name])[0][1:]]
-            rows = [row for row in found if row[2] != "not measured"]
+            claims = [
+                [name, *row[1:-1]] for name in FIGURES for row in tables(reports[name])[0][1:]
+            ]
+            rows = [row for row in claims if row[2] != "not measured"]
             made = markdown_table(head, rows, numbers=(3, 4))
+        elif head[-1] == "AP, rate by other seeds":
+            found = tables(reports["fair-steps"])
+            _, *rows = next(table for table in found if table[0] == head)
+            made = markdown_table(head, rows, numbers=(1, 3, 4))
         elif head[0] == "setting":
             made = film_table(runs)
         elif head[0] == "runs of":
