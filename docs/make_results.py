@@ -45,6 +45,7 @@ FIGURES = {
     "init": "init",
     "budget": "budget",
     "budget-1:300": "budget",
+    "fair-steps": "fair-steps",
     "dial": "dial",
     "descendants": "claims_descendants",
     "descendants-1:300": "claims_descendants",

@@ -183,9 +183,14 @@ def _compare(claim: Claim, rows: Mapping[str, RowResult]) -> Verdict:
         for row in compared
         for note in (row.notes if row.runs else ["not run"])
     ]
-    for side, row in zip(sides, (better, worse), strict=True):
-        if len(side) > 1 and row.values("AP"):
-            remarks.append(f"the highest of them: {row.label}")
+    chosen = [
+        row.label
+        for side, row in zip(sides, (better, worse), strict=True)
+        if len(side) > 1 and row.values("AP")
+    ]
+    if chosen:
+        of = "each" if len(chosen) > 1 else "them"
+        remarks.append(f"the highest of {of}: {' and '.join(chosen)}")
     word = UNMEASURED if difference is None else UNDECIDED if found else ONE_SEED
     if not claim.than and ({better.has_diverged, worse.has_diverged} == {True, False}):
         survivor, lost = (worse, better) if better.has_diverged else (better, worse)

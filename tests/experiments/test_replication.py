@@ -92,6 +92,7 @@ def numbers(text):
         ("In short", tuple(PAGE["FIGURES"])),
         ("Initial weights", ("init",)),
         ("Budget", ("budget", "budget-1:300")),
+        ("Step size", ("fair-steps",)),
         ("Imbalance", ("dial",)),
     ],
 )
