@@ -20,6 +20,8 @@ class Row:
         model: the paper's model, which a preset maps to a config.
         preset_overrides: preset -> further overrides, where presets differ.
         factors: config key -> factor of the number that the preset or the command line gives it.
+        baseline: AP of what a claim compares the row with, in the publication that ``paper`` is
+            from, where that is not the rows' common one.
     """
 
     name: str
@@ -30,6 +32,7 @@ class Row:
     model: str = "R50"
     preset_overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     factors: Mapping[str, float] = field(default_factory=dict)
+    baseline: float | None = None
 
 
 @dataclass(frozen=True)

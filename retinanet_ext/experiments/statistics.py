@@ -198,6 +198,8 @@ def _compare(claim: Claim, rows: Mapping[str, RowResult]) -> Verdict:
             seeds = min(sum(run.status != FAILED for run in row.runs) for row in (survivor, lost))
             word = ONE_SEED if seeds < 2 else HOLDS if survivor is better else FAILS
     papers = [[row.row.paper.get("AP") for row in side] for side in sides]
+    if better.row.baseline is not None:
+        papers[1] = [better.row.baseline]
     has_papers = not claim.than and None not in papers[0] + papers[1]
     return Verdict(
         claim,

@@ -109,6 +109,7 @@ def _read_row(name: str, columns: Sequence[str], row: Mapping[str, Any]) -> Row:
         row.get("outcome", ""),
         row.get("model", "R50"),
         preset_overrides,
+        baseline=row.get("baseline"),
     )
 
 

@@ -25,7 +25,7 @@ from retinanet_ext.experiments.statistics import (
     probability,
     with_spread,
 )
-from retinanet_ext.experiments.tables import Claim
+from retinanet_ext.experiments.tables import TABLES, Claim
 from retinanet_ext.page import signed
 
 HOSTILE = "<script>alert(1)</script> a|b \"quoted\" & 'x'\n# *bold* `code` [link](http://a.b)"
@@ -431,6 +431,15 @@ def test_a_claim_against_several_rows_is_held_against_the_highest(campaign):
     assert found.word == FAILS and found.measured.startswith("−4.0")
     assert any("batch 512, nms .7" in remark for remark in found.remarks)
     assert found.paper_difference == pytest.approx(36.0 - 32.8)
+
+
+def test_a_published_difference_is_within_one_publication(campaign):
+    add_run(campaign, "descendants", "varifocal", 1, 31.0)
+    add_run(campaign, "descendants", "focal", 1, 30.0)
+    found = verdict(campaign, "the varifocal loss", "descendants")
+    assert signed(found.paper_difference) == "+0.9"  # not 37.4 of one paper less 34.0 of another
+    for row in TABLES["descendants"].rows:
+        assert row.settings["FL there"] == ("–" if row.baseline is None else str(row.baseline))
 
 
 @pytest.mark.parametrize(("ap", "word"), [(25.0, HOLDS), (30.0, UNDECIDED), (35.0, FAILS)])
