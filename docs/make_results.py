@@ -7,7 +7,8 @@ paper's own tables stay. ``--page`` writes replication.md as one HTML file as we
 The runs are in docs/results/replication_runs.json, a line each, with the shares of loss and
 gradient over the first tenth of those that have a film. ``--add`` records the runs of a table
 first: FOLDER is one that ``retinanet-ext experiments run`` wrote, and CAMPAIGN the name under which
-they are reported; what was recorded under it before of the same row and seed is replaced.
+they are reported; what was recorded under it before of the same row and seed is replaced. That the
+others of the campaign have the same config is not checked.
 """
 
 from __future__ import annotations
@@ -50,7 +51,10 @@ FIGURES = {
     "descendants": "claims_descendants",
     "descendants-1:300": "claims_descendants",
 }
-"""Campaign -> the figure of its report that the page shows, under the name of the campaign."""
+"""Campaign -> the figure of its report that the page shows, under the name of the campaign.
+
+In the order of the page's tables of AP.
+"""
 
 FILMED = {
     "ResNet-18, random weights, 350 iterations": ("budget", "-1x"),
@@ -95,18 +99,21 @@ def describe(record: Record, table: str) -> dict[str, Any]:
 
 
 def add(runs: Sequence[dict[str, Any]], campaign: str, folder: Path, table: str) -> list[dict]:
-    """Return ``runs`` with those of a table in a folder, as runs of a campaign."""
+    """Return ``runs`` and, under a campaign's name, those of a table in a folder.
+
+    A recorded run loses the rows that one of them has with the same seed, and is left out if it has
+    no other.
+    """
     found = [describe(record, table) for record in read_results(folder).runs]
     found = [{"campaign": campaign, **run} for run in found if run["rows"]]
     if not found:
         raise SystemExit(f"{folder} has no run of table {table}")
-    new = set().union(*map(places, found))
-    return [run for run in runs if new.isdisjoint(places(run))] + found
-
-
-def places(run: Mapping[str, Any]) -> set[tuple[str, str, int]]:
-    """Return campaign, row and seed of each row that a run is one of."""
-    return {(run["campaign"], row, run["seed"]) for row in run["rows"]}
+    new = {(campaign, run["seed"], row) for run in found for row in run["rows"]}
+    kept = []
+    for run in runs:
+        rows = [row for row in run["rows"] if (run["campaign"], run["seed"], row) not in new]
+        kept += [{**run, "rows": rows}] if rows else []
+    return kept + found
 
 
 def report(runs: Iterable[dict[str, Any]], folder: Path) -> Path:

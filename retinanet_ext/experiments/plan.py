@@ -152,7 +152,7 @@ def _check_opts(preset: Preset, chosen: Sequence[tuple[Table, Row]], opts: Seque
             )
     for key in opts[::2]:
         if key in ("OUTPUT_DIR", "SEED"):
-            raise InputError(f"{key} is set by the runner; see --output and --seeds")
+            raise InputError(f"{key} is set by the runner; see --output, --seeds and --first-seed")
         for table, row in chosen:
             own = {**row.overrides, **row.preset_overrides.get(preset.name, {})}
             if key in own and key != table.needs:

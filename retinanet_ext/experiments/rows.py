@@ -20,8 +20,8 @@ class Row:
         model: the paper's model, which a preset maps to a config.
         preset_overrides: preset -> further overrides, where presets differ.
         factors: config key -> factor of the number that the preset or the command line gives it.
-        baseline: AP of what a claim compares the row with, in the publication that ``paper`` is
-            from, where that is not the rows' common one.
+        baseline: published AP of what a claim compares the row with, from the same publication as
+            ``paper``; None: that of the other row.
     """
 
     name: str

@@ -94,6 +94,7 @@ def numbers(text):
         ("Budget", ("budget", "budget-1:300")),
         ("Step size", ("fair-steps",)),
         ("Imbalance", ("dial",)),
+        ("Losses published later", ("descendants", "descendants-1:300")),
     ],
 )
 def test_numbers_of_the_sentences_are_the_reports(reported, section, campaigns):
