@@ -85,8 +85,7 @@ def plan(
     Args:
         preset_name: a key of :data:`~retinanet_ext.experiments.presets.PRESETS`
         tables, rows: names; none means all
-        seeds: number of seeds per row; by default the preset's
-        first_seed: the lowest of them
+        seeds, first_seed: number of seeds per row, by default the preset's, and the lowest of them
         num_gpus: number of processes per run
         opts: alternating config keys and values for all rows
         root: folder of ``train_net.py`` and ``configs/``
@@ -97,10 +96,9 @@ def plan(
     """
     preset = find_preset(preset_name)
     chosen = find_rows(tables, rows, preset)
-    if seeds is not None and seeds < 1:
-        raise InputError(f"--seeds must be at least 1, got {seeds}")
-    if first_seed < 1:
-        raise InputError(f"--first-seed must be at least 1, got {first_seed}")
+    for option, value in (("--seeds", seeds), ("--first-seed", first_seed)):
+        if value is not None and value < 1:
+            raise InputError(f"{option} must be at least 1, got {value}")
     check_processes(num_gpus)
     _check_opts(preset, chosen, opts)
     configs = root / "configs"
