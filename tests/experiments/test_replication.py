@@ -119,9 +119,10 @@ def test_a_recorded_run_is_replaced_by_one_of_its_row_and_seed(tmp_path):
         {**focal, "rows": ["dial/ohem-1:30"]},
         {**focal, "seed": 3},
     ]
-    before = [*kept, {**focal, "AP": 10.0}]
+    shared = {**focal, "rows": ["dial/focal-1:30", "budget/focal.25-1x"], "AP": 10.0}
+    before = [*kept, {**focal, "AP": 10.0}, shared]
     *others, added = PAGE["add"](before, "dial", campaign, "dial")
-    assert others == kept
+    assert others == [*kept, {**shared, "rows": ["budget/focal.25-1x"]}]
     assert (added["rows"], added["seed"], added["AP"]) == (["dial/focal-1:30"], 1, 20.0)
     with pytest.raises(SystemExit, match="has no run of table init"):
         PAGE["add"](before, "dial", campaign, "init")
