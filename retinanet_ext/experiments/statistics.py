@@ -191,6 +191,9 @@ def _compare(claim: Claim, rows: Mapping[str, RowResult]) -> Verdict:
     if chosen:
         of = "each" if len(chosen) > 1 else "them"
         remarks.append(f"the highest of {of}: {' and '.join(chosen)}")
+        others = (row for side in sides for row in side if row is not better and row is not worse)
+        if missing := [row.label for row in others if not row.runs]:
+            remarks.append(f"not run: {' and '.join(missing)}")
     word = UNMEASURED if difference is None else UNDECIDED if found else ONE_SEED
     if not claim.than and ({better.has_diverged, worse.has_diverged} == {True, False}):
         survivor, lost = (worse, better) if better.has_diverged else (better, worse)

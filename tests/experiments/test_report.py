@@ -429,7 +429,10 @@ def test_a_claim_against_several_rows_is_held_against_the_highest(campaign):
         add_run(campaign, "1d", "ohem-512-nms.7", seed, 33 + seed / 10)
     found = verdict(campaign, "beats every OHEM", "1d")
     assert found.word == FAILS and found.measured.startswith("−4.0")
-    assert any("batch 512, nms .7" in remark for remark in found.remarks)
+    chosen, missing = found.remarks
+    assert "batch 512, nms .7" in chosen
+    assert missing.startswith("not run: ") and "OHEM, batch 256, nms .5" in missing
+    assert not any(f"OHEM, batch {row}" in missing for row in ("512, nms .7", "128, nms .5"))
     assert found.paper_difference == pytest.approx(36.0 - 32.8)
 
 
