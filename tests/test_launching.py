@@ -7,10 +7,12 @@ launches the others, or the only one, is therefore the test's own.
 import json
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -18,17 +20,21 @@ from pathlib import Path
 import pytest
 import torch
 
+import stress_kills
 from retinanet_ext.engine import launch
-from training import no_cuda, run_train_net, start_train_net
+from training import CONFIG, no_cuda, run_train_net, start_train_net
 
-CONFIG = "tests/engine/tiny.yaml"
 LAUNCH = sys.modules[launch.__module__]
-TRAINING = ["SOLVER.MAX_ITER", "6", "SOLVER.BASE_LR", "0.001", "DETERMINISTIC", "True"]
+ITERATIONS = 18
+TRAINING = ["SOLVER.MAX_ITER", ITERATIONS, "SOLVER.CHECKPOINT_PERIOD", stress_kills.PERIOD]
 
 
 def start(*argv, **kwargs):
-    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return start_train_net(*argv, config=CONFIG, **output, **kwargs)
+    """Start train_net.py with its output in a file: a pipe that nobody reads would fill up."""
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115
+    process = start_train_net(*argv, stdout=output, stderr=subprocess.STDOUT, **kwargs)
+    process.output = output
+    return process
 
 
 def run_here(*argv):
@@ -37,12 +43,21 @@ def run_here(*argv):
         return run_train_net("--config-file", CONFIG, *argv)
 
 
+def read_output(process, code):
+    """Return the output of a process, which must end with an exit code."""
+    process.wait(timeout=240)
+    with process.output as file:
+        file.seek(0)
+        output = file.read()
+    assert process.returncode == code, output
+    return output
+
+
 def finish(*processes, code=0):
     """Return the last line of each process, all of which must end with an exit code."""
     lines = []
     for process in processes:
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == code, output
+        output = read_output(process, code)
         # Python's resource tracker, which outlives the process, may have a word after its last.
         said = [line for line in output.strip().splitlines() if "resource_tracker" not in line]
         lines.append(said[-1])
@@ -71,21 +86,13 @@ def torchrun(*flags):
     return [*run, "--master-port", str(free_port()), "train_net.py"]
 
 
-def weights(folder):
-    return torch.load(folder / "model_final.pth")
+def differences(*folders):
+    """Compare the checkpoints of two runs bit for bit: weights, optimizer, place in the data."""
+    return stress_kills.differences(*(folder / "model_final.pth" for folder in folders))
 
 
 def starts(folder):
     return json.loads((folder / "run_info.json").read_text())
-
-
-def same(one, other):
-    """Compare two checkpoints bit for bit: weights, optimizer, place in the data."""
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +107,17 @@ def two_machines(tmp_path_factory):
 
 
 def test_two_machines(two_machines):
-    assert weights(two_machines)["iteration"] == 5
+    assert torch.load(two_machines / "model_final.pth")["iteration"] == ITERATIONS - 1
     (only,) = starts(two_machines)
     assert only["processes"] == 2
+
+
+def test_a_kill_at_a_random_moment_changes_nothing(two_machines, tmp_path, restore_logging):
+    """A small form of ``stress_kills.py``: killed while a checkpoint is being written."""
+    delay = random.uniform(0, 0.4)
+    stress_kills.kill(tmp_path, 5, delay, in_writing=True, iterations=ITERATIONS)
+    assert run_here(*stress_kills.arguments(tmp_path, ITERATIONS)) == 0
+    assert differences(tmp_path, two_machines) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
@@ -113,7 +128,7 @@ def test_torchrun_starts_a_killed_process_again_to_the_same_bits(two_machines, t
     wait_for_checkpoint(run, folder)
     os.kill(children(run.pid)[-1], signal.SIGKILL)
     finish(run)
-    assert same(weights(folder), weights(two_machines))
+    assert differences(folder, two_machines) == []
     first, second = starts(folder)
     assert not first["resumed"] and second["resumed"]
     assert first["config"]["sha256"] == second["config"]["sha256"]
@@ -122,8 +137,7 @@ def test_torchrun_starts_a_killed_process_again_to_the_same_bits(two_machines, t
 def test_torchrun_does_not_go_on_with_what_another_run_left(two_machines):
     before = {path: path.read_bytes() for path in two_machines.iterdir() if path.is_file()}
     run = start("OUTPUT_DIR", two_machines, *TRAINING, command=torchrun("--max-restarts", "1"))
-    output, _ = run.communicate(timeout=240)
-    assert run.returncode == 1
+    output = read_output(run, code=1)
     assert output.count("train_net.py: error:") == 2  # one per start
     assert output.count(f"OUTPUT_DIR {two_machines} holds an earlier run") == 2
     assert output.count("Traceback") == 1  # torchrun's own
@@ -213,7 +227,7 @@ def test_machines_with_other_configs(tmp_path, capfd):
     other = start("--machine-rank", 1, *flags, "SOLVER.BASE_LR", "0.5")
     assert run_here("--machine-rank", 0, *flags) == 2
     for line in (capfd.readouterr().err.splitlines()[-1], *finish(other, code=2)):
-        assert "SOLVER.BASE_LR is 0.02 in process 0 and 0.5 in process 1" in line
+        assert "SOLVER.BASE_LR is 0.005 in process 0 and 0.5 in process 1" in line
     assert not list(tmp_path.glob("model_*"))
 
 
@@ -224,10 +238,9 @@ def test_the_same_bits_on_one_process(tmp_path, restore_logging):
     seed = starts(one)[0]["seed"]
     assert seed >= 0
     assert run_here("OUTPUT_DIR", two, *TRAINING, "SEED", seed) == 0
-    assert same(weights(one), weights(two))
+    assert differences(one, two) == []
     # Resumed, it goes on with its own, whatever the config says by now.
-    longer = [*TRAINING, "SEED", seed + 1, "SOLVER.MAX_ITER", 7]
+    longer = [*TRAINING, "SEED", seed + 1, "SOLVER.MAX_ITER", ITERATIONS + 1]
     assert run_here("--resume", "OUTPUT_DIR", one, *longer) == 0
     assert torch.load(one / "model_final.pth")["trainer"]["data"]["seed"] == seed
     assert [(run["seed"], run["resumed"]) for run in starts(one)] == [(seed, False), (seed, True)]
-    torch.use_deterministic_algorithms(False)

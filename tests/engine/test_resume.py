@@ -17,7 +17,7 @@ import torch
 import stress_kills
 from retinanet_ext.engine.metrics import archive_superseded_metrics
 from retinanet_ext.errors import InputError
-from training import CONFIG, cut_off, make_trainer, no_cuda, run_train_net, start_train_net
+from training import cut_off, make_trainer, start_train_net
 
 ITERATIONS = 8
 SAVED = "model_0000004.pth"
@@ -214,20 +214,3 @@ def test_sigterm_to_all_processes_saves_and_says_how_to_go_on(num_processes, tmp
     assert content["iteration"] == content["trainer"]["iteration"] == int(stopped[1])
     batch = 2
     assert content["trainer"]["data"]["num_images"] == batch * (int(stopped[1]) + 1)
-
-
-def test_kills_at_random_moments_change_nothing(tmp_path):
-    """A small form of ``stress_kills.py``: one run of two processes, killed once."""
-    iterations = 18
-
-    def finish(folder):
-        with no_cuda():
-            argv = ("--config-file", CONFIG, *stress_kills.arguments(folder, iterations))
-            assert run_train_net(*argv) == 0
-
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finish(whole)
-    delay = random.uniform(0, 0.4)
-    stress_kills.kill(killed, 5, delay, in_writing=True, iterations=iterations)
-    finish(killed)
-    assert stress_kills.differences(whole / "model_final.pth", killed / "model_final.pth") == []
