@@ -4,6 +4,7 @@ Starting Python and importing torch takes seconds. Where it makes no difference,
 launches the others, or the only one, is therefore the test's own.
 """
 
+import atexit
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.utils import comm
 
 import stress_kills
 from retinanet_ext.engine import launch
@@ -209,6 +211,26 @@ def test_a_process_that_loads_images_ended_by_the_system_is_said_so(
     errors = capfd.readouterr().err
     assert "a process that loads images was ended by the system" in errors.splitlines()[-1]
     assert "Traceback" not in errors
+
+
+def gloo_threads():
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+
+def write_threads_at_the_end(folder):
+    comm.all_gather(comm.get_rank())
+    file = folder / f"rank{comm.get_rank()}"
+    file.write_text(f"{len(gloo_threads()) > 0}")
+    atexit.register(lambda: file.write_text(f"{file.read_text()} {gloo_threads()}"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
+def test_no_thread_of_a_connection_is_left_when_python_ends(tmp_path):
+    """It would abort a process that has done its work, now and then."""
+    with no_cuda():
+        assert launch(write_threads_at_the_end, 2, args=(tmp_path,)) == 0
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["True []"] * 2
 
 
 def test_processes_that_do_not_meet(monkeypatch, capsys, restore_logging):

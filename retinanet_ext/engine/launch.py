@@ -82,7 +82,7 @@ def launch(
             _join_torchrun(num_gpus_per_machine, timeout)
             code = run(main_func, args)
             if not code:
-                dist.destroy_process_group()
+                _leave_processes()
             return code
         check_processes(num_gpus_per_machine, num_machines, machine_rank, dist_url)
         if num_gpus_per_machine * num_machines == 1:
@@ -293,6 +293,17 @@ def _worker(
         code = FAILED
     if code:
         sys.exit(code)
+    _leave_processes()
+
+
+def _leave_processes() -> None:
+    """End this process's connections, and the threads that serve them, before Python ends.
+
+    Detectron2 keeps the groups, which would keep the threads. One that then frees what it had last
+    sent needs the interpreter, and without it aborts the process.
+    """
+    comm._get_global_gloo_group.cache_clear()
+    comm._LOCAL_PROCESS_GROUP = None
     dist.destroy_process_group()
 
 
