@@ -181,11 +181,14 @@ def experiments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 def _run_rows(args: argparse.Namespace) -> int:
     """Run the rows and write their report; 1 if a row failed or could not be run."""
+    from detectron2.utils.logger import setup_logger
+
     from retinanet_ext.experiments.plan import plan
     from retinanet_ext.experiments.record import FAILED
     from retinanet_ext.experiments.report import write_report
     from retinanet_ext.experiments.runner import run_campaign
 
+    setup_logger(name="retinanet_ext")
     campaign, runs = plan(
         args.preset,
         tables=args.table,

@@ -24,6 +24,7 @@ from detectron2.utils import comm
 
 import stress_kills
 from retinanet_ext.engine import launch
+from retinanet_ext.errors import STOPPED, StoppedError
 from training import CONFIG, no_cuda, run_train_net, start_train_net
 
 LAUNCH = sys.modules[launch.__module__]
@@ -218,19 +219,24 @@ def gloo_threads():
     return [name for name in names if "gloo" in name]
 
 
-def write_threads_at_the_end(folder):
+def write_threads_at_the_end(folder, code):
     comm.all_gather(comm.get_rank())
     file = folder / f"rank{comm.get_rank()}"
     file.write_text(f"{len(gloo_threads()) > 0}")
     atexit.register(lambda: file.write_text(f"{file.read_text()} {gloo_threads()}"))
+    if code:
+        raise StoppedError("stopped")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-def test_no_thread_of_a_connection_is_left_when_python_ends(tmp_path):
+@pytest.mark.parametrize("code", [0, STOPPED])
+def test_no_thread_of_a_connection_is_left_when_python_ends(tmp_path, code, restore_logging):
     """It would abort a process that has done its work, now and then."""
     with no_cuda():
-        assert launch(write_threads_at_the_end, 2, args=(tmp_path,)) == 0
-    assert [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)] == ["True []"] * 2
+        assert launch(write_threads_at_the_end, 2, args=(tmp_path, code)) == code
+    # Of processes that are stopped the first tells the code, and the launcher ends the others.
+    for rank in (0,) if code else (0, 1):
+        assert (tmp_path / f"rank{rank}").read_text() == "True []"
 
 
 def test_processes_that_do_not_meet(monkeypatch, capsys, restore_logging):

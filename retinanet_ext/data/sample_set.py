@@ -11,6 +11,7 @@ from __future__ import annotations
 import colorsys
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -26,6 +27,8 @@ from PIL import Image
 
 from retinanet_ext.errors import InputError
 from retinanet_ext.losses.registry import Interval
+
+logger = logging.getLogger(__name__)
 
 GENERATOR_VERSION = 1
 """To be raised with every change of the pictures, so that old and new ones never mix."""
@@ -198,6 +201,8 @@ def make_sample_set(parameters: SampleSet, root: str | os.PathLike[str]) -> Path
     folder = Path(root) / parameters.folder_name
     if folder.is_dir():
         return folder
+    num_images = parameters.num_train + parameters.num_val
+    logger.info("Drawing the sample set, %d images, into %s", num_images, folder)
     try:
         _write(parameters, folder)
     except OSError as error:

@@ -18,6 +18,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from retinanet_ext.config_keys import all_keys, read_key
+from retinanet_ext.data.coco_json import count
 from retinanet_ext.data.images import AUTO, num_channels, parse_pixel_range
 from retinanet_ext.engine.solver import FLAT_COSINE
 from retinanet_ext.errors import InputError, first_line
@@ -284,7 +285,8 @@ def use_cpu_without_cuda(cfg: CfgNode, *, num_threads: int) -> None:
     """Set ``MODEL.DEVICE`` to the CPU, and say so, where CUDA is asked for and absent."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
         cfg.MODEL.DEVICE = "cpu"
-        logger.warning("No CUDA device: running on the CPU with %d threads", num_threads)
+        threads = count(num_threads, "thread")
+        logger.warning("No CUDA device: running on the CPU with %s", threads)
 
 
 def training_precision(cfg: CfgNode) -> str:

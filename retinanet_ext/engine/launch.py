@@ -81,7 +81,7 @@ def launch(
         if "LOCAL_RANK" in os.environ:
             _join_torchrun(num_gpus_per_machine, timeout)
             code = run(main_func, args)
-            if not code:
+            if code in (0, STOPPED):
                 _leave_processes()
             return code
         check_processes(num_gpus_per_machine, num_machines, machine_rank, dist_url)
@@ -291,9 +291,9 @@ def _worker(
     except Exception:
         traceback.print_exc()
         code = FAILED
-    if code:
-        sys.exit(code)
-    _leave_processes()
+    if code in (0, STOPPED):  # at which all processes end
+        _leave_processes()
+    sys.exit(code)
 
 
 def _leave_processes() -> None:

@@ -95,18 +95,16 @@ def draw_dial(table: TableResult) -> Figure:
     points = dial_points(table, "moving average")
     for loss in ("CE", "α-CE"):
         leads = _leads(points.get("focal", {}), points.get(loss, {}))
-        _draw_line(measured, leads, colours[loss], f"over {loss}", places[loss])
+        _draw_line(measured, leads, colours[loss], loss, places[loss])
     measured.axhline(0, color=GREY, lw=0.8)
-    measured.set_title("lead of the focal loss, in AP")
+    measured.set_title("lead of the focal loss over CE and α-CE, in AP")
     shares = {loss: predicted_shares(table, loss) for loss in ("focal", "CE", "α-CE")}
     for loss in ("CE", "α-CE"):
         differences = [shares["focal"][x] - shares[loss][x] for x in ratios]
-        predicted.plot(ratios, differences, "o--", ms=4, color=colours[loss], label=f"over {loss}")
-    predicted.set(title="lead in positives' share of the gradient, computed", ylim=(0, 1.05))
+        predicted.plot(ratios, differences, "o--", ms=4, color=colours[loss])
+    predicted.set(title="the same in positives' share of the gradient, computed", ylim=(0, 1.05))
     for axes in (average, foreground, measured, predicted):
         _log_axis(axes, {"": dict.fromkeys(ratios, ())}, "background anchors per foreground anchor")
-    for axes in (measured, predicted):
-        axes.legend()
     return figure
 
 
