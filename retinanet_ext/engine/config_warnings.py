@@ -121,6 +121,7 @@ def training_warnings(
     """
     return [
         *_learning_rate(cfg),
+        *_normalizer(cfg),
         *_unread_timm_weights(cfg),
         *_frozen_random_layers(cfg, weights),
         *_crowd(cfg, num_crowd_regions),
@@ -172,6 +173,18 @@ def _learning_rate(cfg: CfgNode) -> Warnings:
             f"SOLVER.BASE_LR {rate:g} is {times} the usual rate for SOLVER.IMS_PER_BATCH "
             f"{cfg.SOLVER.IMS_PER_BATCH}, {usual:g} (0.01 for 16 images, linearly): {effect}; "
             "SOLVER.REFERENCE_BATCH scales a schedule that was written for another batch"
+        )
+
+
+def _normalizer(cfg: CfgNode) -> Warnings:
+    node = cfg.MODEL.RETINANET
+    if cfg.MODEL.META_ARCHITECTURE != "RetinaNetExt" or node.LOSS_NORMALIZER != "selected":
+        return
+    if node.SELECTION.NAME == "all":
+        yield (
+            "MODEL.RETINANET.LOSS_NORMALIZER selected with SELECTION.NAME all divides the losses "
+            "by the anchors that are not ignored, nearly all of them background: they are small; "
+            "foreground_ema divides by the foreground"
         )
 
 

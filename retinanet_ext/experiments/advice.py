@@ -32,6 +32,7 @@ from retinanet_ext.experiments.measured_losses import (
     DEFAULT,
     MARGIN,
     MIN_AP,
+    Advice,
     Setting,
     Situation,
     comparable,
@@ -73,7 +74,7 @@ def advise(cfg: CfgNode, run: str | Path | None = None) -> str:
         f"Advice: {advice.row}",
         _reason(advice.row, advice.setting),
         "    " + " \\\n    ".join(pairs),
-        _describe_safest(advice.row, situation, settings),
+        _describe_safest(advice, situation, settings),
         _describe_class_alpha(situation, facts, settings),
         *([] if film is None else [_describe_film(film)]),
     ]
@@ -244,7 +245,8 @@ def _reason(row: str, setting: Setting) -> str:
     best, where = setting.best(), _measured_at(setting)
     if row != DEFAULT:
         lead = setting.mean(row) - setting.mean(DEFAULT)
-        return f"It is {lead:.1f} AP ahead of the default, {DEFAULT}, {where}."
+        found = _decision(setting, row, DEFAULT)
+        return f"It is {lead:.1f} AP ahead of the default, {DEFAULT}, {where} ({found})."
     if best == DEFAULT:
         return f"It is the default, and no other is ahead of it, {where}."
     lead = setting.mean(best) - setting.mean(row)
@@ -254,22 +256,38 @@ def _reason(row: str, setting: Setting) -> str:
     )
 
 
+def _decision(setting: Setting, row: str, other: str) -> str:
+    """Return what the seeds say of a row's lead over another."""
+    bounds = welch_interval(setting.rows[row], setting.rows[other])
+    if not bounds:
+        return "one seed, which decides nothing"
+    decides = bounds[0] > 0 or bounds[1] < 0
+    return (
+        f"95 % interval {interval(bounds)}, which {'decides it' if decides else 'does not decide'}"
+    )
+
+
 def _measured_at(setting: Setting) -> str:
     return f"measured at imbalance 1 : {setting.situation.imbalance} on {setting.name}"
 
 
-def _describe_safest(advised: str, situation: Situation, settings: Sequence[Setting]) -> str:
+def _describe_safest(advice: Advice, situation: Situation, settings: Sequence[Setting]) -> str:
     """Return the loss that loses least on comparable settings; empty if it is not far ahead."""
     pool = [setting for setting in comparable(situation, settings)[0] if setting.has_learnt]
     count, lost = one_loss_everywhere(pool)
-    row = min(lost, key=lambda row: lost[row][0], default=advised)
-    if row == advised or lost[DEFAULT][0] - lost[row][0] < MARGIN:
+    row = min(lost, key=lambda row: lost[row][0], default=advice.row)
+    if row == advice.row or lost[DEFAULT][0] - lost[row][0] < MARGIN:
         return ""
+    behind = ""
+    nearest = advice.setting
+    if row in nearest.rows and nearest.mean(row) < nearest.mean(advice.row):
+        ap = nearest.mean(advice.row) - nearest.mean(row)
+        behind = f" In the nearest measurement it is {ap:.1f} AP behind the advice."
     return (
         f"The safest: {row}. On {count} of the {len(pool)} comparable settings, those that have "
         f"it, the default and cross entropy, it is {lost[row][0]:.1f} AP behind the best loss in "
         f"the mean and {lost[row][1]:.1f} at most; the default {lost[DEFAULT][0]:.1f} and "
-        f"{lost[DEFAULT][1]:.1f}."
+        f"{lost[DEFAULT][1]:.1f}.{behind}"
     )
 
 
@@ -282,16 +300,12 @@ def _describe_class_alpha(
     if len(counts) < 2 or not pool:
         return ""
     nearest = min(pool, key=lambda setting: situation.distance(setting.situation))
-    aps = nearest.rows[CLASS_ALPHA], nearest.rows[DEFAULT]
-    bounds = welch_interval(*aps)
-    found = "one seed, which decides nothing"
-    if bounds:
-        decides = "decides for it" if bounds[0] > 0 else "does not decide"
-        found = f"95 % interval {interval(bounds)}, which {decides}"
+    lead = nearest.mean(CLASS_ALPHA) - nearest.mean(DEFAULT)
+    found = _decision(nearest, CLASS_ALPHA, DEFAULT)
     return (
         f"Class alpha: the most frequent class has {max(counts) / max(min(counts), 1):.1f} times "
         "the objects of the rarest. MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA auto brought "
-        f"{signed(fmean(aps[0]) - fmean(aps[1]))} AP, {_measured_at(nearest)} ({found})."
+        f"{signed(lead)} AP, {_measured_at(nearest)} ({found})."
     )
 
 

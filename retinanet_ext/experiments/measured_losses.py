@@ -25,6 +25,7 @@ CANDIDATES = (DEFAULT, f"{DEFAULT}, weight auto", "cross entropy, alpha .75")
 COMMON_KEYS = {
     "MODEL.RETINANET.CLS_LOSS.WEIGHT": 1.0,
     "MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA": [],
+    "MODEL.RETINANET.LOSS_NORMALIZER": "foreground_ema",
     "MODEL.RETINANET.SELECTION.NAME": "all",
 }
 """Keys and defaults of what a row may change besides the loss and its parameters."""

@@ -57,6 +57,11 @@ WARNINGS = {
         ["SOLVER.IMS_PER_BATCH", "2"],
         ["BASE_LR 0.01 is 8 times", "IMS_PER_BATCH 2, 0.00125", "REFERENCE_BATCH"],
     ),
+    "all anchors as the normaliser": (
+        R18,
+        ["MODEL.RETINANET.LOSS_NORMALIZER", "selected"],
+        ["LOSS_NORMALIZER selected with SELECTION.NAME all", "nearly all of them background"],
+    ),
     "a rate that is too low": (
         R50,
         ["SOLVER.BASE_LR", "0.001"],

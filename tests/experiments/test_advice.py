@@ -11,8 +11,10 @@ import torch
 import yaml
 
 from retinanet_ext.cli import main
+from retinanet_ext.config_keys import read_key
 from retinanet_ext.data import prepare_datasets
 from retinanet_ext.engine import load_config
+from retinanet_ext.engine.config_warnings import ineffective_keys
 from retinanet_ext.engine.loss_film import describe_cls_loss
 from retinanet_ext.engine.trainer import Trainer
 from retinanet_ext.errors import InputError
@@ -20,6 +22,7 @@ from retinanet_ext.experiments import advice, measured_losses
 from retinanet_ext.experiments.measured_losses import (
     CANDIDATES,
     DEFAULT,
+    Advice,
     Setting,
     Situation,
     leave_one_out,
@@ -100,6 +103,23 @@ def test_keys_of_a_row_make_its_loss():
             assert f"{name} {float(value):g}" in values or node.CLS_LOSS.CLASS_ALPHA, row
 
 
+def test_keys_of_a_row_undo_those_of_every_other():
+    """They are pasted behind the options of a training, whatever its loss was."""
+    defaults = load_config("configs/small_R18_FPN.yaml")
+    others = [pair for keys in LOSSES.values() for pair in keys.items()]
+    others = {key: value for key, value in others if read_key(defaults, key) != value}
+    for row, keys in LOSSES.items():
+        pasted, alone = (
+            load_config(
+                "configs/small_R18_FPN.yaml", [str(p) for pair in opts.items() for p in pair]
+            )
+            for opts in ({**others, **keys}, keys)
+        )
+        left = [key for key in others if read_key(pasted, key) != read_key(alone, key)]
+        unread = [line.split()[0] for line in ineffective_keys(pasted)]
+        assert set(left) <= set(unread), row
+
+
 def test_the_nearest_setting_advises_and_the_default_stays_within_the_margin():
     near = make_setting("near", {DEFAULT: (30.0,), "other": (30.9,)}, imbalance=120)
     far = make_setting("far", {DEFAULT: (30.0,), "other": (50.0,)}, imbalance=400)
@@ -147,11 +167,29 @@ def test_one_loss_everywhere_is_measured_on_the_settings_that_have_all():
     lost = {DEFAULT: (5.5, 10.0), auto: (2.0, 3.0), ce: (5.5, 11.0)}
     assert one_loss_everywhere(settings) == (2, lost)
     assert one_loss_everywhere(settings[2:]) == (0, {})
-    said = advice._describe_safest(ce, HERE, settings)
+
+    def describe_safest(row, settings):
+        advised = Advice(row, settings[0], ())
+        return advice._describe_safest(advised, HERE, settings)
+
+    said = describe_safest(ce, settings)
     assert "The safest: focal, gamma 2, alpha .25, weight auto. On 2 of the 3" in said
     assert "2.0 AP behind the best loss in the mean and 3.0 at most; the default 5.5" in said
-    assert advice._describe_safest(auto, HERE, settings) == ""  # it is advised already
-    assert advice._describe_safest(ce, HERE, settings[1:]) == ""  # the default is as good
+    assert said.endswith("In the nearest measurement it is 1.0 AP behind the advice.")
+    assert describe_safest(auto, settings) == ""  # it is advised already
+    assert describe_safest(ce, settings[1:]) == ""  # the default is as good
+
+
+def test_a_lead_comes_with_what_the_seeds_say_of_it():
+    rows = {DEFAULT: (20.0, 22.0), "x": (30.0, 31.0), "y": (24.0, 40.0), "z": (31.0,)}
+    setting = make_setting("a", rows)
+    for row, said in (
+        ("x", "9.5 AP ahead of the default, focal, gamma 2, alpha .25, measured at imbalance 1 : "),
+        ("x", "(95 % interval +2.6 to +16.4, which decides it)."),
+        ("y", "which does not decide)."),
+        ("z", "(one seed, which decides nothing)."),
+    ):
+        assert said in advice._reason(row, setting)
 
 
 def make_opts(tmp_path, *opts):
