@@ -1,14 +1,14 @@
 """Make the tables and figures of docs/results/replication.md, and the tables of docs/advise.md.
 
-    python docs/make_results.py [--add CAMPAIGN FOLDER TABLE] [--page output/replication.html]
+    python docs/make_results.py [--add CAMPAIGN FOLDER TABLE] [--page docs/results/replication.html]
 
 They come from the recorded runs and from the adviser's measured losses. The sentences and the
 paper's own tables stay. ``--page`` writes replication.md as one HTML file as well.
 The runs are in docs/results/replication_runs.json, a line each, with the shares of loss and
 gradient over the first tenth of those that have a film. ``--add`` records the runs of a table
 first: FOLDER is one that ``retinanet-ext experiments run`` wrote, and CAMPAIGN the name under which
-they are reported; what was recorded under it before of the same row and seed is replaced. That the
-others of the campaign have the same config is not checked.
+they are reported; what was recorded under it before of the same row and seed is replaced. Seeds of
+a row that have another config are refused; the runs that were recorded first do not have theirs.
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ from statistics import fmean
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from retinanet_ext.analysis.film import GROUPS, QUANTITIES, early_shares
 from retinanet_ext.engine.loss_film import LOSS_FILM, read_film
 from retinanet_ext.experiments.advice import everywhere_table, regret_table
+from retinanet_ext.experiments.figure_style import PALE, PALETTE, WIDTH, render_svg
 from retinanet_ext.experiments.film_report import rank_correlations
-from retinanet_ext.experiments.measured_losses import read_measurements
+from retinanet_ext.experiments.measured_losses import (
+    DEFAULT,
+    one_loss_everywhere,
+    read_measurements,
+)
 from retinanet_ext.experiments.record import Record, write_json
 from retinanet_ext.experiments.report import write_report
 from retinanet_ext.experiments.results import read_results
@@ -42,6 +48,9 @@ PAGE = RESULTS / "replication.md"
 ADVICE = Path(__file__).parent / "advise.md"
 METRICS = ("AP", "AP50", "AP75")
 FIELDS = ("rows", "seed", "status", "message", "iterations", "wall_seconds", "num_starts", "commit")
+KEY = "key"
+"""Digest of a run's config, which the seeds of a row share. Early runs were recorded without it."""
+
 FIGURES = {
     "init": "init",
     "budget": "budget",
@@ -65,9 +74,11 @@ FILMED = {
     "the same, 1440 iterations": ("budget-1:300", "-9x"),
     "MobileNetV2, random weights, 350 iterations": ("init", "-random"),
     "MobileNetV2, ImageNet weights, 350 iterations": ("init", "-imagenet"),
+    "the dial at 1:30": ("dial", "-1:30"),
     "the dial at 1:100": ("dial", "-1:100"),
     "the dial at 1:300": ("dial", "-1:300"),
     "the dial at 1:1000": ("dial", "-1:1000"),
+    "the dial at 1:3000": ("dial", "-1:3000"),
 }
 """Setting of films -> its campaign and the end of its rows' names."""
 
@@ -89,6 +100,7 @@ def describe(record: Record, table: str) -> dict[str, Any]:
     """Return what is recorded of a run as one of a table."""
     fields = {name: getattr(record, name) for name in FIELDS}
     fields["rows"] = [row for row in record.rows if row.startswith(f"{table}/")]
+    fields[KEY] = record.key
     fields |= {metric: record.metrics.get(metric) for metric in METRICS}
     fields["hardware"] = ", ".join(record.hardware["gpus"]) or record.hardware["cpu"]
     if (record.folder / LOSS_FILM).is_file():
@@ -102,7 +114,7 @@ def add(runs: Sequence[dict[str, Any]], campaign: str, folder: Path, table: str)
     """Return ``runs`` and, under a campaign's name, those of a table in a folder.
 
     A recorded run loses the rows that one of them has with the same seed, and is left out if it has
-    no other.
+    no other. Ends the program if the seeds of a row then differ in their config.
     """
     found = [describe(record, table) for record in read_results(folder).runs]
     found = [{"campaign": campaign, **run} for run in found if run["rows"]]
@@ -113,6 +125,14 @@ def add(runs: Sequence[dict[str, Any]], campaign: str, folder: Path, table: str)
     for run in runs:
         rows = [row for row in run["rows"] if (run["campaign"], run["seed"], row) not in new]
         kept += [{**run, "rows": rows}] if rows else []
+    keys = {row: run[KEY] for run in found for row in run["rows"]}
+    for run in kept:
+        for row in run["rows"] if run["campaign"] == campaign and KEY in run else ():
+            if keys.get(row, run[KEY]) != run[KEY]:
+                raise SystemExit(
+                    f"{folder} has {row} with the config {keys[row]}, and seed {run['seed']} was "
+                    f"recorded with {run[KEY]}: the seeds of a row share their config"
+                )
     return kept + found
 
 
@@ -215,6 +235,23 @@ def fill(text: str, runs: Sequence[dict[str, Any]], reports: Mapping[str, str]) 
     return TABLE.sub(make, text)
 
 
+def draw_everywhere(lost: Mapping[str, Mapping[str, float]]) -> Figure:
+    """Draw the AP that each loss loses in each setting if it is taken everywhere."""
+    settings = list(lost[DEFAULT])
+    figure = Figure(figsize=(WIDTH, 1.0 + 0.22 * len(settings)), layout="constrained")
+    axes = figure.subplots()
+    for (row, aps), colour, marker in zip(lost.items(), PALETTE, "osD", strict=False):
+        axes.plot(
+            [aps[name] for name in settings], settings, marker, ms=4.5, color=colour, label=row
+        )
+    axes.invert_yaxis()
+    axes.grid(axis="y", color=PALE, lw=0.5)
+    axes.set_axisbelow(True)
+    axes.set_xlabel("AP behind the best loss of the setting")
+    figure.legend(loc="outside upper left", ncols=len(lost))
+    return figure
+
+
 def write_results(runs: Sequence[dict[str, Any]]) -> None:
     """Write the tables of both documents, and the figures into docs/results/figures."""
     reports = {}
@@ -225,6 +262,9 @@ def write_results(runs: Sequence[dict[str, Any]]) -> None:
             reports[campaign] = path.read_text(encoding="utf-8")
             name = f"{campaign.replace(':', '-')}.svg"
             shutil.copy(path.parent / f"figures/{figure}.svg", RESULTS / "figures" / name)
+    lost = one_loss_everywhere(read_measurements()[0])
+    svg = render_svg(lambda: draw_everywhere(lost))
+    (RESULTS / "figures/everywhere.svg").write_bytes(svg)
     for document in (PAGE, ADVICE):
         write_file(document, fill(document.read_text(encoding="utf-8"), runs, reports))
 

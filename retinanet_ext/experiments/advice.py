@@ -84,7 +84,7 @@ def advise(cfg: CfgNode, run: str | Path | None = None) -> str:
 def describe_regret() -> str:
     """Return the AP that the advice loses on each measured setting when the others advise it."""
     settings = read_measurements()[0]
-    count, _ = one_loss_everywhere(settings)
+    count = len(one_loss_everywhere(settings)[DEFAULT])
     return "\n\n".join(
         (
             "Each measured setting, advised from the others among its own rows. Settings where no "
@@ -119,8 +119,8 @@ def regret_table(settings: Sequence[Setting]) -> list[list[str]]:
 
 def everywhere_table(settings: Sequence[Setting]) -> list[list[str]]:
     """Return a head, and a row of cells for each loss that could be taken everywhere."""
-    _, lost = one_loss_everywhere(settings)
-    rows = [[row, *(f"{ap:.1f}" for ap in aps)] for row, aps in lost.items()]
+    lost = {row: aps.values() for row, aps in one_loss_everywhere(settings).items()}
+    rows = [[row, f"{fmean(aps):.1f}", f"{max(aps):.1f}"] for row, aps in lost.items()]
     return [["loss", "AP lost, mean", "most"], *rows]
 
 
@@ -274,9 +274,10 @@ def _measured_at(setting: Setting) -> str:
 def _describe_safest(advice: Advice, situation: Situation, settings: Sequence[Setting]) -> str:
     """Return the loss that loses least on comparable settings; empty if it is not far ahead."""
     pool = [setting for setting in comparable(situation, settings)[0] if setting.has_learnt]
-    count, lost = one_loss_everywhere(pool)
-    row = min(lost, key=lambda row: lost[row][0], default=advice.row)
-    if row == advice.row or lost[DEFAULT][0] - lost[row][0] < MARGIN:
+    lost = {row: [*aps.values()] for row, aps in one_loss_everywhere(pool).items()}
+    mean = {row: fmean(aps) for row, aps in lost.items()}
+    row = min(mean, key=lambda row: mean[row], default=advice.row)
+    if row == advice.row or mean[DEFAULT] - mean[row] < MARGIN:
         return ""
     behind = ""
     nearest = advice.setting
@@ -284,10 +285,10 @@ def _describe_safest(advice: Advice, situation: Situation, settings: Sequence[Se
         ap = nearest.mean(advice.row) - nearest.mean(row)
         behind = f" In the nearest measurement it is {ap:.1f} AP behind the advice."
     return (
-        f"The safest: {row}. On {count} of the {len(pool)} comparable settings, those that have "
-        f"it, the default and cross entropy, it is {lost[row][0]:.1f} AP behind the best loss in "
-        f"the mean and {lost[row][1]:.1f} at most; the default {lost[DEFAULT][0]:.1f} and "
-        f"{lost[DEFAULT][1]:.1f}.{behind}"
+        f"The safest: {row}. On {len(lost[row])} of the {len(pool)} comparable settings, those "
+        f"that have it, the default and cross entropy, it is {mean[row]:.1f} AP behind the best "
+        f"loss in the mean and {max(lost[row]):.1f} at most; the default {mean[DEFAULT]:.1f} and "
+        f"{max(lost[DEFAULT]):.1f}.{behind}"
     )
 
 

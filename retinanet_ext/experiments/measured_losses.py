@@ -219,15 +219,14 @@ def leave_one_out(settings: Sequence[Setting]) -> list[Regret]:
     return found
 
 
-def one_loss_everywhere(settings: Sequence[Setting]) -> tuple[int, dict[str, tuple[float, float]]]:
+def one_loss_everywhere(settings: Sequence[Setting]) -> dict[str, dict[str, float]]:
     """Return what it costs to take one of :data:`CANDIDATES` on all settings.
 
     Returns:
-        the number of settings that have all of them, and row -> mean and largest AP lost there
-        against the best row; empty if there is no such setting
+        row -> setting that has all of them -> AP lost there against the best row; no rows if there
+        is no such setting
     """
     common = [s for s in settings if s.has_learnt and s.rows.keys() >= set(CANDIDATES)]
     if not common:
-        return 0, {}
-    lost = {row: [s.mean(s.best()) - s.mean(row) for s in common] for row in CANDIDATES}
-    return len(common), {row: (fmean(aps), max(aps)) for row, aps in lost.items()}
+        return {}
+    return {row: {s.name: s.mean(s.best()) - s.mean(row) for s in common} for row in CANDIDATES}

@@ -164,9 +164,12 @@ def test_one_loss_everywhere_is_measured_on_the_settings_that_have_all():
         make_setting("without auto", {DEFAULT: (20.0,), ce: (50.0,)}),
         make_setting("nothing learnt", {DEFAULT: (1.0,), auto: (2.0,), ce: (0.0,)}),
     ]
-    lost = {DEFAULT: (5.5, 10.0), auto: (2.0, 3.0), ce: (5.5, 11.0)}
-    assert one_loss_everywhere(settings) == (2, lost)
-    assert one_loss_everywhere(settings[2:]) == (0, {})
+    assert one_loss_everywhere(settings) == {
+        DEFAULT: {"a": 10.0, "b": 1.0},
+        auto: {"a": 1.0, "b": 3.0},
+        ce: {"a": 0.0, "b": 11.0},
+    }
+    assert one_loss_everywhere(settings[2:]) == {}
 
     def describe_safest(row, settings):
         advised = Advice(row, settings[0], ())
