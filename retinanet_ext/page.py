@@ -34,7 +34,7 @@ h2 { margin-top: 3rem; border-bottom: 1px solid #8886; }
 p, li, blockquote { max-width: 46rem; overflow-wrap: anywhere; }
 blockquote { margin: 1rem 0; padding: 0 1rem; border-left: 4px solid #c98a00; }
 p:has(> img) { max-width: none; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
 table { width: max-content; }
 th, td { padding: 0.3rem 0.6rem; border-bottom: 1px solid #8886; text-align: left; }
