@@ -48,8 +48,8 @@ PAGE = RESULTS / "replication.md"
 ADVICE = Path(__file__).parent / "advise.md"
 METRICS = ("AP", "AP50", "AP75")
 FIELDS = ("rows", "seed", "status", "message", "iterations", "wall_seconds", "num_starts", "commit")
-KEY = "key"
-"""Digest of a run's config, which the seeds of a row share. Early runs were recorded without it."""
+DIGEST = "key"
+"""Of a run's config, which the seeds of a row share. Early runs were recorded without it."""
 
 FIGURES = {
     "init": "init",
@@ -100,7 +100,7 @@ def describe(record: Record, table: str) -> dict[str, Any]:
     """Return what is recorded of a run as one of a table."""
     fields = {name: getattr(record, name) for name in FIELDS}
     fields["rows"] = [row for row in record.rows if row.startswith(f"{table}/")]
-    fields[KEY] = record.key
+    fields[DIGEST] = record.key
     fields |= {metric: record.metrics.get(metric) for metric in METRICS}
     fields["hardware"] = ", ".join(record.hardware["gpus"]) or record.hardware["cpu"]
     if (record.folder / LOSS_FILM).is_file():
@@ -125,13 +125,13 @@ def add(runs: Sequence[dict[str, Any]], campaign: str, folder: Path, table: str)
     for run in runs:
         rows = [row for row in run["rows"] if (run["campaign"], run["seed"], row) not in new]
         kept += [{**run, "rows": rows}] if rows else []
-    keys = {row: run[KEY] for run in found for row in run["rows"]}
+    keys = {row: run[DIGEST] for run in found for row in run["rows"]}
     for run in kept:
-        for row in run["rows"] if run["campaign"] == campaign and KEY in run else ():
-            if keys.get(row, run[KEY]) != run[KEY]:
+        for row in run["rows"] if run["campaign"] == campaign and DIGEST in run else ():
+            if keys.get(row, run[DIGEST]) != run[DIGEST]:
                 raise SystemExit(
                     f"{folder} has {row} with the config {keys[row]}, and seed {run['seed']} was "
-                    f"recorded with {run[KEY]}: the seeds of a row share their config"
+                    f"recorded with {run[DIGEST]}: run all seeds of the row again"
                 )
     return kept + found
 
@@ -240,10 +240,10 @@ def draw_everywhere(lost: Mapping[str, Mapping[str, float]]) -> Figure:
     settings = list(lost[DEFAULT])
     figure = Figure(figsize=(WIDTH, 1.0 + 0.22 * len(settings)), layout="constrained")
     axes = figure.subplots()
-    for (row, aps), colour, marker in zip(lost.items(), PALETTE, "osD", strict=False):
-        axes.plot(
-            [aps[name] for name in settings], settings, marker, ms=4.5, color=colour, label=row
-        )
+    for i, ((row, aps), colour) in enumerate(zip(lost.items(), PALETTE[:3], strict=True)):
+        places = [place + 0.22 * (i - 1) for place in range(len(settings))]
+        axes.plot([aps[name] for name in settings], places, "osD"[i], ms=4, color=colour, label=row)
+    axes.set_yticks(range(len(settings)), settings)
     axes.invert_yaxis()
     axes.grid(axis="y", color=PALE, lw=0.5)
     axes.set_axisbelow(True)

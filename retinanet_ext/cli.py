@@ -7,6 +7,7 @@ docstring is its help.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -188,7 +189,8 @@ def _run_rows(args: argparse.Namespace) -> int:
     from retinanet_ext.experiments.report import write_report
     from retinanet_ext.experiments.runner import run_campaign
 
-    setup_logger(name="retinanet_ext")
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the runs and their reports
+        setup_logger(name="retinanet_ext")
     campaign, runs = plan(
         args.preset,
         tables=args.table,

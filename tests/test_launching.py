@@ -5,6 +5,7 @@ launches the others, or the only one, is therefore the test's own.
 """
 
 import atexit
+import contextlib
 import json
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ from detectron2.utils import comm
 
 import stress_kills
 from retinanet_ext.engine import launch
-from retinanet_ext.errors import STOPPED, StoppedError
+from retinanet_ext.errors import DIVERGED, STOPPED, NonFiniteError, StoppedError
 from training import CONFIG, no_cuda, run_train_net, start_train_net
 
 LAUNCH = sys.modules[launch.__module__]
@@ -117,10 +118,15 @@ def test_two_machines(two_machines):
 
 def test_a_kill_at_a_random_moment_changes_nothing(two_machines, tmp_path, restore_logging):
     """A small form of ``stress_kills.py``: killed while a checkpoint is being written."""
-    delay = random.uniform(0, 0.4)
-    stress_kills.kill(tmp_path, 5, delay, in_writing=True, iterations=ITERATIONS)
-    assert run_here(*stress_kills.arguments(tmp_path, ITERATIONS)) == 0
-    assert differences(tmp_path, two_machines) == []
+    for attempt in range(4):  # the few moments of writing can be missed
+        folder, delay = tmp_path / f"{attempt}", random.uniform(0, 0.1)
+        with contextlib.suppress(RuntimeError):
+            stress_kills.kill(folder, 5, delay, in_writing=True, iterations=ITERATIONS)
+            break
+    else:
+        pytest.fail("no kill met a checkpoint that was being written")
+    assert run_here(*stress_kills.arguments(folder, ITERATIONS)) == 0
+    assert differences(folder, two_machines) == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
@@ -193,6 +199,8 @@ def kill_a_process(tmp_path):
 
     yield start
     threads[0].join(1)
+    # What is raised at the death of a child may come while a no_grad begins, which then never ends.
+    torch.set_grad_enabled(True)
 
 
 def test_a_process_ended_by_the_system_is_said_so(tmp_path, kill_a_process, capfd):
@@ -219,24 +227,29 @@ def gloo_threads():
     return [name for name in names if "gloo" in name]
 
 
-def write_threads_at_the_end(folder, code):
+def write_threads_at_the_end(folder, error):
     comm.all_gather(comm.get_rank())
     file = folder / f"rank{comm.get_rank()}"
     file.write_text(f"{len(gloo_threads()) > 0}")
     atexit.register(lambda: file.write_text(f"{file.read_text()} {gloo_threads()}"))
-    if code:
-        raise StoppedError("stopped")
+    if error:
+        raise error("over")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
-@pytest.mark.parametrize("code", [0, STOPPED])
-def test_no_thread_of_a_connection_is_left_when_python_ends(tmp_path, code, restore_logging):
+@pytest.mark.parametrize(
+    ("error", "code"), [(None, 0), (StoppedError, STOPPED), (NonFiniteError, DIVERGED)]
+)
+def test_no_thread_of_a_connection_is_left_when_python_ends(
+    tmp_path, error, code, restore_logging, capfd
+):
     """It would abort a process that has done its work, now and then."""
     with no_cuda():
-        assert launch(write_threads_at_the_end, 2, args=(tmp_path, code)) == code
-    # Of processes that are stopped the first tells the code, and the launcher ends the others.
-    for rank in (0,) if code else (0, 1):
-        assert (tmp_path / f"rank{rank}").read_text() == "True []"
+        assert launch(write_threads_at_the_end, 2, args=(tmp_path, error)) == code
+    assert capfd.readouterr().err.count("error: over") == (error is not None)
+    # After an error the launcher ends the other process as soon as one has ended.
+    ends = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
+    assert ends.count("True []") >= (1 if error else 2)
 
 
 def test_processes_that_do_not_meet(monkeypatch, capsys, restore_logging):

@@ -183,8 +183,8 @@ def _normalizer(cfg: CfgNode) -> Warnings:
     if node.SELECTION.NAME == "all":
         yield (
             "MODEL.RETINANET.LOSS_NORMALIZER selected with SELECTION.NAME all divides the losses "
-            "by the anchors that are not ignored, nearly all of them background: they are small; "
-            "foreground_ema divides by the foreground"
+            "by the anchors that are not ignored, nearly all of them background, and makes them "
+            "very small; foreground_ema divides by the foreground"
         )
 
 

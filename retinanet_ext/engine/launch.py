@@ -28,7 +28,16 @@ from detectron2.engine.launch import DEFAULT_TIMEOUT
 from detectron2.utils import comm
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
 
-from retinanet_ext.errors import FAILED, INPUT_ERROR, STOPPED, InputError, explain, first_line
+from retinanet_ext.errors import (
+    FAILED,
+    INPUT_ERROR,
+    STOPPED,
+    InputError,
+    NonFiniteError,
+    StoppedError,
+    explain,
+    first_line,
+)
 
 RENDEZVOUS_TIMEOUT = 300
 """Seconds in which the processes that ``launch`` starts must meet."""
@@ -80,10 +89,7 @@ def launch(
     try:
         if "LOCAL_RANK" in os.environ:
             _join_torchrun(num_gpus_per_machine, timeout)
-            code = run(main_func, args)
-            if code in (0, STOPPED):
-                _leave_processes()
-            return code
+            return run(main_func, args)
         check_processes(num_gpus_per_machine, num_machines, machine_rank, dist_url)
         if num_gpus_per_machine * num_machines == 1:
             return run(main_func, args)
@@ -103,6 +109,7 @@ def run(main_func: Callable[..., Any], args: tuple[Any, ...]) -> int:
     train_loop.addFilter(_is_unexpected)
     try:
         main_func(*args)
+        _leave_processes()
         return 0
     except KeyboardInterrupt:
         return _report(130, "interrupted")
@@ -111,6 +118,12 @@ def run(main_func: Callable[..., Any], args: tuple[Any, ...]) -> int:
         if end is None:
             raise
         code, line = end
+        if isinstance(error, StoppedError | NonFiniteError):  # which all processes raise
+            if comm.get_local_rank() == 0:
+                _report(code, line)
+            comm.synchronize()  # the launcher ends the others once one has ended
+            _leave_processes()
+            return code
         if comm.get_world_size() > 1:
             # The process that failed first, or rank 0 where all fail alike, reports it meanwhile;
             # then the launcher ends the others.
@@ -291,8 +304,6 @@ def _worker(
     except Exception:
         traceback.print_exc()
         code = FAILED
-    if code in (0, STOPPED):  # at which all processes end
-        _leave_processes()
     sys.exit(code)
 
 
@@ -302,6 +313,8 @@ def _leave_processes() -> None:
     Detectron2 keeps the groups, which would keep the threads. One that then frees what it had last
     sent needs the interpreter, and without it aborts the process.
     """
+    if not dist.is_initialized():
+        return
     comm._get_global_gloo_group.cache_clear()
     comm._LOCAL_PROCESS_GROUP = None
     dist.destroy_process_group()

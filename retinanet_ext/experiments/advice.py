@@ -35,6 +35,7 @@ from retinanet_ext.experiments.measured_losses import (
     Advice,
     Setting,
     Situation,
+    advised_keys,
     comparable,
     leave_one_out,
     one_loss_everywhere,
@@ -63,9 +64,10 @@ def advise(cfg: CfgNode, run: str | Path | None = None) -> str:
     """
     facts, situation = examine(cfg)
     film = None if run is None else _film_of(run, facts)
-    settings, keys = read_measurements()
+    settings = read_measurements()[0]
     advice = recommend(situation, settings)
-    pairs = [f"{key} {shlex.quote(str(value))}" for key, value in keys[advice.row].items()]
+    keys = advised_keys(advice.row, cfg.MODEL.RETINANET.LOSS_NORMALIZER)
+    pairs = [f"{key} {shlex.quote(str(value))}" for key, value in keys.items()]
     parts = [
         _describe_data(facts),
         f"This training: {situation}.",
@@ -250,8 +252,9 @@ def _reason(row: str, setting: Setting) -> str:
     if best == DEFAULT:
         return f"It is the default, and no other is ahead of it, {where}."
     lead = setting.mean(best) - setting.mean(row)
+    found = _decision(setting, best, DEFAULT)
     return (
-        f"It is the default. {best} is ahead of it by {lead:.1f} AP, {where}: less than "
+        f"It is the default. {best} is ahead of it by {lead:.1f} AP, {where} ({found}): less than "
         f"{MARGIN:g} AP, by which seeds differ."
     )
 
@@ -261,10 +264,8 @@ def _decision(setting: Setting, row: str, other: str) -> str:
     bounds = welch_interval(setting.rows[row], setting.rows[other])
     if not bounds:
         return "one seed, which decides nothing"
-    decides = bounds[0] > 0 or bounds[1] < 0
-    return (
-        f"95 % interval {interval(bounds)}, which {'decides it' if decides else 'does not decide'}"
-    )
+    decides = "decides" if bounds[0] > 0 or bounds[1] < 0 else "does not decide"
+    return f"95 % interval {interval(bounds)}, which {decides} it"
 
 
 def _measured_at(setting: Setting) -> str:

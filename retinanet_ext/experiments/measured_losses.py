@@ -25,7 +25,6 @@ CANDIDATES = (DEFAULT, f"{DEFAULT}, weight auto", "cross entropy, alpha .75")
 COMMON_KEYS = {
     "MODEL.RETINANET.CLS_LOSS.WEIGHT": 1.0,
     "MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA": [],
-    "MODEL.RETINANET.LOSS_NORMALIZER": "foreground_ema",
     "MODEL.RETINANET.SELECTION.NAME": "all",
 }
 """Keys and defaults of what a row may change besides the loss and its parameters."""
@@ -132,6 +131,19 @@ def read_measurements() -> tuple[list[Setting], dict[str, dict[str, Any]]]:
         for row, keys in content["losses"].items()
     }
     return settings, losses
+
+
+def advised_keys(row: str, normalizer: str) -> dict[str, Any]:
+    """Return the config keys that make a row of any config.
+
+    Args:
+        row: of :func:`read_measurements`
+        normalizer: ``MODEL.RETINANET.LOSS_NORMALIZER`` of the config, which stays unless it is that
+            of a mini-batch
+    """
+    keys = read_measurements()[1][row]
+    key = "MODEL.RETINANET.LOSS_NORMALIZER"
+    return keys if key in keys or normalizer != "selected" else {**keys, key: "foreground_ema"}
 
 
 def recommend(

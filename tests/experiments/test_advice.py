@@ -25,6 +25,7 @@ from retinanet_ext.experiments.measured_losses import (
     Advice,
     Setting,
     Situation,
+    advised_keys,
     leave_one_out,
     one_loss_everywhere,
     read_measurements,
@@ -113,11 +114,18 @@ def test_keys_of_a_row_undo_those_of_every_other():
             load_config(
                 "configs/small_R18_FPN.yaml", [str(p) for pair in opts.items() for p in pair]
             )
-            for opts in ({**others, **keys}, keys)
+            for opts in ({**others, **advised_keys(row, "selected")}, keys)
         )
         left = [key for key in others if read_key(pasted, key) != read_key(alone, key)]
         unread = [line.split()[0] for line in ineffective_keys(pasted)]
         assert set(left) <= set(unread), row
+
+
+def test_the_advice_leaves_the_normaliser_of_a_recipe():
+    key = "MODEL.RETINANET.LOSS_NORMALIZER"
+    assert key not in advised_keys(DEFAULT, "foreground")  # the paper's
+    assert advised_keys(DEFAULT, "selected")[key] == "foreground_ema"
+    assert advised_keys("OHEM, batch 128, nms .5", "foreground")[key] == "selected"
 
 
 def test_the_nearest_setting_advises_and_the_default_stays_within_the_margin():
