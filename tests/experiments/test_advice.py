@@ -197,7 +197,7 @@ def test_a_lead_comes_with_what_the_seeds_say_of_it():
     for row, said in (
         ("x", "9.5 AP ahead of the default, focal, gamma 2, alpha .25, measured at imbalance 1 : "),
         ("x", "(95 % interval +2.6 to +16.4, which decides it)."),
-        ("y", "which does not decide)."),
+        ("y", "which does not decide it)."),
         ("z", "(one seed, which decides nothing)."),
     ):
         assert said in advice._reason(row, setting)
