@@ -125,13 +125,15 @@ def add(runs: Sequence[dict[str, Any]], campaign: str, folder: Path, table: str)
     for run in runs:
         rows = [row for row in run["rows"] if (run["campaign"], run["seed"], row) not in new]
         kept += [{**run, "rows": rows}] if rows else []
-    keys = {row: run[DIGEST] for run in found for row in run["rows"]}
+    digests = {row: run[DIGEST] for run in found for row in run["rows"]}
     for run in kept:
-        for row in run["rows"] if run["campaign"] == campaign and DIGEST in run else ():
-            if keys.get(row, run[DIGEST]) != run[DIGEST]:
+        if run["campaign"] != campaign or DIGEST not in run:
+            continue
+        for row in run["rows"]:
+            if digests.get(row, run[DIGEST]) != run[DIGEST]:
                 raise SystemExit(
-                    f"{folder} has {row} with the config {keys[row]}, and seed {run['seed']} was "
-                    f"recorded with {run[DIGEST]}: run all seeds of the row again"
+                    f"{folder} has {row} with the config {digests[row]}, and seed {run['seed']} "
+                    f"was recorded with {run[DIGEST]}: run all seeds of the row again"
                 )
     return kept + found
 

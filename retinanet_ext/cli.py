@@ -7,7 +7,6 @@ docstring is its help.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -182,15 +181,12 @@ def experiments(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:
 
 def _run_rows(args: argparse.Namespace) -> int:
     """Run the rows and write their report; 1 if a row failed or could not be run."""
-    from detectron2.utils.logger import setup_logger
-
     from retinanet_ext.experiments.plan import plan
     from retinanet_ext.experiments.record import FAILED
     from retinanet_ext.experiments.report import write_report
     from retinanet_ext.experiments.runner import run_campaign
 
-    with contextlib.redirect_stdout(sys.stderr):  # stdout is for the runs and their reports
-        setup_logger(name="retinanet_ext")
+    run_commands.log_to_stderr("retinanet_ext")
     campaign, runs = plan(
         args.preset,
         tables=args.table,

@@ -12,22 +12,24 @@ from retinanet_ext.errors import InputError
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
-    """Parse the options and, as ``args.opts``, the config's KEY VALUE pairs after them.
-
-    The log goes to stderr, because stdout is for the result.
-    """
-    from detectron2.utils.logger import setup_logger
-
+    """Parse the options and, as ``args.opts``, the config's KEY VALUE pairs after them."""
     from retinanet_ext.engine.config_load import split_arguments
 
     parser.epilog = "; ".join(filter(None, ["KEY VALUE: of the config, last", parser.epilog]))
     argv, opts = split_arguments(argv)
     args = parser.parse_intermixed_args(argv)
     args.opts = opts
-    with contextlib.redirect_stdout(sys.stderr):
-        for name in ("retinanet_ext", "detectron2.evaluation.evaluator"):  # the second: progress
-            setup_logger(name=name)
+    log_to_stderr("retinanet_ext", "detectron2.evaluation.evaluator")  # the second: progress
     return args
+
+
+def log_to_stderr(*names: str) -> None:
+    """Show what loggers say on stderr, because stdout is for the result."""
+    from detectron2.utils.logger import setup_logger
+
+    with contextlib.redirect_stdout(sys.stderr):
+        for name in names:
+            setup_logger(name=name)
 
 
 def predict(parser: argparse.ArgumentParser, argv: Sequence[str]) -> int:

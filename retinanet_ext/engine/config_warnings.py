@@ -178,9 +178,8 @@ def _learning_rate(cfg: CfgNode) -> Warnings:
 
 def _normalizer(cfg: CfgNode) -> Warnings:
     node = cfg.MODEL.RETINANET
-    if cfg.MODEL.META_ARCHITECTURE != "RetinaNetExt" or node.LOSS_NORMALIZER != "selected":
-        return
-    if node.SELECTION.NAME == "all":
+    names = (cfg.MODEL.META_ARCHITECTURE, node.LOSS_NORMALIZER, node.SELECTION.NAME)
+    if names == ("RetinaNetExt", "selected", "all"):
         yield (
             "MODEL.RETINANET.LOSS_NORMALIZER selected with SELECTION.NAME all divides the losses "
             "by the anchors that are not ignored, nearly all of them background, and makes them "

@@ -244,24 +244,23 @@ def _describe_setting(setting: Setting) -> str:
 
 
 def _reason(row: str, setting: Setting) -> str:
-    best, where = setting.best(), _measured_at(setting)
-    if row != DEFAULT:
-        lead = setting.mean(row) - setting.mean(DEFAULT)
-        found = _decision(setting, row, DEFAULT)
-        return f"It is {lead:.1f} AP ahead of the default, {DEFAULT}, {where} ({found})."
+    best = setting.best()
     if best == DEFAULT:
-        return f"It is the default, and no other is ahead of it, {where}."
-    lead = setting.mean(best) - setting.mean(row)
-    found = _decision(setting, best, DEFAULT)
+        return f"It is the default, and no other is ahead of it, {_measured_at(setting)}."
+    other = best if row == DEFAULT else row
+    lead = setting.mean(other) - setting.mean(DEFAULT)
+    where = f"{_measured_at(setting)} ({_decision(setting, other)})"
+    if row != DEFAULT:
+        return f"It is {lead:.1f} AP ahead of the default, {DEFAULT}, {where}."
     return (
-        f"It is the default. {best} is ahead of it by {lead:.1f} AP, {where} ({found}): less than "
+        f"It is the default. {best} is ahead of it by {lead:.1f} AP, {where}: less than "
         f"{MARGIN:g} AP, by which seeds differ."
     )
 
 
-def _decision(setting: Setting, row: str, other: str) -> str:
-    """Return what the seeds say of a row's lead over another."""
-    bounds = welch_interval(setting.rows[row], setting.rows[other])
+def _decision(setting: Setting, row: str) -> str:
+    """Return what the seeds say of a row's lead over the default."""
+    bounds = welch_interval(setting.rows[row], setting.rows[DEFAULT])
     if not bounds:
         return "one seed, which decides nothing"
     decides = "decides" if bounds[0] > 0 or bounds[1] < 0 else "does not decide"
@@ -303,7 +302,7 @@ def _describe_class_alpha(
         return ""
     nearest = min(pool, key=lambda setting: situation.distance(setting.situation))
     lead = nearest.mean(CLASS_ALPHA) - nearest.mean(DEFAULT)
-    found = _decision(nearest, CLASS_ALPHA, DEFAULT)
+    found = _decision(nearest, CLASS_ALPHA)
     return (
         f"Class alpha: the most frequent class has {max(counts) / max(min(counts), 1):.1f} times "
         "the objects of the rarest. MODEL.RETINANET.CLS_LOSS.CLASS_ALPHA auto brought "

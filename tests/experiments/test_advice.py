@@ -90,11 +90,15 @@ def test_measurements_are_those_of_their_source(setting):
         assert ", ".join(f"{ap:.1f}" for ap in aps) in known, row
 
 
+def config_with(keys):
+    return load_config(
+        "configs/small_R18_FPN.yaml", [str(p) for pair in keys.items() for p in pair]
+    )
+
+
 def test_keys_of_a_row_make_its_loss():
     for row, keys in LOSSES.items():
-        cfg = load_config(
-            "configs/small_R18_FPN.yaml", [str(p) for pair in keys.items() for p in pair]
-        )
+        cfg = config_with(keys)
         node = cfg.MODEL.RETINANET
         loss, *values = describe_cls_loss(cfg).split(", ")
         assert row.startswith(("OHEM", loss.replace("cross_", "cross "))), row
@@ -106,16 +110,11 @@ def test_keys_of_a_row_make_its_loss():
 
 def test_keys_of_a_row_undo_those_of_every_other():
     """They are pasted behind the options of a training, whatever its loss was."""
-    defaults = load_config("configs/small_R18_FPN.yaml")
+    defaults = config_with({})
     others = [pair for keys in LOSSES.values() for pair in keys.items()]
     others = {key: value for key, value in others if read_key(defaults, key) != value}
     for row, keys in LOSSES.items():
-        pasted, alone = (
-            load_config(
-                "configs/small_R18_FPN.yaml", [str(p) for pair in opts.items() for p in pair]
-            )
-            for opts in ({**others, **advised_keys(row, "selected")}, keys)
-        )
+        pasted, alone = config_with({**others, **advised_keys(row, "selected")}), config_with(keys)
         left = [key for key in others if read_key(pasted, key) != read_key(alone, key)]
         unread = [line.split()[0] for line in ineffective_keys(pasted)]
         assert set(left) <= set(unread), row
