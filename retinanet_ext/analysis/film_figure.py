@@ -5,6 +5,7 @@ Shapes: T records.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,6 +17,7 @@ from retinanet_ext.analysis.plots import COLOURS
 
 GROUP_COLOURS = (COLOURS[3], COLOURS[1], "#C8C8C8")
 MAX_PARTS = len(COLOURS)  # levels or classes in a panel
+TITLE_WIDTH = 38  # characters that fit above a panel
 
 
 def film_figure(films: Sequence[Film]) -> Figure:
@@ -54,7 +56,8 @@ def film_figure(films: Sequence[Film]) -> Figure:
 
 def _title(film: Film) -> str:
     ap = "" if film.ap is None else f", AP {film.ap:.1f}"
-    return f"{film.name}{ap}\n{film.cls_loss}"
+    lines = (f"{film.name}{ap}", film.cls_loss)
+    return "\n".join(textwrap.fill(line, TITLE_WIDTH) for line in lines)
 
 
 def _group_stacks(film: Film, quantity: str) -> dict[str, np.ndarray]:

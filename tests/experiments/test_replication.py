@@ -8,11 +8,13 @@ import pytest
 
 from experiments.campaigns import add_run, make_campaign
 from retinanet_ext.evaluation.bootstrap import welch_interval
+from retinanet_ext.experiments.gradient_share import share_of_row
 from retinanet_ext.experiments.measured_losses import (
     DEFAULT,
     one_loss_everywhere,
     read_measurements,
 )
+from retinanet_ext.experiments.tables import TABLES
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGE = runpy.run_path(str(DOCS / "make_results.py"))
@@ -146,3 +148,15 @@ def test_a_recorded_run_is_replaced_by_one_of_its_row_and_seed(tmp_path):
         PAGE["add"](other, "dial", campaign, "dial")
     with pytest.raises(SystemExit, match="has no run of table init"):
         PAGE["add"](before, "dial", campaign, "init")
+
+
+def test_predicted_shares_of_the_dial():
+    (table,) = (t for t in tables((DOCS / "dial.md").read_text(encoding="utf-8")) if t[0][0] == "R")
+    assert table[0][1:4] == ["CE", "α-CE", "focal"]
+    for background, *printed in table[1:]:
+        ce, alpha_ce, focal = (
+            share_of_row(TABLES["dial"][f"{row}-1:{background}"].overrides, float(background), 5)
+            for row in ("ce", "alpha-ce", "focal")
+        )
+        shares = (ce, alpha_ce, focal, focal - ce, focal - alpha_ce)
+        assert printed == [f"{share:.3f}".removeprefix("0") for share in shares]
